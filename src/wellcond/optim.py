@@ -1,0 +1,175 @@
+"""Named optimizers: a torch optimizer plus one attached transform, nothing else."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from wellcond.transforms import Attachment, FeatureDescent, FeatureWhitening, GradientTransform, attach
+
+
+class _Attached:
+    """Mixin of the named optimizers: options split between torch's optimizer and the transform."""
+
+    transform_type: type[GradientTransform]
+    attachment: Attachment
+
+    def _attach(self, model: nn.Module, options: dict[str, Any]) -> None:
+        assert isinstance(self, torch.optim.Optimizer)
+        self.attachment = attach(self, model, self.transform_type(**options))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} is tied to its model and cannot be copied or pickled: save and load state_dict()"
+        )
+
+
+def _parameters(model: nn.Module, params: ParamsT | None) -> ParamsT:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model.parameters() if params is None else params
+
+
+def _split(base: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into those of torch's optimizer and those of the transform."""
+    known = inspect.signature(base).parameters
+    of_torch = {key: value for key, value in options.items() if key in known}
+    return of_torch, {key: value for key, value in options.items() if key not in known}
+
+
+class _FeatureSGD(_Attached, torch.optim.SGD):
+    """SGD with momentum over a feature preconditioner."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | torch.Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        params: ParamsT | None = None,
+        **feature_options: Any,
+    ) -> None:
+        of_torch, options = _split(torch.optim.SGD, feature_options)
+        super().__init__(_parameters(model, params), lr=lr, momentum=momentum, weight_decay=weight_decay, **of_torch)
+        self._attach(model, options)
+
+
+class _FeatureAdamW(_Attached, torch.optim.AdamW):
+    """AdamW over a feature preconditioner."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        params: ParamsT | None = None,
+        **feature_options: Any,
+    ) -> None:
+        of_torch, options = _split(torch.optim.AdamW, feature_options)
+        super().__init__(_parameters(model, params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **of_torch)
+        self._attach(model, options)
+
+
+class FSGD(_FeatureSGD):
+    """Feature SGD: ``torch.optim.SGD`` over `wellcond.FeatureDescent` (thesis algorithm 5).
+
+    Args:
+        model: The model; its layers' inputs are observed.
+        lr: Learning rate (classical momentum, as torch's).
+        momentum: Momentum.
+        weight_decay: Coupled weight decay, added after the preconditioner.
+        params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
+
+    Raises:
+        TypeError: If ``model`` is no module or an option is unknown.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = FSGD(model, lr=0.05, weight_decay=1e-3, stats_every=5, solve_every=25)
+        >>> optimizer.attachment.transforms[0].solve_every
+        25
+    """
+
+    transform_type = FeatureDescent
+
+
+class WSGDM(_FeatureSGD):
+    """W-SGDM: ``torch.optim.SGD`` over `wellcond.FeatureWhitening` (thesis chapter 6).
+
+    Args:
+        model: The model; its layers' inputs are observed.
+        lr: Learning rate (classical momentum, as torch's).
+        momentum: Momentum.
+        weight_decay: Coupled weight decay, added after the preconditioner.
+        params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
+
+    Raises:
+        TypeError: If ``model`` is no module or an option is unknown.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> optimizer = WSGDM(nn.Linear(4, 2), lr=0.05)
+        >>> isinstance(optimizer, torch.optim.SGD)
+        True
+    """
+
+    transform_type = FeatureWhitening
+
+
+class FAdam(_FeatureAdamW):
+    """Feature Adam: ``torch.optim.AdamW`` over `wellcond.FeatureDescent` (thesis algorithm 6).
+
+    Args:
+        model: The model; its layers' inputs are observed.
+        lr: Learning rate.
+        betas: Adam's moving-average coefficients.
+        eps: Adam's ε.
+        weight_decay: Decoupled weight decay.
+        params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
+
+    Raises:
+        TypeError: If ``model`` is no module or an option is unknown.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> optimizer = FAdam(nn.Linear(4, 2), lr=1e-3, damping=0.1)
+        >>> isinstance(optimizer, torch.optim.AdamW)
+        True
+    """
+
+    transform_type = FeatureDescent
+
+
+class WAdam(_FeatureAdamW):
+    """W-Adam: ``torch.optim.AdamW`` over `wellcond.FeatureWhitening` (thesis chapter 6).
+
+    Args:
+        model: The model; its layers' inputs are observed.
+        lr: Learning rate.
+        betas: Adam's moving-average coefficients.
+        eps: Adam's ε.
+        weight_decay: Decoupled weight decay.
+        params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
+
+    Raises:
+        TypeError: If ``model`` is no module or an option is unknown.
+        ValueError: If an option is outside its range.
+
+    Example:
+        >>> optimizer = WAdam(nn.Linear(4, 2), lr=1e-3)
+        >>> optimizer.attachment.stats()["whitening"]["weights"]
+        1
+    """
+
+    transform_type = FeatureWhitening

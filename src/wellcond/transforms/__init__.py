@@ -1,0 +1,19 @@
+"""Gradient transforms and the one way to attach them to an optimizer."""
+
+from wellcond.transforms.attach import Attachment, attach
+from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
+from wellcond.transforms.centralize import GradientCentralization
+from wellcond.transforms.precondition import FeatureDescent, FeatureWhitening
+
+__all__ = [
+    "Attachment",
+    "Coverage",
+    "Decay",
+    "FeatureDescent",
+    "FeatureWhitening",
+    "GradientCentralization",
+    "GradientTransform",
+    "Slot",
+    "WellcondWarning",
+    "attach",
+]

@@ -1,0 +1,596 @@
+"""Attach gradient transforms to an optimizer: hooks, closures, checkpoints, ranks.
+
+The only file that touches an optimizer. Forward hooks hold weak references and check which module calls them, so that
+copies of the model (EMA, SWA) neither feed nor keep alive anything here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wellcond.layouts import Layer, find_layers
+from wellcond.transforms.base import (
+    Coverage,
+    Decay,
+    GradientTransform,
+    Scalar,
+    Slot,
+    State,
+    WellcondWarning,
+    check_choice,
+)
+
+KEY_PREFIX = "wellcond_"
+
+# torch's optimizers that multiply the weights by 1 − lr·λ but do not say so in their parameter groups.
+_DECOUPLED: tuple[type[Optimizer], ...] = tuple(
+    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+)
+_COUPLED: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.RMSprop,
+)
+
+WeightDecayKind = Literal["auto", "coupled", "decoupled"]
+
+
+def attach(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *transforms: GradientTransform,
+    weight_decay: WeightDecayKind = "auto",
+    synchronize: bool | dist.ProcessGroup = True,
+) -> Attachment:
+    """Attach gradient transforms to an optimizer: from now on its steps see transformed gradients.
+
+    Transforms are applied left to right. What they remember is saved and loaded with the optimizer's state dict.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+        model: The model whose parameters it trains, also wrapped (DDP, FSDP2, ``torch.compile``).
+        *transforms: At least one; each kind once per optimizer.
+        weight_decay: How the optimizer applies weight decay: ``"coupled"`` (adds λw to the gradient), ``"decoupled"``
+            (shrinks the weight), or ``"auto"``: known for torch's own optimizers and for those whose parameter groups
+            say it (``decoupled_weight_decay``, ``weight_decouple``).
+        synchronize: Whether statistics are averaged over ranks when ``torch.distributed`` is initialised: over the
+            default group (True), over the given group, or not at all.
+
+    Returns:
+        A handle with ``report()``, ``stats()`` and ``remove()``.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If no transform is given, one of its kind is attached already, or the model shares no parameter
+            with the optimizer.
+
+    Example:
+        >>> import wellcond
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+        >>> print(handle.report())
+        centralization over AdamW
+        0.weight  (8, 4)  gradient centred over 4 inputs of each of 8 output units  0 B
+        0.bias    (8,)    unchanged
+        2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
+        2.bias    (2,)    unchanged
+    """
+    return Attachment(optimizer, model, transforms, weight_decay, synchronize)
+
+
+class Attachment:
+    """Transforms at work on an optimizer; made by `attach`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        transforms: Sequence[GradientTransform],
+        weight_decay: WeightDecayKind = "auto",
+        synchronize: bool | dist.ProcessGroup = True,
+    ) -> None:
+        optimizer = _unwrap(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_choice("weight_decay", weight_decay, ("auto", "coupled", "decoupled"))
+        self.transforms = tuple(transforms)
+        self._check_transforms(optimizer)
+        self._optimizer = weakref.ref(optimizer)
+        self._model = weakref.ref(model)
+        self._weight_decay: WeightDecayKind = weight_decay
+        self._synchronize = synchronize
+        self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
+        self._group_sizes: list[int] = []
+        self._gate = _Gate()
+        self._probes: dict[nn.Module, tuple[_Probe, RemovableHandle]] = {}
+        self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
+        self._loading: dict[int, State] = {}
+
+        self._find_weights(optimizer, model)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        optimizer.__dict__.setdefault("wellcond_attachments", []).append(self)
+
+    # what the user asks ---------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take the transforms off: the optimizer steps as before, and forgets their state. May be called twice."""
+        for hook in [*self._hooks, *(hook for _, hook in self._probes.values())]:
+            hook.remove()
+        self._hooks, self._probes = [], {}
+        self._gate.open = False
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        attachments = optimizer.__dict__.get("wellcond_attachments", [])
+        if self in attachments:
+            attachments.remove(self)
+            for transform, slot in self._all_slots():
+                for key in slot.state:
+                    optimizer.state.get(slot.layer.weight, {}).pop(_state_key(transform, key), None)
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Count what happened so far, per transform; reading the counts may synchronize the device.
+
+        Returns:
+            Transform name → counts by name.
+        """
+        return {transform.name: transform.stats(self._covered(transform)) for transform in self.transforms}
+
+    def report(self) -> str:
+        """Say, one line a parameter, what is done with its gradient, or why nothing is, and what it costs in memory.
+
+        Returns:
+            A table as text, a block per transform.
+        """
+        optimizer, model = self._optimizer(), self._model()
+        if optimizer is None or model is None:
+            return "the optimizer or the model no longer exists"
+        unknown = find_layers(model).unknown
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        blocks = []
+        for transform in self.transforms:
+            lines: dict[str, tuple[str, str]] = {}
+            for slot in self._slots[transform.name]:
+                coverage = slot.coverage
+                for use in slot.uses:
+                    lines[use.name] = (coverage.how, _bytes(coverage.state_bytes) if coverage.applies else "")
+                if slot.bias is not None and slot.layer.bias_name is not None:
+                    lines[slot.layer.bias_name] = (f"together with {slot.layer.name}", "")
+            rows = []
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if id(parameter) not in held:
+                    lines.setdefault(name, ("not held by this optimizer", ""))
+                elif name in unknown:
+                    how = f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)"
+                    lines.setdefault(name, (how, ""))
+                rows.append((name, str(tuple(parameter.shape)), *lines.get(name, ("unchanged", ""))))
+            widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            table = [
+                "  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+            ]
+            blocks.append("\n".join([f"{transform.name} over {type(optimizer).__name__}", *table]))
+        return "\n\n".join(blocks)
+
+    # which weights --------------------------------------------------------------------------------------------------
+
+    def _check_transforms(self, optimizer: Optimizer) -> None:
+        if not self.transforms:
+            raise ValueError("attach needs at least one transform, got none")
+        attached = {t.name for other in optimizer.__dict__.get("wellcond_attachments", []) for t in other.transforms}
+        for transform in self.transforms:
+            if not isinstance(transform, GradientTransform):
+                hint = f": did you mean {transform.__name__}()?" if isinstance(transform, type) else ""
+                raise TypeError(f"transforms must be GradientTransforms, got {transform!r}{hint}")
+            if transform.name in attached:
+                raise ValueError(
+                    f"{type(transform).__name__} is attached to this {type(optimizer).__name__} already: "
+                    "attach each kind once, or call remove() on the earlier handle first"
+                )
+            attached.add(transform.name)
+
+    def _find_weights(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Make a slot for every known weight that the optimizer holds; again whenever its groups have grown."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in model.parameters()):
+            raise ValueError(
+                f"model ({type(model).__name__}) shares no parameter with the optimizer ({type(optimizer).__name__}): "
+                "attach the model whose parameters it was given"
+            )
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        uses: dict[int, list[Layer]] = {}
+        for layer in find_layers(model):
+            if id(layer.weight) in held:
+                uses.setdefault(id(layer.weight), []).append(layer)
+        decays = self._decays(optimizer)
+        for transform in self.transforms:
+            known = {id(slot.layer.weight) for slot in self._slots[transform.name]}
+            for layers in uses.values():
+                layer = _representative(layers, held)
+                if id(layer.weight) in known:
+                    continue
+                slot = Slot(layer, layers, _joint_coverage(transform, layer, layers))
+                slot.decay = decays.get(id(layer.weight), Decay())
+                if slot.coverage.applies:
+                    slot.state = self._adopt(optimizer, transform, slot)
+                self._slots[transform.name].append(slot)
+            transform.check(self._covered(transform))
+        self._place_probes()
+
+    def _adopt(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
+        """Return a slot's first state: what was loaded into the optimizer before attaching, or a new one."""
+        fresh = transform.init(slot)
+        published = optimizer.state.get(slot.layer.weight, {})
+        found = {key: published[name] for key in fresh if (name := _state_key(transform, key)) in published}
+        if len(found) < len(fresh) or not fresh:
+            return fresh
+        weight = slot.layer.weight
+        if any(isinstance(v, Tensor) and v.dtype != found[k].dtype for k, v in fresh.items()):
+            warnings.warn(
+                f"the statistics of '{slot.layer.module_name}' were rounded to {weight.dtype} when the optimizer's "
+                "state was loaded: attach first, then load",
+                WellcondWarning,
+                stacklevel=5,
+            )
+        return _checked_state(transform, slot, found, fresh)
+
+    def _covered(self, transform: GradientTransform) -> list[Slot]:
+        return [slot for slot in self._slots[transform.name] if slot.coverage.applies]
+
+    def _all_slots(self) -> Iterable[tuple[GradientTransform, Slot]]:
+        return ((transform, slot) for transform in self.transforms for slot in self._covered(transform))
+
+    # forward passes -------------------------------------------------------------------------------------------------
+
+    def _place_probes(self) -> None:
+        """Watch the modules whose inputs some transform may want."""
+        self._observers = {}
+        for transform, slot in self._all_slots():
+            if type(transform).observe is GradientTransform.observe:
+                continue
+            for use in slot.uses:
+                self._observers.setdefault(use.module, []).append((transform, slot, use))
+                if use.module not in self._probes:
+                    probe = _Probe(use.module, self)
+                    self._probes[use.module] = probe, use.module.register_forward_pre_hook(probe, with_kwargs=True)
+        self._set_gate()
+
+    def _set_gate(self) -> None:
+        self._gate.open = any(transform.wants_inputs(slot) for transform, slot in self._all_slots())
+
+    def _observe(self, module: nn.Module, inputs: Tensor) -> None:
+        """Take in one forward pass of one module."""
+        for transform, slot, use in self._observers[module]:
+            if not (transform.wants_inputs(slot) and use.weight.requires_grad):
+                continue
+            observation = transform.observe(slot, use, inputs)
+            if slot.pending is None:
+                slot.pending = observation
+            else:
+                for total, part in zip(slot.pending, observation, strict=True):
+                    total.add_(part)
+
+    def _reduce(self) -> None:
+        """Add pending observations over ranks, all layers in one flattened collective."""
+        if self._synchronize is False or not (dist.is_available() and dist.is_initialized()):
+            return
+        group = None if self._synchronize is True else self._synchronize
+        if dist.get_world_size(group) == 1:
+            return
+        # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
+        due = [(t, slot) for t, slot in self._all_slots() if t.wants_inputs(slot)]
+        for transform, slot in due:
+            slot.pending = slot.pending or transform.pending_like(slot)
+        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
+        for like in {(tensor.dtype, tensor.device) for tensor in tensors}:
+            same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == like]
+            flat = torch.cat([tensor.flatten() for tensor in same])
+            dist.all_reduce(flat, group=group)
+            parts = torch.split(flat, [tensor.numel() for tensor in same])
+            for tensor, part in zip(same, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    # steps ----------------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Transform the gradients, or, where a closure will compute them, have them transformed after it ran."""
+        step = _Step()
+        positional = len(args) > 1 and callable(args[1])
+        closure = args[1] if positional else kwargs.get("closure")
+        if closure is None:
+            self._transform_gradients(optimizer, step)
+            return None
+
+        @functools.wraps(closure)
+        def transformed_closure() -> Any:
+            loss = closure()
+            self._transform_gradients(optimizer, step)
+            return loss
+
+        if positional:
+            return (args[0], transformed_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": transformed_closure}
+
+    @torch.no_grad()
+    def _transform_gradients(self, optimizer: Optimizer, step: _Step) -> None:
+        if not step.refreshed:
+            step.refreshed = True
+            model = self._model()
+            if model is not None and self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]:
+                self._find_weights(optimizer, model)
+            self._set_decays(optimizer)
+            self._reduce()
+            for transform in self.transforms:
+                slots = self._covered(transform)
+                transform.refresh(slots)
+                for slot in slots:
+                    slot.pending = None
+            # Further forward passes of this step's closure (line searches) are not observed again.
+            self._set_gate()
+            for probe, _ in self._probes.values():
+                probe.may_recur = 0
+        for transform in self.transforms:
+            transform.update(self._with_gradient(transform))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for transform in reversed(self.transforms):
+            transform.finish(self._covered(transform))
+        self._publish(optimizer)
+
+    def _with_gradient(self, transform: GradientTransform) -> list[Slot]:
+        slots = [slot for slot in self._covered(transform) if slot.layer.weight.grad is not None]
+        for slot in slots:
+            if slot.layer.weight.grad is not None and slot.layer.weight.grad.is_sparse:
+                raise ValueError(
+                    f"'{slot.layer.name}' has a sparse gradient, which {type(transform).__name__} cannot transform: "
+                    "use sparse=False, or leave the layer out"
+                )
+        return slots
+
+    # weight decay ---------------------------------------------------------------------------------------------------
+
+    def _set_decays(self, optimizer: Optimizer) -> None:
+        decays = self._decays(optimizer)
+        for _, slot in self._all_slots():
+            slot.decay = decays.get(id(slot.layer.weight), Decay())
+
+    def _decays(self, optimizer: Optimizer) -> dict[int, Decay | None]:
+        """Say for each parameter what the optimizer's weight decay will do to it in the coming step."""
+        return {
+            id(parameter): decay
+            for group in optimizer.param_groups
+            for decay in [_group_decay(optimizer, group, self._weight_decay)]
+            for parameter in group["params"]
+        }
+
+    # checkpoints ----------------------------------------------------------------------------------------------------
+
+    def _publish(self, optimizer: Optimizer) -> None:
+        """Show the slots' state in ``optimizer.state``.
+
+        Only now, after the optimizer's own update: Adam and others set up a parameter's state when they find it empty,
+        and would take ours for their own.
+        """
+        for transform, slot in self._all_slots():
+            if slot.state and slot.layer.weight.grad is not None:
+                state = optimizer.state[slot.layer.weight]
+                for key, value in slot.state.items():
+                    state[_state_key(transform, key)] = value
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take our tensors out of a state dict that is being loaded: torch would round them to the weights' dtype."""
+        self._loading = {}
+        prefixes = tuple(_state_key(transform, "") for transform in self.transforms)
+        state: dict[Any, Any] = {}
+        for index, entry in state_dict["state"].items():
+            ours = {key: value for key, value in entry.items() if str(key).startswith(prefixes)}
+            if ours:
+                self._loading[index] = ours
+            state[index] = {key: value for key, value in entry.items() if key not in ours}
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if len(indices) == len(parameters):  # otherwise torch refuses the state dict in its own words
+            self._loading = {
+                id(parameter): self._loading[index]
+                for index, parameter in zip(indices, parameters, strict=True)
+                if index in self._loading
+            }
+        return {**state_dict, "state": state}
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Give the slots the state that was loaded."""
+        loading, self._loading = self._loading, {}
+        without: list[str] = []
+        for transform, slot in self._all_slots():
+            fresh = transform.init(slot)
+            if not fresh:
+                continue
+            entry = loading.get(id(slot.layer.weight), {})
+            found = {key: entry[name] for key in fresh if (name := _state_key(transform, key)) in entry}
+            slot.pending = None
+            if len(found) == len(fresh):
+                slot.state = _checked_state(transform, slot, found, fresh)
+                for key, value in slot.state.items():
+                    optimizer.state[slot.layer.weight][_state_key(transform, key)] = value
+            else:
+                slot.state = fresh
+                if optimizer.state.get(slot.layer.weight):
+                    without.append(slot.layer.name)
+        self._set_gate()
+        if without:
+            warnings.warn(
+                f"the loaded optimizer state has no {', '.join(t.name for t in self.transforms)} statistics for "
+                f"{len(without)} weights ({without[0]}{', …' if len(without) > 1 else ''}): they start anew",
+                WellcondWarning,
+                stacklevel=3,
+            )
+
+
+class _Step:
+    """What is remembered within one optimizer step: whether its statistics were taken in."""
+
+    def __init__(self) -> None:
+        self.refreshed = False
+
+
+class _Gate:
+    """Whether any input is wanted now: the one thing that compiled code looks at, so that it has two variants."""
+
+    def __init__(self) -> None:
+        self.open = False
+
+
+class _Probe:
+    """A forward pre-hook that shows a module's input to an attachment, exactly once per sample and step."""
+
+    def __init__(self, module: nn.Module, attachment: Attachment) -> None:
+        self._module = weakref.ref(module)
+        self._attachment = weakref.ref(attachment)
+        self._gate = attachment._gate
+        # Forward passes that were observed and that a checkpointed segment may run again.
+        self.may_recur = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._gate.open and module.training and torch.is_grad_enabled():
+            self._observe(module, args[0] if args else kwargs.get("input"))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _observe(self, module: nn.Module, inputs: object) -> None:
+        attachment = self._attachment()
+        # A deep copy of the model carries this hook, but is another module.
+        if attachment is None or self._module() is not module or not isinstance(inputs, Tensor):
+            return
+        if torch._C._current_graph_task_id() != -1:
+            # Inside a backward pass: activation checkpointing recomputes. Without reentrance the first run was
+            # observed; with it the first run had gradients off, and this one counts.
+            if self.may_recur > 0:
+                self.may_recur -= 1
+                return
+        else:
+            self.may_recur += 1
+        attachment._observe(module, inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert_probe
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert_probe, ()
+
+
+def _inert_probe(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Stand where a copied or unpickled module had a probe: nothing observes that module."""
+
+
+def _make_inert_probe() -> Callable[..., None]:
+    return _inert_probe
+
+
+def _unwrap(optimizer: object) -> Optimizer:
+    """Return the torch optimizer inside the wrappers of Lightning and Accelerate."""
+    inner: Any = optimizer
+    while not (isinstance(inner, Optimizer) and hasattr(inner, "_optimizer_step_pre_hooks")):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return inner
+
+
+def _representative(layers: list[Layer], held: set[int]) -> Layer:
+    """Return the layer that stands for all uses of a weight: with a bias only if all share it and it is trained."""
+    layer = layers[0]
+    if layer.bias is None:
+        return layer
+    if id(layer.bias) in held and all(other.bias is layer.bias for other in layers):
+        return layer
+    return dataclasses.replace(layer, bias=None, bias_name=None)
+
+
+def _joint_coverage(transform: GradientTransform, layer: Layer, layers: list[Layer]) -> Coverage:
+    """Decide about a weight that one or several layers use."""
+    coverage = transform.cover(layer)
+    for other in layers[1:]:
+        theirs = transform.cover(other)
+        if not theirs.applies:
+            return dataclasses.replace(theirs, how=f"{theirs.how} (shared with {other.name})")
+        if type(other.layout) is not type(layer.layout):
+            return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
+    return coverage
+
+
+def _group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKind) -> Decay | None:
+    """Say what a parameter group's weight decay does in the coming step; None if that is not known."""
+    strength: Scalar = group.get("weight_decay", 0.0)
+    if not isinstance(strength, Tensor) and strength == 0:
+        return Decay()
+    decoupled: bool | None
+    if kind != "auto":
+        decoupled = kind == "decoupled"
+    elif "decoupled_weight_decay" in group or "weight_decouple" in group:
+        decoupled = bool(group.get("decoupled_weight_decay", group.get("weight_decouple")))
+    elif isinstance(optimizer, _DECOUPLED):
+        decoupled = True
+    else:
+        decoupled = False if isinstance(optimizer, _COUPLED) else None
+    if decoupled is None:
+        return None
+    if not decoupled:
+        gradient = -strength if group.get("maximize", False) else strength
+        # A fused optimizer under GradScaler is handed gradients still multiplied by the loss scale.
+        scale = getattr(optimizer, "grad_scale", None)
+        return Decay(gradient=gradient if scale is None else gradient * scale)
+    shrink = strength if group.get("fixed_decay", False) else strength * group["lr"]
+    # … and takes no step at all when that scaler found infinities.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return Decay(shrink=shrink if found_inf is None else shrink * (1 - found_inf))
+
+
+def _checked_state(transform: GradientTransform, slot: Slot, found: State, fresh: State) -> State:
+    """Copy a loaded state to the weight's device, in the precision and shapes that the transform keeps."""
+    state: State = {}
+    for key, like in fresh.items():
+        value = found[key]
+        if not isinstance(like, Tensor):
+            state[key] = int(value)
+            continue
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the loaded {_state_key(transform, key)} of layer '{slot.layer.module_name}' must have the shape "
+                f"{tuple(like.shape)}, got {given}"
+            )
+        state[key] = like.copy_(value)
+    return state
+
+
+def _state_key(transform: GradientTransform, key: str) -> str:
+    return f"{KEY_PREFIX}{transform.name}_{key}"
+
+
+def _bytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,198 @@
+"""The protocol of gradient transforms: what a technique must say and do to be attached to an optimizer.
+
+A transform is a configuration: it holds no state and may be attached to several optimizers. What it must remember about
+a layer lives in that layer's `Slot`, which `attach` fills, saves with the optimizer and hands back at every step.
+
+One optimizer step runs, in this order: `observe` during the forward passes, `refresh` once, `update` on each gradient
+that the closure computes (once without a closure), the optimizer's own update, `finish`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+from wellcond.layouts import Layer
+
+Scalar: TypeAlias = "float | Tensor"
+State: TypeAlias = "dict[str, Tensor | int]"
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+
+
+class WellcondWarning(UserWarning):
+    """Something that does not stop training but that a user should know."""
+
+
+@dataclass(frozen=True)
+class Decay:
+    """What the optimizer's weight decay does to one parameter in the coming step.
+
+    Attributes:
+        gradient: λ where the optimizer adds λ·w to the gradient it is handed (coupled, L2), in that gradient's own
+            scale and sign: multiplied by the loss scale that a fused optimizer undoes, negative under ``maximize``.
+        shrink: The share of w that the step takes away beside the update (decoupled): w ← (1 − shrink)·w − …
+    """
+
+    gradient: Scalar = 0.0
+    shrink: Scalar = 0.0
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A transform's decision about one weight.
+
+    Attributes:
+        applies: Whether the weight is transformed.
+        how: What will be done, or why not, in a few words.
+        bias: Whether the layer's bias is transformed together with it.
+        state_bytes: Memory that the transform will keep for it.
+    """
+
+    applies: bool
+    how: str
+    bias: bool = False
+    state_bytes: int = 0
+
+
+@dataclass(eq=False)
+class Slot:
+    """One transform's place for one weight.
+
+    Attributes:
+        layer: The weight and its layer.
+        uses: All layers that use this very weight (several when it is tied); the first is ``layer``.
+        coverage: What the transform said of it.
+        state: What must survive a checkpoint. Its tensors are changed in place or replaced; `attach` publishes them
+            in ``optimizer.state[weight]`` after each step.
+        pending: Observations since the last refresh: tensors that add up over forward passes and over ranks.
+        scratch: What a transform carries from `update` to `finish` within one step.
+        decay: The weight's decay in the coming step; None if the optimizer does not say how it applies it.
+    """
+
+    layer: Layer
+    uses: list[Layer]
+    coverage: Coverage
+    state: State = field(default_factory=dict)
+    pending: list[Tensor] | None = None
+    scratch: Any = None
+    decay: Decay | None = field(default_factory=Decay)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias that is transformed together with the weight, or None."""
+        return self.layer.bias if self.coverage.bias else None
+
+
+class GradientTransform(ABC):
+    """A technique that changes gradients, or updates, from what it knows of layers.
+
+    Attributes:
+        name: Its name in state keys (``wellcond_<name>_<key>``) and reports; one of each name per optimizer.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def cover(self, layer: Layer) -> Coverage:
+        """Decide whether and how a weight is transformed.
+
+        Args:
+            layer: A weight that the optimizer holds.
+
+        Returns:
+            The decision.
+        """
+
+    @abstractmethod
+    def update(self, slots: Sequence[Slot]) -> None:
+        """Change the gradients, in place.
+
+        Args:
+            slots: The weights of this step: those that have a gradient.
+        """
+
+    def init(self, slot: Slot) -> State:
+        """Make the state of a weight that has none yet.
+
+        Args:
+            slot: The weight's slot.
+
+        Returns:
+            Its first state; its keys and shapes are also what a loaded state must have.
+        """
+        return {}
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Refuse what cannot work, before the first step and whenever the parameter groups change.
+
+        Args:
+            slots: All covered weights.
+
+        Raises:
+            ValueError: Saying what does not go together.
+        """
+        return
+
+    def wants_inputs(self, slot: Slot) -> bool:
+        """Say whether the layer's inputs should be observed in the forward passes before the next step."""
+        return False
+
+    def observe(self, slot: Slot, layer: Layer, inputs: Tensor) -> list[Tensor]:
+        """Summarise one forward pass's input; summaries of several passes and ranks are added.
+
+        Args:
+            slot: The weight's slot; read only.
+            layer: Which of ``slot.uses`` is called.
+            inputs: What it is called with.
+
+        Returns:
+            Tensors of fixed shapes.
+        """
+        raise TypeError(f"{type(self).__name__} observes no inputs")
+
+    def pending_like(self, slot: Slot) -> list[Tensor]:
+        """Return the observation of a rank that has seen nothing: zeros of `observe`'s shapes."""
+        return []
+
+    def refresh(self, slots: Sequence[Slot]) -> None:
+        """Take in what was observed; called once per step before the first `update`.
+
+        Args:
+            slots: All covered weights.
+        """
+        return
+
+    def finish(self, slots: Sequence[Slot]) -> None:
+        """Correct the weights after the optimizer's own update.
+
+        Args:
+            slots: All covered weights; ``scratch`` tells which of them `update` was given.
+        """
+        return
+
+    def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
+        """Count what happened so far; may synchronize the device.
+
+        Args:
+            slots: All covered weights.
+
+        Returns:
+            Counts by name.
+        """
+        return {"weights": len(slots)}
+
+
+def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise a ValueError naming the argument unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_positive_integer(argument: str, value: object) -> None:
+    """Raise a ValueError naming the argument unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument} must be a positive integer, got {value!r}")

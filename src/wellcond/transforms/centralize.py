@@ -1,0 +1,162 @@
+"""Gradient Centralization: take each output unit's mean out of its gradient (thesis chapter 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from wellcond.layouts import Layer
+from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
+
+Where = Literal["gradient", "update"]
+DecayPlace = Literal["inside", "outside"]
+
+
+def row_mean(layer: Layer, tensor: Tensor) -> Tensor:
+    """Average a weight-shaped tensor over everything but the output unit.
+
+    Args:
+        layer: The layer that says which axis is the output unit.
+        tensor: Its weight, or anything of the weight's shape.
+
+    Returns:
+        Shape [groups, out, 1, …]: subtract it from ``layer.matrix(tensor)``.
+
+    Example:
+        >>> from torch import nn
+        >>> from wellcond.layouts import find_layers
+        >>> (layer,) = find_layers(nn.ConvTranspose1d(2, 3, 4, bias=False))
+        >>> row_mean(layer, layer.weight).shape
+        torch.Size([1, 3, 1, 1])
+    """
+    rows = layer.matrix(tensor)
+    return rows.mean(dim=tuple(range(2, rows.dim())), keepdim=True)
+
+
+@dataclass(frozen=True)
+class GradientCentralization(GradientTransform):
+    """Centre the gradient of each output unit: Φ(g_i) = g_i − mean(g_i), that is, Φ(G) = G P (thesis 4.1, 4.2).
+
+    Biases, norm scales and other one-dimensional parameters are never touched, nor are embedding tables unless
+    ``layers`` is a predicate that asks for them. Gradients are changed in place, as gradient clipping does.
+
+    Args:
+        layers: ``"all"``: every linear map and convolution (fine-tuning, detection); ``"conv"``: convolutions alone
+            (the source's choice on CIFAR and ImageNet); or a predicate of (module name, module).
+        where: ``"gradient"``: before the optimizer sees the gradient (thesis algorithms 3 and 4); ``"update"``: on
+            the optimizer's update itself, which keeps row means constant under adaptive optimizers too.
+        decay: Whether weight decay is centred as well, ``"inside"`` the projection, P(g + λw), so that it leaves row
+            means where they are; or stays ``"outside"``, P(g) + λw, and shrinks them. Both for coupled (L2) and for
+            decoupled decay, except that coupled decay cannot be told from the rest of an update.
+
+    Raises:
+        ValueError: If an argument has another value.
+
+    Example:
+        >>> import torch, wellcond
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(model.weight.grad.sum(dim=1).abs().max() < 1e-6)
+        True
+    """
+
+    name: ClassVar[str] = "centralization"
+
+    layers: Literal["all", "conv"] | Predicate = "all"
+    where: Where = "gradient"
+    decay: DecayPlace = "inside"
+
+    def __post_init__(self) -> None:
+        if not callable(self.layers):
+            check_choice("layers", self.layers, ("all", "conv"))
+        check_choice("where", self.where, ("gradient", "update"))
+        check_choice("decay", self.decay, ("inside", "outside"))
+
+    def cover(self, layer: Layer) -> Coverage:
+        """Decide whether a weight's gradient is centred."""
+        kind = layer.layout.kind
+        if kind == "norm":
+            return Coverage(False, "not centred: a norm layer's scale")
+        if callable(self.layers):
+            wanted = bool(self.layers(layer.module_name, layer.module))
+            reason = "not chosen by `layers`"
+        elif kind == "embedding":
+            wanted, reason = False, "an embedding table"
+        else:
+            wanted, reason = self.layers == "all" or kind == "conv", "not a convolution"
+        if not wanted:
+            return Coverage(False, f"not centred: {reason}")
+        groups, out, *inputs = layer.matrix(layer.weight).shape
+        width = torch.Size(inputs).numel()
+        if width == 1:
+            # The mean of one number is that number: centring would only ever give zero.
+            return Coverage(False, "not centred: one weight per output unit")
+        return Coverage(True, f"{self.where} centred over {width} inputs of each of {groups * out} output units")
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Refuse weight decay that cannot be kept where ``decay`` wants it."""
+        for slot in slots:
+            if slot.decay is None:
+                if self.where == "gradient" and self.decay == "inside":
+                    raise ValueError(
+                        "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
+                        "pass weight_decay='coupled' or 'decoupled' to attach()"
+                    )
+                if self.where == "update" and self.decay == "outside":
+                    raise ValueError(
+                        "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
+                        "weight decay: pass weight_decay='decoupled' to attach() if it does not touch the gradient"
+                    )
+            elif self.where == "update" and self.decay == "outside" and not _is_zero(slot.decay.gradient):
+                raise ValueError(
+                    "GradientCentralization(where='update', decay='outside') needs decoupled weight decay: this "
+                    "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
+                )
+
+    def update(self, slots: Sequence[Slot]) -> None:
+        """Centre the gradients; note where the weights' row means are if they are needed after the step."""
+        self.check(slots)
+        for slot in slots:
+            weight, gradient = slot.layer.weight, slot.layer.weight.grad
+            assert gradient is not None
+            slot.scratch = None
+            if self.where == "update":
+                slot.scratch = row_mean(slot.layer, weight)
+                continue
+            centre = row_mean(slot.layer, gradient)
+            if self.decay == "inside":
+                assert slot.decay is not None
+                if not _is_zero(slot.decay.gradient):
+                    # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
+                    centre = centre + slot.decay.gradient * row_mean(slot.layer, weight)
+                if not _is_zero(slot.decay.shrink):
+                    slot.scratch = row_mean(slot.layer, weight)
+            slot.layer.matrix(gradient).sub_(centre)
+
+    def finish(self, slots: Sequence[Slot]) -> None:
+        """Put the row means where they belong after the optimizer's update."""
+        for slot in slots:
+            if slot.scratch is None:
+                continue
+            before: Tensor = slot.scratch
+            slot.scratch = None
+            rows = slot.layer.matrix(slot.layer.weight)
+            shrink = slot.decay.shrink if slot.decay is not None else 0.0
+            if self.where == "gradient":
+                rows.add_(before * shrink)
+            else:
+                # Two means a step are enough: whatever moved the row means is taken back.
+                target = before if self.decay == "inside" else before * (1 - shrink)
+                rows.add_(target - row_mean(slot.layer, slot.layer.weight))
+
+
+def _is_zero(value: float | Tensor) -> bool:
+    """Whether a scalar is known to be zero; a tensor's value is not looked at, which would wait for the device."""
+    return not isinstance(value, Tensor) and value == 0
