@@ -1,7 +1,6 @@
-"""Attach gradient transforms to an optimizer: hooks, closures, checkpoints, ranks.
+"""Attach gradient transforms to an optimizer: steps and closures, parameter groups, checkpoints, ranks.
 
-The only file that touches an optimizer. Forward hooks hold weak references and check which module calls them, so that
-copies of the model (EMA, SWA) neither feed nor keep alive anything here.
+Only this file and `decay`, which reads parameter groups, know what an optimizer is.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,29 +23,15 @@ from wellcond.transforms.base import (
     Coverage,
     Decay,
     GradientTransform,
-    Scalar,
     Slot,
     State,
     WellcondWarning,
     check_choice,
 )
-
-KEY_PREFIX = "wellcond_"
-
-# torch's optimizers that multiply the weights by 1 − lr·λ but do not say so in their parameter groups.
-_DECOUPLED: tuple[type[Optimizer], ...] = tuple(
-    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
-)
-_COUPLED: tuple[type[Optimizer], ...] = (
-    torch.optim.SGD,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.RMSprop,
-)
-
-WeightDecayKind = Literal["auto", "coupled", "decoupled"]
+from wellcond.transforms.decay import WeightDecayKind, group_decay
+from wellcond.transforms.probe import Gate, Probe
+from wellcond.transforms.report import coverage_lines
+from wellcond.transforms.state import read_state, state_key, take_out
 
 
 def attach(
@@ -116,8 +101,8 @@ class Attachment:
         self._synchronize = synchronize
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
         self._group_sizes: list[int] = []
-        self._gate = _Gate()
-        self._probes: dict[nn.Module, tuple[_Probe, RemovableHandle]] = {}
+        self._gate = Gate()
+        self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
         self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
         self._loading: dict[int, State] = {}
 
@@ -146,7 +131,7 @@ class Attachment:
             attachments.remove(self)
             for transform, slot in self._all_slots():
                 for key in slot.state:
-                    optimizer.state.get(slot.layer.weight, {}).pop(_state_key(transform, key), None)
+                    optimizer.state.get(slot.layer.weight, {}).pop(state_key(transform, key), None)
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Count what happened so far, per transform; reading the counts may synchronize the device.
@@ -165,30 +150,11 @@ class Attachment:
         optimizer, model = self._optimizer(), self._model()
         if optimizer is None or model is None:
             return "the optimizer or the model no longer exists"
-        unknown = find_layers(model).unknown
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         blocks = []
         for transform in self.transforms:
-            lines: dict[str, tuple[str, str]] = {}
-            for slot in self._slots[transform.name]:
-                coverage = slot.coverage
-                for use in slot.uses:
-                    lines[use.name] = (coverage.how, _bytes(coverage.state_bytes) if coverage.applies else "")
-                if slot.bias is not None and slot.layer.bias_name is not None:
-                    lines[slot.layer.bias_name] = (f"together with {slot.layer.name}", "")
-            rows = []
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                if id(parameter) not in held:
-                    lines.setdefault(name, ("not held by this optimizer", ""))
-                elif name in unknown:
-                    how = f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)"
-                    lines.setdefault(name, (how, ""))
-                rows.append((name, str(tuple(parameter.shape)), *lines.get(name, ("unchanged", ""))))
-            widths = [max(len(row[column]) for row in rows) for column in range(3)]
-            table = [
-                "  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-            ]
-            blocks.append("\n".join([f"{transform.name} over {type(optimizer).__name__}", *table]))
+            title = f"{transform.name} over {type(optimizer).__name__}"
+            blocks.append("\n".join([title, *coverage_lines(model, held, self._slots[transform.name])]))
         return "\n\n".join(blocks)
 
     # which weights --------------------------------------------------------------------------------------------------
@@ -234,24 +200,13 @@ class Attachment:
                     slot.state = self._adopt(optimizer, transform, slot)
                 self._slots[transform.name].append(slot)
             transform.check(self._covered(transform))
+        self._publish(optimizer, lambda slot: bool(optimizer.state.get(slot.layer.weight)))
         self._place_probes()
 
     def _adopt(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
         """Return a slot's first state: what was loaded into the optimizer before attaching, or a new one."""
-        fresh = transform.init(slot)
-        published = optimizer.state.get(slot.layer.weight, {})
-        found = {key: published[name] for key in fresh if (name := _state_key(transform, key)) in published}
-        if len(found) < len(fresh) or not fresh:
-            return fresh
-        weight = slot.layer.weight
-        if any(isinstance(v, Tensor) and v.dtype != found[k].dtype for k, v in fresh.items()):
-            warnings.warn(
-                f"the statistics of '{slot.layer.module_name}' were rounded to {weight.dtype} when the optimizer's "
-                "state was loaded: attach first, then load",
-                WellcondWarning,
-                stacklevel=5,
-            )
-        return _checked_state(transform, slot, found, fresh)
+        found = read_state(transform, slot, optimizer.state.get(slot.layer.weight, {}), warn_if_rounded=True)
+        return transform.init(slot) if found is None else found
 
     def _covered(self, transform: GradientTransform) -> list[Slot]:
         return [slot for slot in self._slots[transform.name] if slot.coverage.applies]
@@ -270,14 +225,14 @@ class Attachment:
             for use in slot.uses:
                 self._observers.setdefault(use.module, []).append((transform, slot, use))
                 if use.module not in self._probes:
-                    probe = _Probe(use.module, self)
+                    probe = Probe(use.module, self, self._gate)
                     self._probes[use.module] = probe, use.module.register_forward_pre_hook(probe, with_kwargs=True)
         self._set_gate()
 
     def _set_gate(self) -> None:
         self._gate.open = any(transform.wants_inputs(slot) for transform, slot in self._all_slots())
 
-    def _observe(self, module: nn.Module, inputs: Tensor) -> None:
+    def observe(self, module: nn.Module, inputs: Tensor) -> None:
         """Take in one forward pass of one module."""
         for transform, slot, use in self._observers[module]:
             if not (transform.wants_inputs(slot) and use.weight.requires_grad):
@@ -355,7 +310,7 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for transform in reversed(self.transforms):
             transform.finish(self._covered(transform))
-        self._publish(optimizer)
+        self._publish(optimizer, lambda slot: slot.layer.weight.grad is not None)
 
     def _with_gradient(self, transform: GradientTransform) -> list[Slot]:
         slots = [slot for slot in self._covered(transform) if slot.layer.weight.grad is not None]
@@ -379,43 +334,29 @@ class Attachment:
         return {
             id(parameter): decay
             for group in optimizer.param_groups
-            for decay in [_group_decay(optimizer, group, self._weight_decay)]
+            for decay in [group_decay(optimizer, group, self._weight_decay)]
             for parameter in group["params"]
         }
 
     # checkpoints ----------------------------------------------------------------------------------------------------
 
-    def _publish(self, optimizer: Optimizer) -> None:
-        """Show the slots' state in ``optimizer.state``.
+    def _publish(self, optimizer: Optimizer, chosen: Callable[[Slot], bool]) -> None:
+        """Show the state of the chosen slots in ``optimizer.state``.
 
-        Only now, after the optimizer's own update: Adam and others set up a parameter's state when they find it empty,
-        and would take ours for their own.
+        Only beside the optimizer's own, or after its own update: Adam and others set up a parameter's state when they
+        find it empty, and would take ours for their own.
         """
         for transform, slot in self._all_slots():
-            if slot.state and slot.layer.weight.grad is not None:
+            if slot.state and chosen(slot):
                 state = optimizer.state[slot.layer.weight]
                 for key, value in slot.state.items():
-                    state[_state_key(transform, key)] = value
+                    state[state_key(transform, key)] = value
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take our tensors out of a state dict that is being loaded: torch would round them to the weights' dtype."""
-        self._loading = {}
-        prefixes = tuple(_state_key(transform, "") for transform in self.transforms)
-        state: dict[Any, Any] = {}
-        for index, entry in state_dict["state"].items():
-            ours = {key: value for key, value in entry.items() if str(key).startswith(prefixes)}
-            if ours:
-                self._loading[index] = ours
-            state[index] = {key: value for key, value in entry.items() if key not in ours}
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if len(indices) == len(parameters):  # otherwise torch refuses the state dict in its own words
-            self._loading = {
-                id(parameter): self._loading[index]
-                for index, parameter in zip(indices, parameters, strict=True)
-                if index in self._loading
-            }
-        return {**state_dict, "state": state}
+        state_dict, self._loading = take_out(state_dict, self.transforms, parameters)
+        return state_dict
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Give the slots the state that was loaded."""
@@ -425,21 +366,19 @@ class Attachment:
             fresh = transform.init(slot)
             if not fresh:
                 continue
-            entry = loading.get(id(slot.layer.weight), {})
-            found = {key: entry[name] for key in fresh if (name := _state_key(transform, key)) in entry}
             slot.pending = None
-            if len(found) == len(fresh):
-                slot.state = _checked_state(transform, slot, found, fresh)
-                for key, value in slot.state.items():
-                    optimizer.state[slot.layer.weight][_state_key(transform, key)] = value
-            else:
-                slot.state = fresh
-                if optimizer.state.get(slot.layer.weight):
-                    without.append(slot.layer.name)
+            loaded = read_state(transform, slot, loading.get(id(slot.layer.weight), {}))
+            slot.state = fresh if loaded is None else loaded
+            if loaded is None and optimizer.state.get(slot.layer.weight):
+                without.append(slot.layer.name)
+        self._publish(
+            optimizer, lambda slot: id(slot.layer.weight) in loading or bool(optimizer.state.get(slot.layer.weight))
+        )
         self._set_gate()
         if without:
+            names = " or ".join(transform.name for transform in self.transforms)
             warnings.warn(
-                f"the loaded optimizer state has no {', '.join(t.name for t in self.transforms)} statistics for "
+                f"the loaded optimizer state has no statistics of {names} for "
                 f"{len(without)} weights ({without[0]}{', …' if len(without) > 1 else ''}): they start anew",
                 WellcondWarning,
                 stacklevel=3,
@@ -451,58 +390,6 @@ class _Step:
 
     def __init__(self) -> None:
         self.refreshed = False
-
-
-class _Gate:
-    """Whether any input is wanted now: the one thing that compiled code looks at, so that it has two variants."""
-
-    def __init__(self) -> None:
-        self.open = False
-
-
-class _Probe:
-    """A forward pre-hook that shows a module's input to an attachment, exactly once per sample and step."""
-
-    def __init__(self, module: nn.Module, attachment: Attachment) -> None:
-        self._module = weakref.ref(module)
-        self._attachment = weakref.ref(attachment)
-        self._gate = attachment._gate
-        # Forward passes that were observed and that a checkpointed segment may run again.
-        self.may_recur = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._gate.open and module.training and torch.is_grad_enabled():
-            self._observe(module, args[0] if args else kwargs.get("input"))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _observe(self, module: nn.Module, inputs: object) -> None:
-        attachment = self._attachment()
-        # A deep copy of the model carries this hook, but is another module.
-        if attachment is None or self._module() is not module or not isinstance(inputs, Tensor):
-            return
-        if torch._C._current_graph_task_id() != -1:
-            # Inside a backward pass: activation checkpointing recomputes. Without reentrance the first run was
-            # observed; with it the first run had gradients off, and this one counts.
-            if self.may_recur > 0:
-                self.may_recur -= 1
-                return
-        else:
-            self.may_recur += 1
-        attachment._observe(module, inputs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert_probe
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert_probe, ()
-
-
-def _inert_probe(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Stand where a copied or unpickled module had a probe: nothing observes that module."""
-
-
-def _make_inert_probe() -> Callable[..., None]:
-    return _inert_probe
 
 
 def _unwrap(optimizer: object) -> Optimizer:
@@ -535,62 +422,3 @@ def _joint_coverage(transform: GradientTransform, layer: Layer, layers: list[Lay
         if type(other.layout) is not type(layer.layout):
             return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
     return coverage
-
-
-def _group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKind) -> Decay | None:
-    """Say what a parameter group's weight decay does in the coming step; None if that is not known."""
-    strength: Scalar = group.get("weight_decay", 0.0)
-    if not isinstance(strength, Tensor) and strength == 0:
-        return Decay()
-    decoupled: bool | None
-    if kind != "auto":
-        decoupled = kind == "decoupled"
-    elif "decoupled_weight_decay" in group or "weight_decouple" in group:
-        decoupled = bool(group.get("decoupled_weight_decay", group.get("weight_decouple")))
-    elif isinstance(optimizer, _DECOUPLED):
-        decoupled = True
-    else:
-        decoupled = False if isinstance(optimizer, _COUPLED) else None
-    if decoupled is None:
-        return None
-    if not decoupled:
-        gradient = -strength if group.get("maximize", False) else strength
-        # A fused optimizer under GradScaler is handed gradients still multiplied by the loss scale.
-        scale = getattr(optimizer, "grad_scale", None)
-        return Decay(gradient=gradient if scale is None else gradient * scale)
-    shrink = strength if group.get("fixed_decay", False) else strength * group["lr"]
-    # … and takes no step at all when that scaler found infinities.
-    found_inf = getattr(optimizer, "found_inf", None)
-    return Decay(shrink=shrink if found_inf is None else shrink * (1 - found_inf))
-
-
-def _checked_state(transform: GradientTransform, slot: Slot, found: State, fresh: State) -> State:
-    """Copy a loaded state to the weight's device, in the precision and shapes that the transform keeps."""
-    state: State = {}
-    for key, like in fresh.items():
-        value = found[key]
-        if not isinstance(like, Tensor):
-            state[key] = int(value)
-            continue
-        if not isinstance(value, Tensor) or value.shape != like.shape:
-            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the loaded {_state_key(transform, key)} of layer '{slot.layer.module_name}' must have the shape "
-                f"{tuple(like.shape)}, got {given}"
-            )
-        state[key] = like.copy_(value)
-    return state
-
-
-def _state_key(transform: GradientTransform, key: str) -> str:
-    return f"{KEY_PREFIX}{transform.name}_{key}"
-
-
-def _bytes(count: int) -> str:
-    """Write a number of bytes for people."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -27,75 +27,8 @@ from wellcond.transforms.base import (
     check_choice,
     check_positive_integer,
 )
-
-# Rows are laid out in pieces of about this many numbers: a large batch's patches need not fit in memory at once.
-ROWS_CHUNK = 1 << 24
-
-
-def raw_second_moment(layer: Layer, inputs: Tensor, bias: bool, dtype: torch.dtype) -> list[Tensor]:
-    """Sum x xᵀ over the rows of a layer's input, with a constant 1 appended to x if the bias counts.
-
-    Args:
-        layer: The layer.
-        inputs: What its forward was given.
-        bias: Whether to append the constant.
-        dtype: Precision of the sum, whatever autocast says.
-
-    Returns:
-        The sum, shape [groups, d, d] (d includes the constant), and the number of rows, shape []. Where the input is
-        not finite both are zero, decided on the device.
-
-    Example:
-        >>> from torch import nn
-        >>> from wellcond.layouts import find_layers
-        >>> (layer,) = find_layers(nn.Linear(2, 3))
-        >>> total, count = raw_second_moment(layer, torch.tensor([[1.0, 2.0]]), True, torch.float32)
-        >>> total[0]
-        tensor([[1., 2., 1.],
-                [2., 4., 2.],
-                [1., 2., 1.]])
-    """
-    groups, width = second_moment_shape(layer, bias)
-    total = torch.zeros(groups, width, width, dtype=dtype, device=inputs.device)
-    count = 0
-    with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-        for chunk in _chunks(layer, inputs.detach(), width):
-            rows = layer.rows(chunk.to(dtype))
-            d = rows.shape[-1]
-            total[:, :d, :d].baddbmm_(rows.mT, rows)
-            if bias:
-                total[:, -1, :d] += rows.sum(dim=1)
-            count += rows.shape[1]
-        if bias:
-            total[:, :-1, -1] = total[:, -1, :-1]
-            total[:, -1, -1] = count
-        finite = torch.isfinite(total).all()
-        return [torch.where(finite, total, 0.0), finite.to(dtype) * count]
-
-
-def _chunks(layer: Layer, inputs: Tensor, width: int) -> Sequence[Tensor]:
-    """Split an input along its batch axis so that one piece's rows hold about ROWS_CHUNK numbers."""
-    if inputs.numel() == 0:
-        return ()
-    if layer.layout.kind != "conv" or inputs.dim() == layer.weight.dim() - 1:
-        return (inputs,)
-    # A convolution has at most about one patch per input position.
-    per_sample = max(1, width * inputs[0, 0].numel())
-    return torch.split(inputs, max(1, ROWS_CHUNK // per_sample))
-
-
-def second_moment_shape(layer: Layer, bias: bool) -> tuple[int, int]:
-    """Return (groups, d) of a layer's second moment.
-
-    Args:
-        layer: The layer.
-        bias: Whether d counts the constant input of the bias.
-
-    Returns:
-        The number of matrices and their width.
-    """
-    groups, _, *inputs = layer.matrix(layer.weight).shape
-    return groups, math.prod(inputs) + bool(bias)
+from wellcond.transforms.second_moment import raw_second_moment, second_moment_shape, statistics_dtype
+from wellcond.transforms.sharding import local, rows_are_whole, sum_over_shards
 
 
 def joint_gradient(slot: Slot) -> Tensor:
@@ -105,15 +38,15 @@ def joint_gradient(slot: Slot) -> Tensor:
         slot: The layer's slot; its weight has a gradient, its bias may lack one (then zeros stand for it).
 
     Returns:
-        Shape [groups, out, d], in the precision of the slot's second moment.
+        Shape [groups, out, d], in the precision of the statistics; the rows of this rank if the weight is sharded.
     """
     weight = slot.layer.weight
     assert weight.grad is not None
-    matrix = slot.layer.matrix(weight.grad).flatten(2).to(statistics_dtype(slot.layer))
+    matrix = slot.layer.matrix(local(weight.grad)).flatten(2).to(statistics_dtype(slot.layer))
     if slot.bias is None:
         return matrix
     bias = torch.zeros_like(slot.bias) if slot.bias.grad is None else slot.bias.grad
-    return torch.cat([matrix, bias.to(matrix.dtype).reshape(*matrix.shape[:2], 1)], dim=2)
+    return torch.cat([matrix, local(bias).to(matrix.dtype).reshape(*matrix.shape[:2], 1)], dim=2)
 
 
 def write_joint_gradient(slot: Slot, matrix: Tensor) -> None:
@@ -125,31 +58,29 @@ def write_joint_gradient(slot: Slot, matrix: Tensor) -> None:
     """
     weight = slot.layer.weight
     assert weight.grad is not None
-    target = slot.layer.matrix(weight.grad)
+    target = slot.layer.matrix(local(weight.grad))
     if slot.bias is not None:
         if slot.bias.grad is not None:
-            slot.bias.grad.copy_(matrix[..., -1].reshape_as(slot.bias.grad))
+            bias = local(slot.bias.grad)
+            bias.copy_(matrix[..., -1].reshape_as(bias))
         matrix = matrix[..., :-1]
     target.copy_(matrix.reshape(target.shape))
 
 
-def restore_norm(changed: Tensor, original: Tensor) -> Tensor:
-    """Scale ``changed`` to the Frobenius norm of ``original`` (thesis 5.16, 6.7); zeros stay zeros.
+def norm_ratios(slots: Sequence[Slot], originals: Sequence[Tensor], changed: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return ‖original‖ / ‖changed‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7).
 
     Args:
-        changed: Any tensor.
-        original: The tensor whose norm is wanted.
+        slots: The layers; where weights are sharded (FSDP2) their ranks' norms are added in one collective per mesh.
+        originals: Their gradients, of this rank.
+        changed: Their preconditioned gradients, of this rank.
 
     Returns:
-        ``changed`` · ‖original‖ / ‖changed‖.
-
-    Example:
-        >>> restore_norm(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]))
-        tensor([0., 5.])
+        A scalar tensor per layer; finite where ``changed`` is zero.
     """
-    norm = torch.linalg.vector_norm(changed).clamp_min(torch.finfo(changed.dtype).tiny)
-    scale: Tensor = torch.linalg.vector_norm(original) / norm
-    return changed * scale
+    squares = [torch.stack([o.square().sum(), c.square().sum()]) for o, c in zip(originals, changed, strict=True)]
+    norms = [s.sqrt() for s in sum_over_shards(squares, [slot.layer.weight for slot in slots])]
+    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
 
 
 @dataclass(frozen=True)
@@ -202,6 +133,8 @@ class FeaturePreconditioner(GradientTransform):
             return Coverage(False, f"plain gradient: {layer.layout.missing_rows}")
         if self.where is not None and not self.where(layer.module_name, layer.module):
             return Coverage(False, "plain gradient: not chosen by `where`")
+        if not rows_are_whole(layer):
+            return Coverage(False, "plain gradient: its weight is sharded otherwise than by output units")
         bias = layer.bias is not None and layer.bias.requires_grad
         groups, width = second_moment_shape(layer, bias)
         shape = f"{groups} × {width} × {width}" if groups > 1 else f"{width} × {width}"
@@ -264,10 +197,13 @@ class FeaturePreconditioner(GradientTransform):
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Multiply each gradient by its preconditioner and give it its norm back."""
-        for slot in slots:
-            gradient = joint_gradient(slot)
-            changed = gradient @ _tensor(slot, "preconditioner")
-            write_joint_gradient(slot, restore_norm(changed, gradient) if self.restore_norm else changed)
+        originals = [joint_gradient(slot) for slot in slots]
+        changed = [g @ _tensor(slot, "preconditioner") for g, slot in zip(originals, slots, strict=True)]
+        if self.restore_norm:
+            ratios = norm_ratios(slots, originals, changed)
+            changed = [gradient * ratio for gradient, ratio in zip(changed, ratios, strict=True)]
+        for slot, gradient in zip(slots, changed, strict=True):
+            write_joint_gradient(slot, gradient)
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
         """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
@@ -305,7 +241,8 @@ class FeaturePreconditioner(GradientTransform):
                 )
             slot.state["failed"] = _count(slot, "failed") + 1
         else:
-            slot.state["preconditioner"] = power
+            # In one memory layout, whatever the solver returned: products after a resume then agree bit for bit.
+            slot.state["preconditioner"] = power.contiguous()
 
     def _solves_until(self, step: int) -> int:
         """Count the scheduled factorizations at steps 0 … step: it grows exactly where one is due."""
@@ -317,11 +254,6 @@ class FeaturePreconditioner(GradientTransform):
         # stats_every · 2^k for k = 0, 1, … below solve_every, as far as they have been reached.
         reached = min(step, self.solve_every - 1) // self.stats_every
         return regular + reached.bit_length()
-
-
-def statistics_dtype(layer: Layer) -> torch.dtype:
-    """Return the precision in which a layer's statistics are kept: float32, or wider where its weight is wider."""
-    return torch.promote_types(torch.float32, layer.weight.dtype)
 
 
 def _tensor(slot: Slot, key: str) -> Tensor:

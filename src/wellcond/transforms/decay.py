@@ -1,0 +1,53 @@
+"""What an optimizer's weight decay does to its parameters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wellcond.transforms.base import Decay, Scalar
+
+# torch's optimizers that multiply the weights by 1 − lr·λ but do not say so in their parameter groups.
+_DECOUPLED: tuple[type[Optimizer], ...] = tuple(
+    getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)
+)
+_COUPLED: tuple[type[Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.RMSprop,
+)
+
+WeightDecayKind = Literal["auto", "coupled", "decoupled"]
+
+
+def group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKind) -> Decay | None:
+    """Say what a parameter group's weight decay does in the coming step; None if that is not known."""
+    strength: Scalar = group.get("weight_decay", 0.0)
+    if not isinstance(strength, Tensor) and strength == 0:
+        return Decay()
+    decoupled: bool | None
+    if kind != "auto":
+        decoupled = kind == "decoupled"
+    elif "decoupled_weight_decay" in group or "weight_decouple" in group:
+        decoupled = bool(group.get("decoupled_weight_decay", group.get("weight_decouple")))
+    elif isinstance(optimizer, _DECOUPLED):
+        decoupled = True
+    else:
+        decoupled = False if isinstance(optimizer, _COUPLED) else None
+    if decoupled is None:
+        return None
+    if not decoupled:
+        gradient = -strength if group.get("maximize", False) else strength
+        # A fused optimizer under GradScaler is handed gradients still multiplied by the loss scale.
+        scale = getattr(optimizer, "grad_scale", None)
+        return Decay(gradient=gradient if scale is None else gradient * scale)
+    shrink = strength if group.get("fixed_decay", False) else strength * group["lr"]
+    # … and takes no step at all when that scaler found infinities.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return Decay(shrink=shrink if found_inf is None else shrink * (1 - found_inf))

@@ -1,0 +1,72 @@
+"""Forward hooks that show a module's inputs to an attachment, exactly once per sample and step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Observer(Protocol):
+    """What takes in the inputs that a probe shows."""
+
+    def observe(self, module: nn.Module, inputs: Tensor) -> None:
+        """Take in one forward pass of one module."""
+
+
+class Gate:
+    """Whether any input is wanted now: the one thing that compiled code looks at, so that it has two variants."""
+
+    def __init__(self) -> None:
+        self.open = False
+
+
+class Probe:
+    """A forward pre-hook that shows a module's input to an observer, exactly once per sample and step."""
+
+    def __init__(self, module: nn.Module, observer: Observer, gate: Gate) -> None:
+        self._module = weakref.ref(module)
+        self._observer = weakref.ref(observer)
+        self._gate = gate
+        # Forward passes that were observed and that a checkpointed segment may run again.
+        self.may_recur = 0
+        # Compiled code steps out here, in the variant where the gate is open. (As a decorator this would import the
+        # compiler together with this library; by now the optimizer has imported it.)
+        self._observe_uncompiled = torch.compiler.disable(self._observe)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the input unless nobody wants it, or this pass cannot lead to a gradient."""
+        if self._gate.open and module.training and torch.is_grad_enabled():
+            self._observe_uncompiled(module, args[0] if args else kwargs.get("input"))
+
+    def _observe(self, module: nn.Module, inputs: object) -> None:
+        observer = self._observer()
+        # A deep copy of the model carries this hook, but is another module.
+        if observer is None or self._module() is not module or not isinstance(inputs, Tensor):
+            return
+        if torch._C._current_graph_task_id() != -1:
+            # Inside a backward pass: activation checkpointing recomputes. Without reentrance the first run was
+            # observed; with it the first run had gradients off, and this one counts.
+            if self.may_recur > 0:
+                self.may_recur -= 1
+                return
+        else:
+            self.may_recur += 1
+        observer.observe(module, inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert_probe
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert_probe, ()
+
+
+def _inert_probe(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Stand where a copied or unpickled module had a probe: nothing observes that module."""
+
+
+def _make_inert_probe() -> Callable[..., None]:
+    return _inert_probe

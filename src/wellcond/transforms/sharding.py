@@ -1,0 +1,89 @@
+"""Weights sharded over ranks (FSDP2), without importing ``torch.distributed.tensor`` where there are none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wellcond.layouts import Layer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Say whether a tensor is a DTensor.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for a DTensor, however it is placed.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    # The module takes a second to import, and no DTensor exists before someone has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, and any other tensor itself.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        A plain tensor; writing to it writes to ``tensor``.
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def rows_are_whole(layer: Layer) -> bool:
+    """Say whether every rank that holds some of a weight holds whole rows, as under FSDP2, which shards output units.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        True also for weights that are not sharded.
+    """
+    if not is_sharded(layer.weight):
+        return True
+    groups = layer.matrix(layer.weight).shape[0]
+    return groups == 1 and all(p.is_replicate() or p.is_shard(0) for p in layer.weight.placements)
+
+
+def sum_over_shards(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Add up over the ranks what each computed from its part of a weight, in one collective per mesh.
+
+    Args:
+        values: One tensor per weight, all of one shape.
+        weights: The weights; the values of those that are not sharded stay as they are.
+
+    Returns:
+        The sums.
+    """
+    sums = list(values)
+    meshes: dict[Any, list[int]] = {}
+    for index, weight in enumerate(weights):
+        if is_sharded(weight):
+            meshes.setdefault((weight.device_mesh, weight.placements, values[index].dtype), []).append(index)
+    if not meshes:
+        return sums
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    for (mesh, placements, _), indices in meshes.items():
+        parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+        stacked = torch.stack([values[index] for index in indices])
+        total = DTensor.from_local(stacked, mesh, parts, run_check=False).full_tensor()
+        for index, value in zip(indices, total, strict=True):
+            sums[index] = value
+    return sums

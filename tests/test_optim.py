@@ -1,0 +1,84 @@
+"""The named optimizers: a torch optimizer plus an attachment, nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wellcond
+from wellcond import FeatureDescent, FeatureWhitening
+from wellcond.optim import FSGD, WSGDM, FAdam, WAdam
+
+FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6) -> Tensor:
+    for step in range(steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "transform"),
+    [
+        (FSGD, torch.optim.SGD, FeatureDescent),
+        (WSGDM, torch.optim.SGD, FeatureWhitening),
+        (FAdam, torch.optim.AdamW, FeatureDescent),
+        (WAdam, torch.optim.AdamW, FeatureWhitening),
+    ],
+)
+class TestEveryNamedOptimizer:
+    def test_is_its_base_plus_its_transform(self, named: Any, base: Any, transform: Any) -> None:
+        model, reference = net(), net()
+        optimizer = named(model, lr=0.05, weight_decay=0.01, **FAST)
+        options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+        plain = base(reference.parameters(), lr=0.05, weight_decay=0.01, **options)
+        wellcond.attach(plain, reference, transform(**FAST))
+        assert isinstance(optimizer, base)
+        assert torch.equal(train(model, optimizer), train(reference, plain))
+
+    def test_takes_parameter_groups_and_a_scheduler(self, named: Any, base: Any, transform: Any) -> None:
+        model = net()
+        groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2].parameters()}]
+        optimizer = named(model, lr=0.05, params=groups, **FAST)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+        train(model, optimizer)
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.005])
+
+    def test_resumes_exactly(self, named: Any, base: Any, transform: Any) -> None:
+        model, resumed = net(), net()
+        optimizer, theirs = named(model, lr=0.05, **FAST), named(resumed, lr=0.05, **FAST)
+        train(model, optimizer, steps=3)
+        resumed.load_state_dict(model.state_dict())
+        theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert torch.equal(train(model, optimizer), train(resumed, theirs))
+
+    def test_names_a_wrong_option(self, named: Any, base: Any, transform: Any) -> None:
+        with pytest.raises(ValueError, match="stats_every must be a positive integer, got 0"):
+            named(net(), lr=0.1, stats_every=0)
+        with pytest.raises(TypeError, match="dampling"):
+            named(net(), lr=0.1, dampling=0.1)
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator"):
+            named(net().parameters(), lr=0.1)
+
+    def test_is_not_copied_without_its_model(self, named: Any, base: Any, transform: Any) -> None:
+        with pytest.raises(TypeError, match=r"save and load state_dict\(\)"):
+            copy.deepcopy(named(net(), lr=0.1))
+
+
+def test_options_of_torchs_optimizer_reach_it() -> None:
+    assert FSGD(net(), lr=0.1, nesterov=True).param_groups[0]["nesterov"] is True
+    assert WAdam(net(), lr=0.1, amsgrad=True).param_groups[0]["amsgrad"] is True
