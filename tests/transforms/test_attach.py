@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.checkpoint import checkpoint
 
 import wellcond
@@ -242,6 +245,34 @@ class TestCheckpoints:
         moment = second_moment(theirs, resumed[0].weight)  # type: ignore[index]
         assert moment.dtype == torch.float32
         assert torch.equal(moment, second_moment(optimizer, model[0].weight))  # type: ignore[index]
+        train(model, optimizer, range(5, 12))
+        train(resumed, theirs, range(5, 12))
+        for ours, other in zip(model.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(ours, other)
+
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    def test_resumes_exactly_through_a_distributed_checkpoint(self, tmp_path: Path) -> None:
+        def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            wellcond.attach(optimizer, model, FeatureWhitening(stats_every=2, solve_every=3))
+            return model, optimizer
+
+        def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+            for step in steps:
+                optimizer.zero_grad()
+                model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+                optimizer.step()
+
+        model, optimizer = make()
+        train(model, optimizer, range(5))
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        resumed, theirs = make()
+        weights, state = get_state_dict(resumed, theirs)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        set_state_dict(resumed, theirs, model_state_dict=weights, optim_state_dict=state)
         train(model, optimizer, range(5, 12))
         train(resumed, theirs, range(5, 12))
         for ours, other in zip(model.parameters(), resumed.parameters(), strict=True):
