@@ -25,6 +25,7 @@ class Layout:
     Attributes:
         kind: What the weight is: a linear map of features (``"linear"``), a convolution (``"conv"``), a norm layer's
             affine parameters (``"norm"``), or a table of vectors (``"embedding"``).
+        output_axis: Which axis of the weight counts output units.
         has_rows: Whether `rows` is defined, that is, whether a second moment of the layer's input can be observed.
         missing_rows: Why not, for reports, where ``has_rows`` is False.
 
@@ -35,6 +36,7 @@ class Layout:
     """
 
     kind: Kind = "linear"
+    output_axis: int = 0
     has_rows: bool = False
     missing_rows: str = "its input rows are not defined"
 
@@ -60,6 +62,22 @@ class Layout:
             A view, shape [groups, out, *inputs]; writing to it writes to ``weight``.
         """
         return weight.unsqueeze(0)
+
+    def groups(self, module: nn.Module) -> int:
+        """Return how many matrices the weight is: more than one for grouped convolutions."""
+        return 1
+
+    def unit_mean(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Average a weight-shaped tensor over everything but the output unit.
+
+        Args:
+            module: The layer.
+            weight: Its weight, that weight's gradient, or anything of that shape.
+
+        Returns:
+            A tensor that broadcasts to the shape of ``weight``.
+        """
+        return weight.mean(dim=[axis for axis in range(weight.dim()) if axis != self.output_axis], keepdim=True)
 
     def rows(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Lay out the layer's input as the rows that its weight matrices multiply.
@@ -99,8 +117,10 @@ class ConvLayout(Layout):
     has_rows = True
 
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
-        conv = cast(nn.Conv2d, module)
-        return torch.unflatten(weight, 0, (conv.groups, -1))
+        return torch.unflatten(weight, 0, (self.groups(module), -1))
+
+    def groups(self, module: nn.Module) -> int:  # noqa: D102
+        return cast(nn.Conv2d, module).groups
 
     def rows(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Lay out the padded input's patches; stride, dilation, padding and its mode are the layer's own.
@@ -144,10 +164,20 @@ class ConvTransposeLayout(Layout):
     """``nn.ConvTranspose1d/2d/3d``: weight (in, out/groups, *kernel), so the output unit is the *second* axis."""
 
     kind = "conv"
+    output_axis = 1
 
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
-        groups = cast(nn.ConvTranspose2d, module).groups
-        return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2)
+        return torch.unflatten(weight, 0, (self.groups(module), -1)).transpose(1, 2)
+
+    def groups(self, module: nn.Module) -> int:  # noqa: D102
+        return cast(nn.ConvTranspose2d, module).groups
+
+    def unit_mean(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+        if self.groups(module) == 1:
+            return super().unit_mean(module, weight)
+        rows = self.matrix(module, weight)  # [groups, out, in, *kernel]
+        mean = rows.mean(dim=list(range(2, rows.dim())), keepdim=True)
+        return mean.expand(*rows.shape[:3], *mean.shape[3:]).transpose(1, 2).flatten(0, 1)
 
 
 class NormLayout(Layout):
@@ -163,6 +193,7 @@ class EmbeddingLayout(Layout):
     """``nn.Embedding``, ``nn.EmbeddingBag``: weight (tokens, out), a linear map of one-hot inputs."""
 
     kind = "embedding"
+    output_axis = 1
 
     def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:  # noqa: D102
         return [("weight", None)]
@@ -283,9 +314,23 @@ class Layer:
     bias: Parameter | None = None
     bias_name: str | None = None
 
+    @property
+    def groups(self) -> int:
+        """How many matrices the weight is."""
+        return self.layout.groups(self.module)
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """The weight's shape as [groups, out, *inputs]; of the whole weight where it is sharded over ranks."""
+        return self.matrix(torch.empty(self.weight.shape, device="meta")).shape
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as [groups, out, *inputs]."""
         return self.layout.matrix(self.module, tensor)
+
+    def unit_mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor of the weight's shape over everything but the output unit."""
+        return self.layout.unit_mean(self.module, tensor)
 
     def rows(self, inputs: Tensor) -> Tensor:
         """Lay out the module's input as rows [groups, n, d]."""

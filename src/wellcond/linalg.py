@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -40,7 +41,7 @@ def symmetric_power(
         The powers, shape (..., d, d), of the dtype of ``matrix``.
 
     Raises:
-        ValueError: If the solver does not apply to the exponent and damping mode.
+        ValueError: If the damping is outside its range, or the solver does not apply to the exponent and damping mode.
         torch.linalg.LinAlgError: If the factorization fails.
 
     Example:
@@ -48,6 +49,7 @@ def symmetric_power(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]])
     """
+    check_damping(damping, damping_mode)
     if choose_solver(exponent, damping_mode, solver) == "cholesky":
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * identity))
@@ -61,6 +63,27 @@ def symmetric_power(
         eigenvalues = eigenvalues + damping
     power: Tensor = (eigenvectors * eigenvalues.pow(exponent).unsqueeze(-2)) @ eigenvectors.mT
     return power
+
+
+def check_damping(damping: float, damping_mode: str) -> None:
+    """Check a damping and its mode.
+
+    Args:
+        damping: Must be a finite number of at least 0.
+        damping_mode: Must be one of ``DAMPING_MODES``.
+
+    Raises:
+        ValueError: Naming the argument and what it was.
+
+    Example:
+        >>> check_damping(-1.0, "relative")
+        Traceback (most recent call last):
+        ValueError: damping must be a finite number of at least 0, got -1.0
+    """
+    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise ValueError(f"damping must be a finite number of at least 0, got {damping!r}")
+    if damping_mode not in DAMPING_MODES:
+        raise ValueError(f"damping_mode must be one of {', '.join(map(repr, DAMPING_MODES))}, got {damping_mode!r}")
 
 
 def choose_solver(exponent: float, damping_mode: DampingMode, solver: Solver) -> Literal["eigh", "cholesky"]:
@@ -82,7 +105,7 @@ def choose_solver(exponent: float, damping_mode: DampingMode, solver: Solver) ->
         ('cholesky', 'eigh')
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
     # λ_max, which relative damping needs, costs an eigendecomposition: Cholesky would save nothing.
     cholesky_applies = exponent == -1 and damping_mode == "absolute"
     if solver == "cholesky" and not cholesky_applies:

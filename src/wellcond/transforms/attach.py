@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -233,7 +234,9 @@ class Attachment:
         self._gate.open = any(transform.wants_inputs(slot) for transform, slot in self._all_slots())
 
     def observe(self, module: nn.Module, inputs: Tensor) -> None:
-        """Take in one forward pass of one module."""
+        """Take in one forward pass of one module; an empty batch says nothing, and leaves its turn to the next."""
+        if inputs.numel() == 0:
+            return
         for transform, slot, use in self._observers[module]:
             if not (transform.wants_inputs(slot) and use.weight.requires_grad):
                 continue
@@ -287,6 +290,10 @@ class Attachment:
 
     @torch.no_grad()
     def _transform_gradients(self, optimizer: Optimizer, step: _Step) -> None:
+        with _autocast_off(slot.layer.weight.device.type for _, slot in self._all_slots()):
+            self._transform_in_full_precision(optimizer, step)
+
+    def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
         if not step.refreshed:
             step.refreshed = True
             model = self._model()
@@ -390,6 +397,15 @@ class _Step:
 
     def __init__(self) -> None:
         self.refreshed = False
+
+
+@contextmanager
+def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
+    """Keep autocast, in which some call ``optimizer.step()``, away from the transforms' products."""
+    with ExitStack() as stack:
+        for device_type in sorted(set(device_types)):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def _unwrap(optimizer: object) -> Optimizer:

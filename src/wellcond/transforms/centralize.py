@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer
 from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
+from wellcond.transforms.sharding import units, units_can_be_averaged
 
 Where = Literal["gradient", "update"]
 DecayPlace = Literal["inside", "outside"]
-
-
-def row_mean(layer: Layer, tensor: Tensor) -> Tensor:
-    """Average a weight-shaped tensor over everything but the output unit.
-
-    Args:
-        layer: The layer that says which axis is the output unit.
-        tensor: Its weight, or anything of the weight's shape.
-
-    Returns:
-        Shape [groups, out, 1, …]: subtract it from ``layer.matrix(tensor)``.
-
-    Example:
-        >>> from torch import nn
-        >>> from wellcond.layouts import find_layers
-        >>> (layer,) = find_layers(nn.ConvTranspose1d(2, 3, 4, bias=False))
-        >>> row_mean(layer, layer.weight).shape
-        torch.Size([1, 3, 1, 1])
-    """
-    rows = layer.matrix(tensor)
-    return rows.mean(dim=tuple(range(2, rows.dim())), keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -93,8 +73,10 @@ class GradientCentralization(GradientTransform):
             wanted, reason = self.layers == "all" or kind == "conv", "not a convolution"
         if not wanted:
             return Coverage(False, f"not centred: {reason}")
-        groups, out, *inputs = layer.matrix(layer.weight).shape
-        width = torch.Size(inputs).numel()
+        if not units_can_be_averaged(layer):
+            return Coverage(False, "not centred: its groups are sharded across ranks")
+        groups, out, *inputs = layer.matrix_shape
+        width = math.prod(inputs)
         if width == 1:
             # The mean of one number is that number: centring would only ever give zero.
             return Coverage(False, "not centred: one weight per output unit")
@@ -120,41 +102,46 @@ class GradientCentralization(GradientTransform):
                     "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
                 )
 
+    def refresh(self, slots: Sequence[Slot]) -> None:
+        """Forget what an interrupted step may have left."""
+        for slot in slots:
+            slot.scratch = None
+
     def update(self, slots: Sequence[Slot]) -> None:
         """Centre the gradients; note where the weights' row means are if they are needed after the step."""
         self.check(slots)
         for slot in slots:
-            weight, gradient = slot.layer.weight, slot.layer.weight.grad
-            assert gradient is not None
-            slot.scratch = None
+            layer, decay = slot.layer, slot.decay
+            assert layer.weight.grad is not None
+            weight, gradient = units(layer, layer.weight), units(layer, layer.weight.grad)
             if self.where == "update":
-                slot.scratch = row_mean(slot.layer, weight)
+                # A closure that runs several times in a step (line searches) moves the weights in between.
+                slot.scratch = layer.unit_mean(weight) if slot.scratch is None else slot.scratch
                 continue
-            centre = row_mean(slot.layer, gradient)
+            centre = layer.unit_mean(gradient)
             if self.decay == "inside":
-                assert slot.decay is not None
-                if not _is_zero(slot.decay.gradient):
+                assert decay is not None
+                if not _is_zero(decay.gradient):
                     # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
-                    centre = centre + slot.decay.gradient * row_mean(slot.layer, weight)
-                if not _is_zero(slot.decay.shrink):
-                    slot.scratch = row_mean(slot.layer, weight)
-            slot.layer.matrix(gradient).sub_(centre)
+                    centre = centre + decay.gradient * layer.unit_mean(weight)
+                if not _is_zero(decay.shrink):
+                    slot.scratch = layer.unit_mean(weight) if slot.scratch is None else slot.scratch
+            gradient.sub_(centre)
 
     def finish(self, slots: Sequence[Slot]) -> None:
         """Put the row means where they belong after the optimizer's update."""
         for slot in slots:
-            if slot.scratch is None:
+            before, slot.scratch = slot.scratch, None
+            if before is None:
                 continue
-            before: Tensor = slot.scratch
-            slot.scratch = None
-            rows = slot.layer.matrix(slot.layer.weight)
+            weight = units(slot.layer, slot.layer.weight)
             shrink = slot.decay.shrink if slot.decay is not None else 0.0
             if self.where == "gradient":
-                rows.add_(before * shrink)
+                weight.add_(before * shrink)
             else:
                 # Two means a step are enough: whatever moved the row means is taken back.
                 target = before if self.decay == "inside" else before * (1 - shrink)
-                rows.add_(target - row_mean(slot.layer, slot.layer.weight))
+                weight.add_(target - slot.layer.unit_mean(weight))
 
 
 def _is_zero(value: float | Tensor) -> bool:

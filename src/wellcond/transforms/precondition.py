@@ -123,7 +123,10 @@ class FeaturePreconditioner(GradientTransform):
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
         check_positive_integer("stats_every", self.stats_every)
         check_positive_integer("solve_every", self.solve_every)
-        choose_solver(self.exponent, self.damping_mode, self.solver)
+        choose_solver(-self.exponent, self.damping_mode, self.solver)
+        for option in ("solve_warmup", "restore_norm"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
 
@@ -170,7 +173,7 @@ class FeaturePreconditioner(GradientTransform):
     def pending_like(self, slot: Slot) -> list[Tensor]:
         """Return a sum over no rows."""
         moment = _tensor(slot, "second_moment")
-        return [torch.zeros_like(moment), torch.zeros_like(_tensor(slot, "mass"))]
+        return [torch.zeros_like(moment), *(torch.zeros_like(_tensor(slot, "mass")) for _ in range(2))]
 
     def refresh(self, slots: Sequence[Slot]) -> None:
         """Take observations into M, and factorize the M of the layers whose turn it is."""
@@ -213,14 +216,14 @@ class FeaturePreconditioner(GradientTransform):
             "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
         }
 
-    def _update_moment(self, slot: Slot, total: Tensor, count: Tensor) -> None:
+    def _update_moment(self, slot: Slot, total: Tensor, count: Tensor, not_finite: Tensor) -> None:
         """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
         seen = count > 0
         gain = seen.to(total.dtype) * (1 - self.stats_decay)
         mean = total / count.clamp_min(1)
         _tensor(slot, "second_moment").mul_(1 - gain).add_(gain * mean)
         _tensor(slot, "mass").mul_(1 - gain).add_(gain)
-        _tensor(slot, "skipped").add_(~seen)
+        _tensor(slot, "skipped").add_(not_finite.to(torch.int64))
 
     def _solve(self, slot: Slot) -> None:
         """T ← (M + damping)^(−p); the last good T stays if that fails."""

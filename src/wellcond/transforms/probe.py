@@ -49,8 +49,10 @@ class Probe:
             return
         if torch._C._current_graph_task_id() != -1:
             # Inside a backward pass: activation checkpointing recomputes. Without reentrance the first run was
-            # observed; with it the first run had gradients off, and this one counts.
-            if self.may_recur > 0:
+            # observed, and recomputation runs under saved-tensor hooks of its own; with reentrance the first run had
+            # gradients off, no such hooks are set, and this run counts.
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+            if hooks is not None and (_is_recomputation(hooks) or self.may_recur > 0):
                 self.may_recur -= 1
                 return
         else:
@@ -62,6 +64,11 @@ class Probe:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert_probe, ()
+
+
+def _is_recomputation(hooks: tuple[Any, ...]) -> bool:
+    """Whether saved-tensor hooks are those of a non-reentrant checkpoint that runs its segment again."""
+    return "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def _inert_probe(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -24,14 +24,14 @@ def raw_second_moment(layer: Layer, inputs: Tensor, bias: bool, dtype: torch.dty
         dtype: Precision of the sum, whatever autocast says.
 
     Returns:
-        The sum, shape [groups, d, d] (d includes the constant), and the number of rows, shape []. Where the input is
-        not finite both are zero, decided on the device.
+        The sum, shape [groups, d, d] (d includes the constant), the number of rows, shape [], and whether the input was
+        not finite, shape [], as 0 or 1: then the others are zero. The device decides that; nobody waits for it.
 
     Example:
         >>> from torch import nn
         >>> from wellcond.layouts import find_layers
         >>> (layer,) = find_layers(nn.Linear(2, 3))
-        >>> total, count = raw_second_moment(layer, torch.tensor([[1.0, 2.0]]), True, torch.float32)
+        >>> total, count, not_finite = raw_second_moment(layer, torch.tensor([[1.0, 2.0]]), True, torch.float32)
         >>> total[0]
         tensor([[1., 2., 1.],
                 [2., 4., 2.],
@@ -52,7 +52,7 @@ def raw_second_moment(layer: Layer, inputs: Tensor, bias: bool, dtype: torch.dty
             total[:, :-1, -1] = total[:, -1, :-1]
             total[:, -1, -1] = count
         finite = torch.isfinite(total).all()
-        return [torch.where(finite, total, 0.0), finite.to(dtype) * count]
+        return [torch.where(finite, total, 0.0), finite.to(dtype) * count, (~finite).to(dtype)]
 
 
 def _chunks(layer: Layer, inputs: Tensor, width: int) -> Sequence[Tensor]:
@@ -76,7 +76,7 @@ def second_moment_shape(layer: Layer, bias: bool) -> tuple[int, int]:
     Returns:
         The number of matrices and their width.
     """
-    groups, _, *inputs = layer.matrix(layer.weight).shape
+    groups, _, *inputs = layer.matrix_shape
     return groups, math.prod(inputs) + bool(bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,40 @@ def rows_are_whole(layer: Layer) -> bool:
     """
     if not is_sharded(layer.weight):
         return True
-    groups = layer.matrix(layer.weight).shape[0]
-    return groups == 1 and all(p.is_replicate() or p.is_shard(0) for p in layer.weight.placements)
+    by_rows = all(p.is_replicate() or p.is_shard(layer.layout.output_axis) for p in layer.weight.placements)
+    return by_rows and layer.groups == 1
+
+
+def units(layer: Layer, tensor: Tensor) -> Tensor:
+    """Return what `Layer.unit_mean` can average on this rank: the local part where its units are whole.
+
+    Args:
+        layer: The layer.
+        tensor: Its weight or gradient.
+
+    Returns:
+        The local part if the sharded axis counts output units (groups do not matter then); otherwise ``tensor``, whose
+        means cross ranks.
+    """
+    return local(tensor) if layer.layout.output_axis == 0 else tensor
+
+
+def units_can_be_averaged(layer: Layer) -> bool:
+    """Say whether `Layer.unit_mean` of `units` is defined: not if a shard's border falls inside a group of inputs.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        True also for weights that are not sharded.
+    """
+    if not is_sharded(layer.weight):
+        return True
+    placements = layer.weight.placements
+    if layer.layout.output_axis == 0:
+        return all(p.is_replicate() or p.is_shard(0) for p in placements)
+    ranks = math.prod(layer.weight.device_mesh.size(axis) for axis, p in enumerate(placements) if p.is_shard())
+    return layer.groups == 1 or layer.groups % ranks == 0
 
 
 def sum_over_shards(values: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
