@@ -217,6 +217,24 @@ class TestExactlyOnce:
         step()  # told once
 
 
+def test_a_first_batch_that_is_not_finite_does_not_use_up_the_first_solve() -> None:
+    model = linear()
+    optimizer = sgd(model, momentum=0.9)
+    handle = wellcond.attach(optimizer, model, FeatureWhitening(stats_every=2, solve_every=100, solve_warmup=False))
+    preconditioners = []
+    for step in range(4):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x * torch.inf if step == 0 else x).square().mean().backward()
+        if step == 0:
+            model.weight.grad, model.bias.grad = torch.zeros_like(model.weight), torch.zeros_like(model.bias)
+        optimizer.step()
+        preconditioners.append(optimizer.state[model.weight]["wellcond_whitening_preconditioner"].clone())
+    identity = torch.eye(5, dtype=torch.float64)[None]
+    assert [torch.equal(preconditioner, identity) for preconditioner in preconditioners] == [True, True, False, False]
+    assert handle.stats()["whitening"]["skipped_updates"] == 1
+
+
 class TestCheckpoints:
     def test_statistics_of_bfloat16_weights_stay_float32_and_resume_exactly(self) -> None:
         """Trap 2: torch casts loaded floating-point state to the parameter's dtype."""

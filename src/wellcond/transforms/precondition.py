@@ -184,8 +184,7 @@ class FeaturePreconditioner(GradientTransform):
                 slot.state["updated_at"] = _count(slot, "step")
             step, solved_at = _count(slot, "step"), _count(slot, "solved_at")
             if _count(slot, "updated_at") >= 0 and self._solves_until(step) > self._solves_until(solved_at):
-                self._solve(slot)
-                slot.state["solved_at"] = step
+                self._solve(slot, step)
             if step == 1 and _count(slot, "updated_at") < 0 and slot.layer.weight.grad is not None:
                 unseen.append(slot.layer.module_name)
             slot.state["step"] = step + 1
@@ -225,11 +224,12 @@ class FeaturePreconditioner(GradientTransform):
         _tensor(slot, "mass").mul_(1 - gain).add_(gain)
         _tensor(slot, "skipped").add_(not_finite.to(torch.int64))
 
-    def _solve(self, slot: Slot) -> None:
+    def _solve(self, slot: Slot, step: int) -> None:
         """T ← (M + damping)^(−p); the last good T stays if that fails."""
         mass = _tensor(slot, "mass")
         if not bool(mass > 0):
-            return  # nothing seen yet (every input so far was not finite): stay with the identity
+            return  # nothing seen yet (every input so far was not finite): this solve stays due
+        slot.state["solved_at"] = step
         moment = _tensor(slot, "second_moment") / mass
         power = try_symmetric_power(
             moment, -self.exponent, self.damping, damping_mode=self.damping_mode, solver=self.solver
