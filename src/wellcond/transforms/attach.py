@@ -290,7 +290,7 @@ class Attachment:
 
     @torch.no_grad()
     def _transform_gradients(self, optimizer: Optimizer, step: _Step) -> None:
-        with _autocast_off(slot.layer.weight.device.type for _, slot in self._all_slots()):
+        with _autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
             self._transform_in_full_precision(optimizer, step)
 
     def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
@@ -403,8 +403,9 @@ class _Step:
 def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
     """Keep autocast, in which some call ``optimizer.step()``, away from the transforms' products."""
     with ExitStack() as stack:
-        for device_type in sorted(set(device_types)):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        for device_type in device_types:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 
 

@@ -28,7 +28,7 @@ from wellcond.transforms.base import (
     check_positive_integer,
 )
 from wellcond.transforms.second_moment import raw_second_moment, second_moment_shape, statistics_dtype
-from wellcond.transforms.sharding import local, rows_are_whole, sum_over_shards
+from wellcond.transforms.sharding import is_sharded, local, rows_are_whole, sum_over_shards
 
 
 def joint_gradient(slot: Slot) -> Tensor:
@@ -67,7 +67,7 @@ def write_joint_gradient(slot: Slot, matrix: Tensor) -> None:
     target.copy_(matrix.reshape(target.shape))
 
 
-def norm_ratios(slots: Sequence[Slot], originals: Sequence[Tensor], changed: Sequence[Tensor]) -> Sequence[Tensor]:
+def norm_ratios(slots: Sequence[Slot], originals: Sequence[Tensor], changed: Sequence[Tensor]) -> list[Tensor]:
     """Return ‖original‖ / ‖changed‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7).
 
     Args:
@@ -78,9 +78,12 @@ def norm_ratios(slots: Sequence[Slot], originals: Sequence[Tensor], changed: Seq
     Returns:
         A scalar tensor per layer; finite where ``changed`` is zero.
     """
-    squares = [torch.stack([o.square().sum(), c.square().sum()]) for o, c in zip(originals, changed, strict=True)]
-    norms = [s.sqrt() for s in sum_over_shards(squares, [slot.layer.weight for slot in slots])]
-    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
+    norms = list(zip(torch._foreach_norm(list(originals)), torch._foreach_norm(list(changed)), strict=True))
+    if any(is_sharded(slot.layer.weight) for slot in slots):
+        squares = [torch.stack(pair).square() for pair in norms]
+        sums = sum_over_shards(squares, [slot.layer.weight for slot in slots])
+        norms = [(total[0].sqrt(), total[1].sqrt()) for total in sums]
+    return [original / new.clamp_min(torch.finfo(new.dtype).tiny) for original, new in norms]
 
 
 @dataclass(frozen=True)
@@ -199,11 +202,13 @@ class FeaturePreconditioner(GradientTransform):
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Multiply each gradient by its preconditioner and give it its norm back."""
+        if not slots:
+            return
         originals = [joint_gradient(slot) for slot in slots]
         changed = [g @ _tensor(slot, "preconditioner") for g, slot in zip(originals, slots, strict=True)]
         if self.restore_norm:
             ratios = norm_ratios(slots, originals, changed)
-            changed = [gradient * ratio for gradient, ratio in zip(changed, ratios, strict=True)]
+            torch._foreach_mul_(changed, ratios)
         for slot, gradient in zip(slots, changed, strict=True):
             write_joint_gradient(slot, gradient)
 

@@ -1,0 +1,124 @@
+"""Batches of images that are already in memory: shuffled, augmented and normalized on the device that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from wellcond.lab.errors import unknown_name
+from wellcond.lab.splits import derived_seed
+
+AUGMENTATIONS = ("none", "flip", "crop-flip")
+
+Batch = tuple[Tensor, Tensor]
+
+
+def check_augmentation(name: str) -> str:
+    """Return the name.
+
+    Raises:
+        LabError: If no augmentation has it.
+    """
+    if name not in AUGMENTATIONS:
+        raise unknown_name("augmentation", name, AUGMENTATIONS)
+    return name
+
+
+def augment(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
+    """Return the images, each mirrored or shifted at random.
+
+    Args:
+        images: [n, channels, height, width], any dtype.
+        name: ``"none"``, ``"flip"`` (mirror half of them) or ``"crop-flip"`` (also cut at random out of the image with
+            a black border of an eighth of its height).
+        generator: Where the chances come from; on the CPU, so that they are the same on every device.
+
+    Returns:
+        The images, of the same shape.
+    """
+    if name == "none":
+        return images
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.arange(width).expand(count, width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    rows = torch.arange(height).expand(count, height)
+    if name == "crop-flip":
+        border = max(1, height // 8)
+        rows = rows + torch.randint(2 * border + 1, (count, 1), generator=generator)
+        columns = columns + torch.randint(2 * border + 1, (count, 1), generator=generator)
+        images = torch.nn.functional.pad(images, (border, border, border, border))
+    # One gather for both: the position in the source of each row and each column.
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    each = torch.arange(count, device=images.device)
+    # The indexed axes come first and the sliced one last: [n, height, width, channels].
+    gathered = images[each[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return gathered.permute(0, 3, 1, 2)
+
+
+def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each channel.
+
+    Args:
+        images: uint8, [n, channels, height, width].
+
+    Returns:
+        Two float32 tensors, [channels, 1, 1]; the standard deviation is 1 where a channel is constant.
+    """
+    values = torch.arange(256, dtype=torch.float64)
+    # A histogram gives exact sums without a float copy of the data set.
+    shares = torch.stack(
+        [torch.bincount(channel.flatten().int(), minlength=256).double() for channel in images.cpu().unbind(1)]
+    )
+    shares /= shares.sum(dim=1, keepdim=True)
+    mean = shares @ values
+    std = (shares @ values.square() - mean.square()).clamp(min=0).sqrt()
+    std[std == 0] = 1.0
+    return mean.float()[:, None, None].to(images.device), std.float()[:, None, None].to(images.device)
+
+
+class TrainingBatches:
+    """One epoch of shuffled, augmented batches each time it is iterated over; an incomplete last batch is left out.
+
+    Args:
+        images: uint8, [n, channels, height, width], on the device that trains.
+        labels: [n], on the same device.
+        moments: Mean and standard deviation that normalize, each [channels, 1, 1].
+        batch_size: Images of a batch.
+        augmentation: One of `AUGMENTATIONS`.
+        seed: Order and augmentation of each epoch are a function of this and the epoch's number.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        moments: tuple[Tensor, Tensor],
+        batch_size: int,
+        augmentation: str,
+        seed: int,
+    ) -> None:
+        self.images, self.labels, self.moments = images, labels, moments
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(derived_seed(f"order of epoch {self.epoch}", self.seed))
+        self.epoch += 1
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        mean, std = self.moments
+        for positions in order[: len(self) * self.batch_size].split(self.batch_size):
+            images = augment(self.images[positions], self.augmentation, generator)
+            yield (images.float() - mean) / std, self.labels[positions]
+
+
+def evaluation_batches(images: Tensor, labels: Tensor, moments: tuple[Tensor, Tensor]) -> Iterator[Batch]:
+    """Yield every image once, in order, normalized."""
+    mean, std = moments
+    for some_images, some_labels in zip(images.split(500), labels.split(500), strict=True):
+        yield (some_images.float() - mean) / std, some_labels

@@ -1,0 +1,129 @@
+"""Runs a comparison: every (seed, lr, method), the choice of the lr, and the runs at equal wall time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from wellcond.lab.methods import Method
+from wellcond.lab.plan import Plan
+from wellcond.lab.progress import RunProgress
+from wellcond.lab.records import RunRecord, RunSpec, RunStore
+from wellcond.lab.statistics import median_ratio
+from wellcond.lab.workers import execute
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        plan: What was compared.
+        records: Every run.
+        chosen: The lr chosen for each method.
+        time_ratios: Each method's time per step over its baseline's; None where no pair of runs has times.
+        equal_time_steps: Steps that each method but the baselines can take in its baseline's wall time.
+    """
+
+    plan: Plan
+    records: dict[RunSpec, RunRecord]
+    chosen: dict[str, float]
+    time_ratios: dict[str, float | None]
+    equal_time_steps: dict[str, int]
+
+    def runs(self, method: Method, lr: float | None = None, steps: int | None = None) -> list[RunRecord]:
+        """Return a method's runs in the order of the seeds, at the chosen lr unless another is named."""
+        lr = self.chosen[method.name] if lr is None else lr
+        return [self.records[self.plan.spec(method, lr, seed, steps)] for seed in range(self.plan.settings.seeds)]
+
+
+def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Comparison:
+    """Execute what the store does not have yet, and choose what depends on it.
+
+    Args:
+        plan: What to compare.
+        store: Where finished runs are kept; those already there are not repeated.
+        progress: Told of every finished run.
+
+    Returns:
+        The comparison with all its runs.
+
+    Raises:
+        RunFailedError: If a run fails; the finished ones are kept.
+    """
+    records: dict[RunSpec, RunRecord] = {}
+    specs = plan.specs()
+    with_baseline = [method for method in plan.methods if plan.baselines[method.name] != method.name]
+    _complete(plan, specs, store, records, progress, later=len(with_baseline) * plan.settings.seeds)
+    chosen = {method.name: choose_lr(plan, method, records) for method in plan.methods}
+    ratios = {method.name: time_ratio(plan, method, records) for method in plan.methods}
+    budgets = {
+        method.name: max(1, round(plan.steps / ratio))
+        for method in with_baseline
+        if (ratio := ratios[method.name]) is not None
+    }
+    equal = [
+        plan.spec(method, chosen[method.name], seed, budgets[method.name])
+        for seed in range(plan.settings.seeds)
+        for method in with_baseline
+        if method.name in budgets
+    ]
+    # A budget of exactly a full run is that full run, which is there already.
+    equal = [spec for spec in equal if spec not in records]
+    _complete(plan, equal, store, records, progress, later=0)
+    return Comparison(plan, records, chosen, ratios, budgets)
+
+
+def _complete(
+    plan: Plan,
+    specs: Sequence[RunSpec],
+    store: RunStore,
+    records: dict[RunSpec, RunRecord],
+    progress: RunProgress,
+    later: int,
+) -> None:
+    """Add the records of these runs; `later` is how many more runs are to come after them, as far as is known."""
+    kept = {spec: record for spec in specs if (record := store.load(spec)) is not None}
+    records.update(kept)
+    missing = [spec for spec in specs if spec not in kept]
+    progress.expect(missing=len(missing), kept=len(kept), later=later)
+    for spec, record in execute(plan, missing):
+        store.save(spec, record)
+        records[spec] = record
+        progress.advance(spec.method.name)
+
+
+def choose_lr(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float:
+    """Return the lr with the best mean validation accuracy after the last epoch.
+
+    A tie goes to the lower mean validation loss, and then to the lower lr. An lr with a diverged run comes last.
+    """
+
+    def merit(lr: float) -> tuple[float, float]:
+        runs = [records[plan.spec(method, lr, seed)] for seed in range(plan.settings.seeds)]
+        if any(run.diverged for run in runs):
+            return -sum(run.diverged for run in runs), -math.inf
+        last = [run.epochs[-1] for run in runs]
+        return fmean(epoch.validation_accuracy for epoch in last), -fmean(epoch.validation_loss for epoch in last)
+
+    return max(method.lrs, key=merit)
+
+
+def time_ratio(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float | None:
+    """Return the median, over (seed, lr) pairs, of the method's seconds per step over its baseline's."""
+    baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
+    pairs = [
+        (mine.seconds_per_step, theirs.seconds_per_step)
+        for seed in range(plan.settings.seeds)
+        for mine, theirs in (
+            (records[plan.spec(method, lr, seed)], records[plan.spec(baseline, reference_lr, seed)])
+            for lr, reference_lr in zip(method.lrs, baseline.lrs, strict=True)
+        )
+        if mine.epochs and theirs.epochs
+    ]
+    times = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+    if not times:
+        return None
+    return median_ratio([mine for mine, _ in times], [theirs for _, theirs in times])

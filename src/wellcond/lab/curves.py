@@ -1,0 +1,156 @@
+"""Test accuracy over epochs and over training seconds: one panel a family, and its picture as PNG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from wellcond.lab.methods import METHODS
+from wellcond.lab.statistics import spread
+from wellcond.lab.summary import MethodSummary, Summary
+
+Axis = Literal["epochs", "seconds"]
+
+AXIS_LABELS: dict[Axis, str] = {"epochs": "epoch", "seconds": "training seconds"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a technique is drawn, in every chart.
+
+    Attributes:
+        light: Colour on a light background.
+        dark: Colour on a dark background.
+        marker: matplotlib's name of the marker.
+    """
+
+    light: str
+    dark: str
+    marker: str
+
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart; lighter on dark where it needs to be.
+BASELINE = Style("#555555", "#b4b4b4", "o")
+_BY_TECHNIQUE = {
+    (): BASELINE,
+    ("GradientCentralization",): Style("#c98500", "#e69f00", "s"),
+    ("FeatureWhitening",): Style("#0072b2", "#4aa8e0", "^"),
+    ("FeatureDescent",): Style("#d55e00", "#ff7f2a", "D"),
+    ("GradientCentralization", "FeatureWhitening"): Style("#009e73", "#2fc79c", "v"),
+    ("GradientCentralization", "FeatureDescent"): Style("#b8609a", "#dd8fc0", "P"),
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: mean accuracy over the seeds (at median seconds), and one standard deviation to either side."""
+
+    name: str
+    style: Style
+    dash: str
+    x: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One family's curves over one axis."""
+
+    title: str
+    axis: Axis
+    series: tuple[Series, ...]
+
+    def y_range(self) -> tuple[float, float]:
+        """Return the lowest and highest accuracy to show, whole tens of percent that differ."""
+        lowest = min((value for series in self.series for value in series.low), default=0.0)
+        highest = max((value for series in self.series for value in series.high), default=100.0)
+        low = 10.0 * min(9, lowest // 10)
+        return low, max(low + 10.0, min(100.0, 10.0 * (highest // 10 + 1)))
+
+
+def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
+    """Return one panel for each baseline with the methods measured against it."""
+    panels = []
+    for baseline, methods in summary.families().items():
+        drawn: list[Series] = []
+        for method in methods:
+            style = BASELINE if method.is_baseline else _BY_TECHNIQUE[_technique(method.name)]
+            # A technique that comes twice in a panel, on different optimizers, is dotted the second time.
+            again = any(series.style == style for series in drawn)
+            dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
+            drawn.append(_series(method, axis, style, dash))
+        panels.append(Panel(f"{baseline} and methods on it" if len(methods) > 1 else baseline, axis, tuple(drawn)))
+    return panels
+
+
+def _technique(name: str) -> tuple[str, ...]:
+    return tuple(transform.name for transform in METHODS[name].transforms)
+
+
+def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Series:
+    # A diverged run ends early; the curve goes as far as every seed does.
+    length = min(len(curve.test_accuracy) for curve in method.curves)
+    at_epoch = [spread([curve.test_accuracy[index] for curve in method.curves]) for index in range(length)]
+    # The median, as for the time ratios: one run that had to share the machine would bend the curve.
+    seconds = tuple(median(curve.seconds[index] for curve in method.curves) for index in range(length))
+    return Series(
+        name=method.name,
+        style=style,
+        dash=dash,
+        x=seconds if axis == "seconds" else tuple(float(index + 1) for index in range(length)),
+        mean=tuple(point.mean for point in at_epoch),
+        low=tuple(max(0.0, point.mean - (point.std or 0.0)) for point in at_epoch),
+        high=tuple(min(100.0, point.mean + (point.std or 0.0)) for point in at_epoch),
+    )
+
+
+def draw_png(summary: Summary, axis: Axis, path: Path) -> None:
+    """Draw the panels side by side.
+
+    Args:
+        summary: The comparison in numbers.
+        axis: What is on the horizontal axis.
+        path: The PNG file to write.
+    """
+    # Not pyplot: it would look for a screen and keep global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = make_panels(summary, axis)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for series in panel.series:
+            axes.fill_between(series.x, series.low, series.high, color=series.style.light, alpha=0.13, linewidth=0)
+            axes.plot(
+                series.x,
+                series.mean,
+                color=series.style.light,
+                linestyle=series.dash,
+                marker=series.style.marker,
+                markersize=4.5,
+                linewidth=1.8,
+                label=series.name,
+            )
+        axes.set_title(panel.title, fontsize=11)
+        axes.set_xlabel(AXIS_LABELS[axis])
+        axes.set_ylabel("test accuracy, %")
+        low, high = panel.y_range()
+        axes.set_ylim(low, high + 0.02 * (high - low))  # room for a marker at the top
+        if axis == "epochs":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            axes.set_xlim(left=0)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
+    if summary.seeds > 1:
+        figure.supxlabel(f"mean over {summary.seeds} seeds, band: ± 1 standard deviation", fontsize=8, color="#555555")
+    canvas.print_figure(path, dpi=150)

@@ -1,0 +1,55 @@
+"""How numbers are written, the same in the terminal and in the report."""
+
+from __future__ import annotations
+
+from wellcond.lab.statistics import Difference, Spread
+from wellcond.lab.summary import MethodSummary, Summary
+
+NOTHING = "–"
+
+
+def spread_text(spread: Spread) -> str:
+    """Return a mean with its standard deviation, if it has one.
+
+    >>> spread_text(Spread(90.66, 3.98, 5)), spread_text(Spread(90.66, None, 1))
+    ('90.7 ± 4.0', '90.7')
+    """
+    return f"{spread.mean:.1f}" if spread.std is None else f"{spread.mean:.1f} ± {spread.std:.1f}"
+
+
+def difference_text(difference: Difference | None) -> str:
+    """Return a signed difference with its interval, if it has one.
+
+    >>> difference_text(Difference(7.41, 5.93, 8.89, 5)), difference_text(None)
+    ('+7.4 [+5.9, +8.9]', '–')
+    """
+    if difference is None:
+        return NOTHING
+    if difference.low is None or difference.high is None:
+        return _signed(difference.mean)
+    return f"{_signed(difference.mean)} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def _signed(points: float) -> str:
+    # Rounded first: a mean of -0.04 would be written as -0.0. The interval's ends keep their sign: it decides.
+    return f"{round(points, 1) + 0.0:+.1f}"
+
+
+def lr_text(method: MethodSummary) -> str:
+    """Return the chosen lr, marked with a star where it is at the edge of its grid."""
+    return f"{method.lr:g}{'*' if method.lr_edge else ''}"
+
+
+def target_text(method: MethodSummary, summary: Summary) -> str:
+    """Return the mean epochs to the target, and how many seeds reached it if not all did."""
+    if method.epochs_to_target is None:
+        return "never"
+    share = "" if method.reached_target == summary.seeds else f" ({method.reached_target} of {summary.seeds})"
+    return f"{method.epochs_to_target:.1f}{share}"
+
+
+def time_text(method: MethodSummary) -> str:
+    """Return a baseline's milliseconds per step, or another method's ratio to its baseline's."""
+    if method.is_baseline and method.milliseconds_per_step is not None:
+        return f"{method.milliseconds_per_step:.2f} ms"
+    return NOTHING if method.time_ratio is None or method.is_baseline else f"x {method.time_ratio:.2f}"

@@ -1,0 +1,71 @@
+"""Where and with which software the numbers were measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import wellcond
+
+# Files of the lab that decide what a run computes; the others only plan and present.
+_RUN_FILES = ("batches", "images", "methods", "models", "parquet", "run", "splits")
+
+
+def training_device() -> torch.device:
+    """Return the CUDA device if there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what decides the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": metadata.version("lightning"),
+        "wellcond": wellcond.__version__,
+    }
+
+
+def machine() -> dict[str, str]:
+    """Return the processor, its cores, the GPU if there is one, and the platform."""
+    described = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "platform": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def environment(jobs: int, threads: int) -> str:
+    """Return a digest of everything beside its settings that decides a run's numbers or seconds.
+
+    Args:
+        jobs: Runs that share the machine.
+        threads: Torch's threads in each.
+
+    Returns:
+        A digest of machine, versions, wellcond's own code, and the two arguments.
+    """
+    digest = hashlib.sha256(repr((machine(), versions(), jobs, threads)).encode())
+    # The version alone would take runs of changed code for current ones.
+    package = Path(wellcond.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        if "lab" not in file.relative_to(package).parts or file.stem in _RUN_FILES:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,167 @@
+"""The methods that can be compared, named as data: an optimizer, the transforms attached to it, and an lr grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import wellcond
+from wellcond.lab.errors import LabError, unknown_name
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How often a preconditioner gathers its second moments and solves for a new matrix, in steps."""
+
+    stats_every: int
+    solve_every: int
+
+    @classmethod
+    def for_run_of(cls, steps: int) -> Refresh:
+        """Return the intervals that suit a run of this many steps.
+
+        The library's defaults (50 and 500) are for long runs; a run of 200 steps would never refresh with them.
+
+        >>> Refresh.for_run_of(186)
+        Refresh(stats_every=5, solve_every=25)
+        >>> Refresh.for_run_of(40_000)
+        Refresh(stats_every=50, solve_every=500)
+        """
+        if steps >= 2000:
+            return cls(50, 500)
+        stats_every = max(1, round(steps / 40))
+        return cls(stats_every, 5 * stats_every)
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """A gradient transform by its public name in `wellcond`, with its options.
+
+    Attributes:
+        name: The class, as in ``wellcond.<name>``.
+        options: Keyword arguments, as pairs.
+        refreshed: Whether it also takes the run's refresh intervals.
+    """
+
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+    refreshed: bool = False
+
+    def build(self, refresh: Refresh) -> wellcond.GradientTransform:
+        """Return the transform, with the run's intervals if it takes any."""
+        options = dict(self.options)
+        if self.refreshed:
+            options |= {"stats_every": refresh.stats_every, "solve_every": refresh.solve_every}
+        transform: wellcond.GradientTransform = getattr(wellcond, self.name)(**options)
+        return transform
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: a torch optimizer, the transforms attached to it from left to right, and the lrs to try.
+
+    Attributes:
+        name: What it is called on the command line and in the report.
+        description: One line for `wellcond list`.
+        optimizer: The class, as in ``torch.optim.<optimizer>``.
+        options: The optimizer's keyword arguments beside lr, as pairs.
+        lrs: The lr grid, ascending; every method tries the same number.
+        baseline: The method that its gains and costs are measured against.
+        transforms: What is attached.
+    """
+
+    name: str
+    description: str
+    optimizer: str
+    options: tuple[tuple[str, float], ...]
+    lrs: tuple[float, ...]
+    baseline: str
+    transforms: tuple[TransformSpec, ...] = ()
+
+    def build(
+        self, model: torch.nn.Module, lr: float, refresh: Refresh
+    ) -> tuple[torch.optim.Optimizer, wellcond.Attachment | None]:
+        """Return the optimizer of the model's parameters, and the handle of its transforms (None: it has none)."""
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.optimizer)(
+            model.parameters(), lr=lr, **dict(self.options)
+        )
+        if not self.transforms:
+            return optimizer, None
+        return optimizer, wellcond.attach(optimizer, model, *(spec.build(refresh) for spec in self.transforms))
+
+
+_GC = TransformSpec("GradientCentralization")
+_WHITEN = TransformSpec("FeatureWhitening", refreshed=True)
+_DESCEND = TransformSpec("FeatureDescent", refreshed=True)
+
+
+def _sgdm(name: str, description: str, *transforms: TransformSpec) -> Method:
+    options = (("momentum", 0.9), ("weight_decay", 5e-4))
+    return Method(name, description, "SGD", options, (0.03, 0.1, 0.3), "SGDM", transforms)
+
+
+def _adamw(name: str, description: str, *transforms: TransformSpec) -> Method:
+    return Method(name, description, "AdamW", (("weight_decay", 0.05),), (5e-3, 2e-2, 8e-2), "AdamW", transforms)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        _sgdm("SGDM", "SGD with momentum 0.9"),
+        _sgdm("SGDM+GC", "SGDM with Gradient Centralization", _GC),
+        _sgdm("W-SGDM", "SGDM with feature whitening", _WHITEN),
+        _sgdm("FSGD", "SGDM with feature descent", _DESCEND),
+        _adamw("AdamW", "Adam with decoupled weight decay"),
+        _adamw("AdamW+GC", "AdamW with Gradient Centralization", _GC),
+        _adamw("W-Adam", "AdamW with feature whitening", _WHITEN),
+        _adamw("FAdam", "AdamW with feature descent", _DESCEND),
+        _sgdm("W-SGDM+GC", "SGDM with Gradient Centralization, then feature whitening", _GC, _WHITEN),
+        _sgdm("FSGD+GC", "SGDM with Gradient Centralization, then feature descent", _GC, _DESCEND),
+    )
+}
+"""Every method, in the order in which reports list them."""
+
+DEFAULT_METHODS = ("SGDM", "SGDM+GC", "W-SGDM", "FSGD", "AdamW", "AdamW+GC", "W-Adam", "FAdam")
+
+
+def select_methods(names: Sequence[str]) -> tuple[Method, ...]:
+    """Return the methods of these names, in the order given.
+
+    Args:
+        names: Names in `METHODS`, exactly as spelled there.
+
+    Returns:
+        The methods.
+
+    Raises:
+        LabError: If there is no name, a name twice, or a name that no method has.
+
+    >>> [method.baseline for method in select_methods(["W-SGDM", "AdamW"])]
+    ['SGDM', 'AdamW']
+    """
+    if not names:
+        raise LabError(f"--methods must name at least one method. Known: {', '.join(METHODS)}")
+    for index, name in enumerate(names):
+        if name not in METHODS:
+            raise unknown_name("method", name, METHODS)
+        if name in names[:index]:
+            raise LabError(f"--methods must name each method once, got {name!r} twice")
+    return tuple(METHODS[name] for name in names)
+
+
+def baselines(methods: Sequence[Method]) -> dict[str, str]:
+    """Return each method's baseline among these methods.
+
+    Args:
+        methods: The methods of one comparison; at least one.
+
+    Returns:
+        From each method's name to its baseline's name: its own, or the first method's if its own is not compared.
+
+    >>> baselines(select_methods(["FSGD", "SGDM+GC"]))
+    {'FSGD': 'FSGD', 'SGDM+GC': 'FSGD'}
+    """
+    names = {method.name for method in methods}
+    return {method.name: method.baseline if method.baseline in names else methods[0].name for method in methods}

@@ -1,0 +1,155 @@
+"""What determines a run and what it measured, and how both are kept as one file a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wellcond.lab.methods import Method
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that determines a run's result, its seconds included.
+
+    Attributes:
+        method: How to train.
+        lr: The lr that the cosine schedule starts from.
+        seed: Weights, split, order and augmentation follow from it, the same for every method.
+        steps: Training steps of the run.
+        stats_every: Steps between two gatherings of second moments.
+        solve_every: Steps between two solves.
+        model: A name in `MODELS`.
+        batch_size: Images of a batch.
+        augmentation: A name in `AUGMENTATIONS`.
+        train_images: Images that train.
+        validation_images: Images that validate.
+        data: Digest of the images and of which of them test.
+        environment: The machine, the versions and the sharing of cores that the seconds were measured with.
+    """
+
+    method: Method
+    lr: float
+    seed: int
+    steps: int
+    stats_every: int
+    solve_every: int
+    model: str
+    batch_size: int
+    augmentation: str
+    train_images: int
+    validation_images: int
+    data: str
+    environment: str
+
+    @property
+    def name(self) -> str:
+        """A readable name that no two runs of one comparison share."""
+        return f"{self.method.name} lr {self.lr:g} seed {self.seed} ({self.steps} steps)"
+
+    def key(self) -> str:
+        """Return the digest of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What was measured at the end of an epoch; accuracies in percent.
+
+    Attributes:
+        steps: Training steps so far.
+        seconds: Seconds of training so far, evaluation excluded.
+        train_loss: Mean loss over the epoch's batches.
+        validation_accuracy: On the seed's validation images.
+        validation_loss: On the seed's validation images.
+        test_accuracy: On the test images.
+        test_loss: On the test images.
+    """
+
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_accuracy: float
+    validation_loss: float
+    test_accuracy: float
+    test_loss: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run measured.
+
+    Attributes:
+        epochs: One record for each epoch that ended with finite losses.
+        diverged: Whether the run ended early with a NaN or infinite loss.
+        threads: Torch's threads during the run.
+        transforms: What the transforms counted.
+        warnings: What the transforms warned of.
+    """
+
+    epochs: tuple[EpochRecord, ...]
+    diverged: bool
+    threads: int
+    transforms: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean training seconds of a step; None if the run diverged in its first epoch."""
+        return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
+
+    def test_accuracy(self, epoch: int, chance: float) -> float:
+        """Return the test accuracy after an epoch, counted from 1; after divergence that of guessing."""
+        return self.epochs[epoch - 1].test_accuracy if epoch <= len(self.epochs) else chance
+
+
+class RunStore:
+    """The finished runs of a folder, one JSON file each.
+
+    Args:
+        folder: Where they lie; it must exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, spec: RunSpec) -> Path:
+        """Return the file of a run: readable, and different for everything that determines its result."""
+        readable = re.sub(
+            r"[^A-Za-z0-9.+-]+", "-", f"{spec.method.name}-lr{spec.lr:g}-seed{spec.seed}-{spec.steps}steps"
+        )
+        return self.folder / f"{readable}-{spec.key()[:8]}.json"
+
+    def load(self, spec: RunSpec) -> RunRecord | None:
+        """Return the kept record of a run; None if it is not there, cut off, or of another run."""
+        try:
+            content = json.loads(self.path(spec).read_text(encoding="utf-8"))
+            if content["key"] != spec.key():
+                return None
+            result = dict(content["result"])
+            epochs = tuple(EpochRecord(**epoch) for epoch in result.pop("epochs"))
+            record = RunRecord(epochs=epochs, warnings=tuple(result.pop("warnings")), **result)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None
+
+    def save(self, spec: RunSpec, record: RunRecord) -> None:
+        """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""
+        content = {"key": spec.key(), "spec": asdict(spec), "result": asdict(record)}
+        write_atomically(self.path(spec), json.dumps(content, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one beside it, so that no reader ever sees a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

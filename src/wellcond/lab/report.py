@@ -1,0 +1,81 @@
+"""The comparison as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from wellcond.lab import formats
+from wellcond.lab.curves import Axis, Panel, make_panels
+from wellcond.lab.findings import findings, notes
+from wellcond.lab.methods import METHODS
+from wellcond.lab.summary import Summary
+from wellcond.lab.svg import css_class, draw_key, draw_svg
+
+_AXES: tuple[Axis, ...] = ("epochs", "seconds")
+
+
+def render_report(
+    summary: Summary,
+    title: str,
+    settings: dict[str, Any],
+    command: str,
+    versions: dict[str, str],
+    machine: dict[str, str],
+) -> str:
+    """Return the report.
+
+    Args:
+        summary: The comparison in numbers.
+        title: What was compared, in one line.
+        settings: What was compared, the defaults filled in.
+        command: The command line that made it.
+        versions: Of Python and of the packages that decide the numbers.
+        machine: Where the numbers were measured.
+
+    Returns:
+        An HTML page that refers to nothing outside itself.
+    """
+    environment = Environment(
+        loader=PackageLoader("wellcond.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {
+        "spread": formats.spread_text,
+        "difference": formats.difference_text,
+        "lr": formats.lr_text,
+        "time": formats.time_text,
+        "label": lambda key: key.replace("_", " "),
+    }
+    panels = {axis: make_panels(summary, axis) for axis in _AXES}
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        title=title,
+        settings=settings,
+        command=command,
+        versions=versions,
+        machine=machine,
+        findings=findings(summary),
+        notes=notes(summary),
+        nothing=formats.NOTHING,
+        target_text=formats.target_text,
+        charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
+        colours={css_class(series): series.style for panel in panels["epochs"] for series in panel.series},
+        optimizers={method.name: _optimizer_text(method.name) for method in summary.methods},
+    )
+
+
+def _chart(panel: Panel) -> dict[str, Any]:
+    over = "epochs" if panel.axis == "epochs" else "training seconds"
+    return {
+        "title": f"{panel.title}, over {over}",
+        "svg": draw_svg(panel),
+        "keys": [(draw_key(series), series.name) for series in panel.series],
+    }
+
+
+def _optimizer_text(name: str) -> str:
+    method = METHODS[name]
+    options = ", ".join(f"{key}={value:g}" for key, value in method.options)
+    attached = "".join(f" + {transform.name}" for transform in method.transforms)
+    return f"torch.optim.{method.optimizer}({options}){attached}"

@@ -1,0 +1,231 @@
+"""A comparison in numbers: what the table, the report and results.json all show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from wellcond.lab.compare import Comparison
+from wellcond.lab.methods import Method
+from wellcond.lab.records import RunRecord
+from wellcond.lab.statistics import Difference, Spread, epochs_to, paired_difference, spread
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One lr of a method's grid: means over the seeds.
+
+    Attributes:
+        lr: The lr.
+        validation_accuracy: After the last epoch, in percent: what the choice goes by. None if a run diverged.
+        validation_loss: After the last epoch: what decides a tie. None if a run diverged.
+        early_test_accuracy: After the early epoch, in percent: shows whether an early gain hangs on the choice.
+        diverged_runs: Runs that ended with a NaN or infinite loss.
+    """
+
+    lr: float
+    validation_accuracy: float | None
+    validation_loss: float | None
+    early_test_accuracy: float | None
+    diverged_runs: int
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """A method in its baseline's wall time: its steps, its test accuracy, and the difference to the baseline."""
+
+    steps: int
+    accuracy: Spread
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One seed's run at the chosen lr, one number an epoch; accuracies in percent."""
+
+    seed: int
+    seconds: tuple[float, ...]
+    train_loss: tuple[float, ...]
+    validation_accuracy: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    test_accuracy: tuple[float, ...]
+    test_loss: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """What one method gained and cost.
+
+    Attributes:
+        name: The method.
+        description: What it is.
+        baseline: What the differences and the time ratio are against; its own name for a baseline.
+        lr: The lr chosen on validation.
+        lr_edge: ``"lowest"`` or ``"highest"`` if that is the end of the grid, otherwise None.
+        lr_grid: What it was chosen from.
+        accuracy: Test accuracy after the epochs that the table shows, by epoch.
+        epochs_to_target: Mean epochs to the target over the seeds that reached it; None if none did.
+        reached_target: How many seeds reached it.
+        early_difference: Paired difference after the early epoch; None for a baseline or without an early epoch.
+        final_difference: Paired difference after the last epoch; None for a baseline.
+        milliseconds_per_step: Median over all runs; None if every run diverged at once.
+        time_ratio: Time per step over the baseline's.
+        equal_time: The method at equal wall time; None for a baseline.
+        diverged_runs: Runs, of all lrs and budgets, that ended with a NaN or infinite loss.
+        warnings: What the transforms warned of.
+        curves: The runs at the chosen lr.
+    """
+
+    name: str
+    description: str
+    baseline: str
+    lr: float
+    lr_edge: str | None
+    lr_grid: tuple[GridPoint, ...]
+    accuracy: dict[int, Spread]
+    epochs_to_target: float | None
+    reached_target: int
+    early_difference: Difference | None
+    final_difference: Difference | None
+    milliseconds_per_step: float | None
+    time_ratio: float | None
+    equal_time: EqualTime | None
+    diverged_runs: int
+    warnings: tuple[str, ...]
+    curves: tuple[Curve, ...]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is measured against itself."""
+        return self.name == self.baseline
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A comparison in numbers.
+
+    Attributes:
+        seeds: How many paired seeds.
+        epochs: Epochs of a run.
+        steps: Steps of a run.
+        shown_epochs: The epochs that the table shows.
+        early_epoch: The epoch of the early difference; None for runs of one epoch.
+        target: The test accuracy to which epochs are counted.
+        chance: The accuracy of guessing.
+        jobs: Runs at the same time.
+        methods: In the order of the comparison.
+    """
+
+    seeds: int
+    epochs: int
+    steps: int
+    shown_epochs: tuple[int, ...]
+    early_epoch: int | None
+    target: float
+    chance: float
+    jobs: int
+    methods: tuple[MethodSummary, ...]
+
+    def families(self) -> dict[str, tuple[MethodSummary, ...]]:
+        """Return, for each baseline, itself and the methods that are measured against it."""
+        names = dict.fromkeys(method.baseline for method in self.methods)
+        return {name: tuple(method for method in self.methods if method.baseline == name) for name in names}
+
+
+def summarize(comparison: Comparison) -> Summary:
+    """Return the comparison in numbers."""
+    plan = comparison.plan
+    last = plan.epochs
+    early = None if last == 1 else min(2, last - 1)
+    first = next(method for method in plan.methods if method.name == plan.baselines[plan.methods[0].name])
+    finals = [run.test_accuracy(last, plan.chance) for run in comparison.runs(first)]
+    # The baseline's own level, for data about which nothing is known beforehand.
+    target = plan.target if plan.target is not None else float(max(1, math.floor(fmean(finals))))
+    shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
+    return Summary(
+        seeds=plan.settings.seeds,
+        epochs=last,
+        steps=plan.steps,
+        shown_epochs=shown,
+        early_epoch=early,
+        target=target,
+        chance=plan.chance,
+        jobs=plan.settings.jobs,
+        methods=tuple(_summarize_method(comparison, method, shown, early, target) for method in plan.methods),
+    )
+
+
+def _summarize_method(
+    comparison: Comparison, method: Method, shown: tuple[int, ...], early: int | None, target: float
+) -> MethodSummary:
+    plan = comparison.plan
+    baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
+    runs, baseline_runs = comparison.runs(method), comparison.runs(baseline)
+
+    def accuracies(some_runs: list[RunRecord], epoch: int) -> list[float]:
+        return [run.test_accuracy(epoch, plan.chance) for run in some_runs]
+
+    def difference(epoch: int | None) -> Difference | None:
+        if method is baseline or epoch is None:
+            return None
+        return paired_difference(accuracies(runs, epoch), accuracies(baseline_runs, epoch))
+
+    equal_time = None
+    equal_runs: list[RunRecord] = []
+    if method.name in comparison.equal_time_steps:
+        steps = comparison.equal_time_steps[method.name]
+        equal_runs = comparison.runs(method, steps=steps)
+        ends = [plan.chance if run.diverged else run.epochs[-1].test_accuracy for run in equal_runs]
+        equal_time = EqualTime(steps, spread(ends), paired_difference(ends, accuracies(baseline_runs, plan.epochs)))
+    reached = [
+        epoch
+        for run in runs
+        if (epoch := epochs_to([record.test_accuracy for record in run.epochs], target)) is not None
+    ]
+    all_runs = [run for lr in method.lrs for run in comparison.runs(method, lr)]
+    times = [time for run in all_runs if (time := run.seconds_per_step) is not None]
+    extra = equal_runs if equal_time is not None and equal_time.steps != plan.steps else []
+    lr = comparison.chosen[method.name]
+    edges = {method.lrs[0]: "lowest", method.lrs[-1]: "highest"} if len(method.lrs) > 1 else {}
+    return MethodSummary(
+        name=method.name,
+        description=method.description,
+        baseline=baseline.name,
+        lr=lr,
+        lr_edge=edges.get(lr),
+        lr_grid=tuple(_grid_point(lr, comparison.runs(method, lr), early, plan.chance) for lr in method.lrs),
+        accuracy={epoch: spread(accuracies(runs, epoch)) for epoch in shown},
+        epochs_to_target=fmean(reached) if reached else None,
+        reached_target=len(reached),
+        early_difference=difference(early),
+        final_difference=difference(plan.epochs),
+        milliseconds_per_step=1000 * median(times) if times else None,
+        time_ratio=comparison.time_ratios[method.name],
+        equal_time=equal_time,
+        diverged_runs=sum(run.diverged for run in (*all_runs, *extra)),
+        warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),
+        curves=tuple(_curve(seed, run) for seed, run in enumerate(runs)),
+    )
+
+
+def _grid_point(lr: float, runs: list[RunRecord], early: int | None, chance: float) -> GridPoint:
+    early_accuracy = None if early is None else fmean(run.test_accuracy(early, chance) for run in runs)
+    diverged = sum(run.diverged for run in runs)
+    if diverged:
+        return GridPoint(lr, None, None, early_accuracy, diverged)
+    last = [run.epochs[-1] for run in runs]
+    accuracy = fmean(epoch.validation_accuracy for epoch in last)
+    return GridPoint(lr, accuracy, fmean(epoch.validation_loss for epoch in last), early_accuracy, 0)
+
+
+def _curve(seed: int, run: RunRecord) -> Curve:
+    return Curve(
+        seed=seed,
+        seconds=tuple(epoch.seconds for epoch in run.epochs),
+        train_loss=tuple(epoch.train_loss for epoch in run.epochs),
+        validation_accuracy=tuple(epoch.validation_accuracy for epoch in run.epochs),
+        validation_loss=tuple(epoch.validation_loss for epoch in run.epochs),
+        test_accuracy=tuple(epoch.test_accuracy for epoch in run.epochs),
+        test_loss=tuple(epoch.test_loss for epoch in run.epochs),
+    )

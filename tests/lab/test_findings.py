@@ -1,0 +1,130 @@
+"""The sentences say what the numbers say, gains and losses alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wellcond.lab.findings import findings, notes
+from wellcond.lab.formats import difference_text, lr_text, spread_text, target_text, time_text
+from wellcond.lab.statistics import Difference, Spread
+from wellcond.lab.summary import Curve, EqualTime, GridPoint, MethodSummary, Summary
+
+UNCLEAR = Difference(0.1, -0.5, 0.7, 5)
+
+
+def method(name: str, baseline: str, early=UNCLEAR, final=UNCLEAR, equal=UNCLEAR, ratio=1.5) -> MethodSummary:
+    own = name == baseline
+    return MethodSummary(
+        name=name,
+        description="a method",
+        baseline=baseline,
+        lr=0.1,
+        lr_edge=None,
+        lr_grid=(GridPoint(0.1, 98.0, 0.1, 90.0, 0),),
+        accuracy={1: Spread(80.0, 1.0, 5), 2: Spread(90.0, 1.0, 5), 6: Spread(99.0, 0.5, 5)},
+        epochs_to_target=2.4,
+        reached_target=5,
+        early_difference=None if own else early,
+        final_difference=None if own else final,
+        milliseconds_per_step=3.0,
+        time_ratio=1.0 if own else ratio,
+        equal_time=None if own else EqualTime(124, Spread(98.0, 0.5, 5), equal),
+        diverged_runs=0,
+        warnings=(),
+        curves=tuple(Curve(seed, *((1.0, 2.0),) * 6) for seed in range(5)),
+    )
+
+
+def summary(*methods: MethodSummary, **changes) -> Summary:
+    whole = Summary(
+        seeds=5,
+        epochs=6,
+        steps=186,
+        shown_epochs=(1, 2, 6),
+        early_epoch=2,
+        target=95.0,
+        chance=10.0,
+        jobs=1,
+        methods=methods,
+    )
+    return replace(whole, **changes)
+
+
+def test_gains_losses_and_chance_are_said_in_the_same_way():
+    early = findings(
+        summary(
+            method("SGDM", "SGDM"),
+            method("FSGD", "SGDM", early=Difference(7.41, 5.93, 8.89, 5)),
+            method("W-SGDM", "SGDM", early=Difference(6.0, 4.0, 8.0, 5)),
+            method("SGDM+GC", "SGDM", early=Difference(-2.0, -3.0, -1.0, 5)),
+            method("FSGD+GC", "SGDM"),
+        )
+    )[0]
+    assert early == (
+        "After 2 epochs FSGD is 7.4 points above SGDM (95 % interval 5.9 to 8.9) and W-SGDM 6.0 (4.0 to 8.0); "
+        "SGDM+GC is 2.0 points below SGDM (95 % interval 1.0 to 3.0); "
+        "FSGD+GC does not differ from it by more than chance."
+    )
+
+
+def test_families_without_a_difference_share_a_sentence():
+    said = findings(
+        summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"), method("AdamW", "AdamW"), method("FAdam", "AdamW"))
+    )
+    assert said == [
+        "After 2 epochs no method differs from its baseline, SGDM or AdamW, by more than chance.",
+        "After 6 epochs no method differs from its baseline, SGDM or AdamW, by more than chance.",
+        "A step takes 1.50 times (FSGD) as long as SGDM's; in equal time no method differs from SGDM by more than "
+        "chance.",
+        "A step takes 1.50 times (FAdam) as long as AdamW's; in equal time no method differs from AdamW by more than "
+        "chance.",
+    ]
+
+
+def test_one_seed_gives_differences_without_intervals_and_says_so():
+    bare = Difference(-0.5, None, None, 1)
+    one = summary(method("SGDM", "SGDM"), method("FSGD", "SGDM", bare, bare, bare), seeds=1)
+    assert findings(one)[0] == "After 2 epochs FSGD is 0.5 points below SGDM."
+    assert "One seed" in notes(one)[0]
+
+
+def test_baselines_alone_have_nothing_to_compare():
+    assert findings(summary(method("SGDM", "SGDM"))) == [
+        "Only baselines were run, so there is nothing to compare them with."
+    ]
+
+
+def test_notes_say_what_weakens_the_numbers():
+    lines = notes(
+        summary(
+            method("SGDM", "SGDM"),
+            replace(method("FSGD", "SGDM"), lr_edge="highest", diverged_runs=2, warnings=("a solve failed",)),
+            jobs=2,
+        )
+    )
+    assert lines[0].startswith("The chosen lr is the highest of its grid for FSGD")
+    assert lines[1].startswith("Runs that ended early with a NaN or infinite loss: FSGD (2).")
+    assert lines[2] == "FSGD warned: a solve failed"
+    assert lines[3].startswith("Times were measured with 2 runs at once")
+    assert len(lines) == 4
+    assert notes(summary(method("SGDM", "SGDM"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (spread_text(Spread(98.65, 0.04, 5)), "98.7 ± 0.0"),
+        (difference_text(Difference(-0.04, -0.54, 0.46, 5)), "+0.0 [-0.5, +0.5]"),
+        (difference_text(Difference(-1.25, None, None, 1)), "-1.2"),
+        (lr_text(replace(method("FSGD", "SGDM"), lr_edge="lowest")), "0.1*"),
+        (target_text(method("FSGD", "SGDM"), summary()), "2.4"),
+        (target_text(replace(method("FSGD", "SGDM"), reached_target=3), summary()), "2.4 (3 of 5)"),
+        (target_text(replace(method("FSGD", "SGDM"), reached_target=0, epochs_to_target=None), summary()), "never"),
+        (time_text(method("SGDM", "SGDM")), "3.00 ms"),
+        (time_text(method("FSGD", "SGDM")), "x 1.50"),
+    ],
+)
+def test_numbers_are_written_with_one_digit_that_matters(text, expected):
+    assert text == expected

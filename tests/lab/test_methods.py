@@ -1,0 +1,48 @@
+"""Methods as data: every one can be built, and each family tries equally many lrs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wellcond.lab.methods import DEFAULT_METHODS, METHODS, Refresh, baselines, select_methods
+from wellcond.lab.models import initial_model
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_builds_its_optimizer_with_its_options(name):
+    method = METHODS[name]
+    model = initial_model("convnet", 1, 10, seed=0)
+    optimizer, handle = method.build(model, 0.02, Refresh(5, 25))
+    assert type(optimizer) is getattr(torch.optim, method.optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    for key, value in method.options:
+        assert optimizer.param_groups[0][key] == value
+    assert (handle is None) == (not method.transforms)
+    model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+    optimizer.step()
+
+
+def test_every_method_tries_the_same_number_of_ascending_lrs():
+    assert len({len(method.lrs) for method in METHODS.values()}) == 1
+    for method in METHODS.values():
+        assert list(method.lrs) == sorted(set(method.lrs))
+        assert method.lrs == METHODS[method.baseline].lrs
+
+
+def test_baselines_measure_against_themselves():
+    assert baselines(select_methods(DEFAULT_METHODS)) == {
+        name: "SGDM" if "SG" in name else "AdamW" for name in DEFAULT_METHODS
+    }
+
+
+def test_the_first_method_stands_in_for_a_baseline_that_is_not_compared():
+    assert baselines(select_methods(["W-Adam", "SGDM", "FSGD"])) == {"W-Adam": "W-Adam", "SGDM": "SGDM", "FSGD": "SGDM"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "intervals"), [(1, (1, 5)), (186, (5, 25)), (1999, (50, 250)), (2000, (50, 500)), (10**6, (50, 500))]
+)
+def test_intervals_follow_the_run_length(steps, intervals):
+    refresh = Refresh.for_run_of(steps)
+    assert (refresh.stats_every, refresh.solve_every) == intervals

@@ -1,0 +1,147 @@
+"""What a comparison leaves behind: the table, results.json, the curves and the report."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from wellcond.__main__ import main
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Checker(HTMLParser):
+    """Follows tags and keeps what refers to something."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for key, value in attributes if key in ("src", "href", "xlink:href", "srcset")]
+        self.scripts += tag == "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def check_page(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, str]:
+    """A small comparison's folder and what it printed."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("results")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        arguments = ["--methods", "SGDM,W-SGDM,AdamW,FAdam", "--seeds", "2", "--epochs", "3", "--train-images", "96"]
+        assert main(["compare", *arguments, "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
+    folder, _ = results
+    text = (folder / "results.json").read_text()
+    assert len(text) < 300_000
+    content = json.loads(text)
+    assert content["format"] == 1
+    assert content["command"].startswith("wellcond compare --methods SGDM,W-SGDM,AdamW,FAdam --seeds 2")
+    assert set(content["versions"]) == {"python", "torch", "lightning", "wellcond"}
+    assert {"processor", "cores", "platform"} <= set(content["machine"])
+    assert content["settings"] | {"train_images": 96, "seeds": 2, "epochs": 3, "stats_every": 1} == content["settings"]
+    assert (content["seeds"], content["steps"], content["early_epoch"], content["target"]) == (2, 9, 2, 95.0)
+    assert content["findings"]
+    assert [method["name"] for method in content["methods"]] == ["SGDM", "W-SGDM", "AdamW", "FAdam"]
+    for method in content["methods"]:
+        assert method["baseline"] == ("SGDM" if "SGDM" in method["name"] else "AdamW")
+        assert [point["lr"] for point in method["lr_grid"]] == sorted(point["lr"] for point in method["lr_grid"])
+        assert set(method["accuracy"]) == {"1", "2", "3"}
+        assert [curve["seed"] for curve in method["curves"]] == [0, 1]
+        for curve in method["curves"]:
+            assert all(len(values) == 3 for key, values in curve.items() if key != "seed")
+            assert curve["seconds"] == sorted(curve["seconds"])
+        final = method["accuracy"]["3"]
+        assert final["mean"] == pytest.approx(sum(curve["test_accuracy"][2] for curve in method["curves"]) / 2, 1e-5)
+        if method["name"] == method["baseline"]:
+            assert method["time_ratio"] == 1.0
+            assert method["equal_time"] is None
+        else:
+            assert method["equal_time"]["steps"] == max(1, round(9 / method["time_ratio"]))
+            assert method["final_difference"]["low"] <= method["final_difference"]["mean"]
+
+
+def test_the_report_is_one_well_formed_page_that_refers_to_nothing(results):
+    folder, _ = results
+    page = (folder / "report.html").read_text()
+    checker = check_page(page)
+    assert checker.references == []
+    assert checker.scripts == 0
+    assert "http://" not in page
+    assert "https://" not in page
+    content = json.loads((folder / "results.json").read_text())
+    for method in content["methods"]:
+        assert f'<th scope="row">{method["name"]}</th>' in page
+    for text in ("Findings", "Equal time", "Paired seeds", "max-width: 760px", "prefers-color-scheme: dark"):
+        assert text in page
+    assert page.count("<figure>") == 4
+    assert content["versions"]["torch"] in page
+
+
+def test_what_a_name_holds_is_escaped(tmp_path, write_images, capsys):
+    file = tmp_path / "<b>&.parquet"
+    write_images(file, count=120)
+    arguments = ["--data", str(file), "--epochs", "1", "--seeds", "1", "--batch-size", "16", "--methods", "SGDM"]
+    out = tmp_path / "out"
+    assert main(["compare", *arguments, "--model", "convnet", "--out", str(out), "--quiet"]) == 0
+    page = (out / "report.html").read_text()
+    check_page(page)
+    assert "<b>&." not in page
+    assert "&lt;b&gt;&amp;.parquet" in page
+    assert "Only baselines were run" in page
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.count("\n") == 2  # the files' places
+
+
+def test_the_table_is_readable_when_piped(results):
+    folder, printed = results
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert max(len(line) for line in lines if not line.startswith("Written")) <= 120
+    assert "\x1b" not in printed
+    assert "…" not in printed
+    assert sum(line.startswith("W-SGDM ") for line in lines) == 2
+    for text in ("epochs to 95 %", "time/step", "equal time", "Findings", "±", "["):
+        assert text in printed
+    assert lines[-1].split()[1:] == [
+        str(folder / name) for name in ("report.html", "curves-epochs.png", "curves-seconds.png", "results.json")
+    ]
+
+
+def test_the_curves_are_pictures_of_both_families(results):
+    folder, _ = results
+    for name in ("curves-epochs.png", "curves-seconds.png"):
+        with Image.open(folder / name) as picture:
+            picture.verify()
+            assert picture.size == (1650, 630)

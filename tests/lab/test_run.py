@@ -1,0 +1,101 @@
+"""One run: repeatable bit for bit, paired across methods, timed without evaluation, honest about divergence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wellcond.lab.images import load_data
+from wellcond.lab.methods import METHODS
+from wellcond.lab.plan import Settings, make_plan
+from wellcond.lab.run import Runner, Training
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(Settings(epochs=2, train_images=200, seeds=1))
+
+
+@pytest.fixture(scope="module")
+def runner(plan):
+    return Runner(plan.data, torch.device("cpu"))
+
+
+def without_seconds(record):
+    return replace(record, epochs=tuple(replace(epoch, seconds=0.0) for epoch in record.epochs))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_same_run_twice_is_the_same_bit_for_bit(plan, runner, name):
+    spec = plan.spec(METHODS[name], METHODS[name].lrs[0], seed=0)
+    first = runner.run(spec)
+    again = Runner(load_data("digits", None, None), torch.device("cpu")).run(spec)
+    assert without_seconds(first) == without_seconds(again)
+    assert [epoch.steps for epoch in first.epochs] == [6, 12]
+    assert first.epochs[1].seconds > first.epochs[0].seconds > 0
+
+
+def test_methods_of_a_seed_share_weights_and_batches(plan, runner, monkeypatch):
+    seen = {}
+    original = Training.training_step
+
+    def training_step(self, batch, batch_index):
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        seen.setdefault(self.spec, []).append((weights, *(part.clone() for part in batch)))
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(Training, "training_step", training_step)
+    for name in ("SGDM", "W-SGDM", "FAdam"):
+        runner.run(plan.spec(METHODS[name], METHODS[name].lrs[0], seed=0))
+    runner.run(plan.spec(METHODS["SGDM"], METHODS["SGDM"].lrs[0], seed=1))
+    *paired, other_seed = seen.values()
+    for run in paired:
+        assert torch.equal(run[0][0], paired[0][0][0])
+        assert len(run) == 12
+        for batch, reference in zip(run, paired[0], strict=True):
+            assert torch.equal(batch[1], reference[1])
+            assert torch.equal(batch[2], reference[2])
+    assert not torch.equal(other_seed[0][0], paired[0][0][0])
+    assert not torch.equal(paired[0][0][2], paired[0][6][2])  # the second epoch has another order
+
+
+def test_lr_follows_a_cosine_to_zero_over_the_run(plan, runner, monkeypatch):
+    lrs = []
+    original = Training.training_step
+
+    def training_step(self, batch, batch_index):
+        lrs.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(Training, "training_step", training_step)
+    runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0))
+    expected = 0.05 * (1 + torch.cos(torch.arange(12) / 12 * torch.pi))
+    torch.testing.assert_close(torch.tensor(lrs), expected)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, [1]), (5, [5]), (6, [6]), (9, [6, 9]), (14, [6, 12, 14])])
+def test_a_budget_of_steps_ends_with_a_measurement(plan, runner, steps, epochs):
+    record = runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0, steps=steps))
+    assert [epoch.steps for epoch in record.epochs] == epochs
+
+
+@pytest.mark.parametrize("name", ["SGDM", "W-SGDM", "FAdam"])
+def test_a_diverged_run_is_recorded_and_ends_early(plan, runner, name):
+    record = runner.run(plan.spec(METHODS[name], 1e30, seed=0))
+    assert record.diverged
+    assert len(record.epochs) < 2
+    assert record.test_accuracy(2, chance=10.0) == 10.0
+
+
+def test_transforms_count_what_they_do(plan, runner):
+    spec = plan.spec(METHODS["W-SGDM"], 0.1, seed=0)
+    assert runner.run(spec).transforms
+    assert runner.run(replace(spec, method=METHODS["SGDM"])).transforms == {}
+
+
+def test_training_leaves_torchs_global_generator_alone(plan, runner):
+    before = torch.random.get_rng_state()
+    runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0, steps=1))
+    assert torch.equal(before, torch.random.get_rng_state())
