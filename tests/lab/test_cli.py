@@ -77,6 +77,14 @@ def error(capsys, *arguments: str) -> str:
             "--image-size must divide the images' height and width (averaging whole pixels), got 3 for images of 8x8",
         ),
         (["--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["--lrs", "0.1,0.2"], "--lrs must look like SGD=0.02,0.06,0.2, got '0.1,0.2'"),
+        (["--lrs", "Adam=0.1"], "unknown optimizer 'Adam': did you mean 'AdamW'? Known: SGD, AdamW"),
+        (["--lrs", "SGD=0.1,x"], "--lrs SGD=0.1,x: learning rates must be numbers"),
+        (["--lrs", "SGD=0.1,-1"], "--lrs SGD=0.1,-1: learning rates must be positive"),
+        (
+            ["--lrs", "SGD=0.1,0.2"],
+            "--lrs must give every method the same number of learning rates to try, got SGD 2, AdamW 3",
+        ),
     ],
 )
 def test_mistakes(capsys, tmp_path, monkeypatch, arguments, line):

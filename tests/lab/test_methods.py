@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wellcond.lab.methods import DEFAULT_METHODS, METHODS, Refresh, baselines, select_methods
+from wellcond.lab.methods import DEFAULT_METHODS, METHODS, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.models import initial_model
 
 
@@ -28,6 +28,11 @@ def test_every_method_tries_the_same_number_of_ascending_lrs():
     for method in METHODS.values():
         assert list(method.lrs) == sorted(set(method.lrs))
         assert method.lrs == METHODS[method.baseline].lrs
+
+
+def test_an_lr_grid_reaches_the_methods_over_its_optimizer_alone():
+    methods = with_lrs(select_methods(["SGDM", "FSGD", "AdamW"]), {"SGD": (0.02, 0.06, 0.2)})
+    assert [method.lrs for method in methods] == [(0.02, 0.06, 0.2), (0.02, 0.06, 0.2), METHODS["AdamW"].lrs]
 
 
 def test_baselines_measure_against_themselves():

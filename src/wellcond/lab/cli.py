@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.compare import run_comparison
 from wellcond.lab.errors import LabError
 from wellcond.lab.images import DIGITS
-from wellcond.lab.methods import DEFAULT_METHODS, METHODS
+from wellcond.lab.methods import DEFAULT_METHODS, METHODS, parse_lrs
 from wellcond.lab.models import MODELS
 from wellcond.lab.plan import Settings, make_plan, output_folder
 from wellcond.lab.progress import RunProgress
@@ -52,7 +52,10 @@ class Interrupted(BaseException):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
+    """Says what is wrong in one line, without the usage above it, and takes options by their whole names alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise LabError(message)
@@ -115,6 +118,14 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help=f"{', '.join(MODELS)} (default: convnet for digits, else resnet8)"
     )
     what.add_argument(
+        "--lrs",
+        action="append",
+        default=[],
+        metavar="OPTIMIZER=A,B,...",
+        help="lr grid of all methods over this optimizer, e.g. SGD=0.02,0.06,0.2; may be given for several "
+        "(default: see `wellcond list`)",
+    )
+    what.add_argument(
         "--seeds", type=int, default=defaults.seeds, metavar="N", help="paired seeds (default: %(default)s)"
     )
     what.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: 6 for digits, else 8)")
@@ -171,6 +182,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
         data=arguments.data,
         methods=tuple(name.strip() for name in arguments.methods.split(",") if name.strip()),
         model=arguments.model,
+        lrs=tuple(parse_lrs(text) for text in arguments.lrs),
         seeds=arguments.seeds,
         epochs=arguments.epochs,
         train_images=arguments.train_images,
@@ -225,7 +237,11 @@ def _list(what: str | None) -> int:
     # Plain lines rather than a table: they can be searched and cut by other programs at any width.
     listed = {
         "methods": [
-            (method.name, f"{method.description}{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}")
+            (
+                method.name,
+                f"{method.description}; lr {', '.join(f'{lr:g}' for lr in method.lrs)}"
+                f"{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}",
+            )
             for method in METHODS.values()
         ],
         "models": [(model.name, model.description) for model in MODELS.values()],

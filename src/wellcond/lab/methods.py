@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -124,6 +125,57 @@ METHODS = {
 """Every method, in the order in which reports list them."""
 
 DEFAULT_METHODS = ("SGDM", "SGDM+GC", "W-SGDM", "FSGD", "AdamW", "AdamW+GC", "W-Adam", "FAdam")
+
+
+def parse_lrs(text: str) -> tuple[str, tuple[float, ...]]:
+    """Read an lr grid from the command line.
+
+    Args:
+        text: ``OPTIMIZER=LR,LR,...``, the optimizer as its class is called in ``torch.optim``.
+
+    Returns:
+        The optimizer and its grid, ascending.
+
+    Raises:
+        LabError: If the text has another form, the optimizer is of no method, or an lr is not a positive number.
+
+    >>> parse_lrs("SGD=0.2,0.02,0.06")
+    ('SGD', (0.02, 0.06, 0.2))
+    """
+    optimizer, separator, values = text.partition("=")
+    known = list(dict.fromkeys(method.optimizer for method in METHODS.values()))
+    if not separator:
+        raise LabError(f"--lrs must look like SGD=0.02,0.06,0.2, got {text!r}")
+    if optimizer not in known:
+        raise unknown_name("optimizer", optimizer, known)
+    try:
+        lrs = tuple(sorted({float(value) for value in values.split(",")}))
+    except ValueError:
+        raise LabError(f"--lrs {text}: learning rates must be numbers") from None
+    if not all(0 < lr < math.inf for lr in lrs):
+        raise LabError(f"--lrs {text}: learning rates must be positive")
+    return optimizer, lrs
+
+
+def with_lrs(methods: Sequence[Method], grids: Mapping[str, tuple[float, ...]]) -> tuple[Method, ...]:
+    """Return the methods with other lr grids.
+
+    Args:
+        methods: The methods.
+        grids: From an optimizer's name to the grid of all methods that use it; the others keep theirs.
+
+    Returns:
+        The methods, in the same order.
+
+    Raises:
+        LabError: If the methods would try different numbers of lrs: that would not be equal tuning effort.
+    """
+    changed = tuple(replace(method, lrs=grids.get(method.optimizer, method.lrs)) for method in methods)
+    counts = {method.optimizer: len(method.lrs) for method in changed}
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{optimizer} {count}" for optimizer, count in counts.items())
+        raise LabError(f"--lrs must give every method the same number of learning rates to try, got {given}")
+    return changed
 
 
 def select_methods(names: Sequence[str]) -> tuple[Method, ...]:

@@ -12,7 +12,7 @@ from wellcond.lab.batches import check_augmentation
 from wellcond.lab.errors import LabError
 from wellcond.lab.images import DIGITS, ImageData, load_data
 from wellcond.lab.machine import environment
-from wellcond.lab.methods import DEFAULT_METHODS, Method, Refresh, baselines, select_methods
+from wellcond.lab.methods import DEFAULT_METHODS, Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.models import initial_model, select_model
 from wellcond.lab.records import RunSpec
 
@@ -27,6 +27,7 @@ class Settings:
         data: ``"digits"``, a parquet file, or a folder of them.
         methods: Names in `METHODS`.
         model: A name in `MODELS`.
+        lrs: lr grids by optimizer, where they are not the methods' own.
         seeds: How many paired seeds.
         epochs: Epochs of a run.
         train_images: Images that train.
@@ -44,6 +45,7 @@ class Settings:
     data: str = DIGITS
     methods: tuple[str, ...] = DEFAULT_METHODS
     model: str | None = None
+    lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
     seeds: int = 5
     epochs: int | None = None
     train_images: int | None = None
@@ -152,7 +154,7 @@ def make_plan(settings: Settings) -> Plan:
     Raises:
         LabError: If a name is unknown, the data cannot be read, or the numbers do not fit together.
     """
-    methods = select_methods(settings.methods)
+    methods = with_lrs(select_methods(settings.methods), dict(settings.lrs))
     is_digits = settings.data == DIGITS
     augmentation = check_augmentation(settings.augmentation or ("none" if is_digits else "crop-flip"))
     model_name = settings.model or ("convnet" if is_digits else "resnet8")
