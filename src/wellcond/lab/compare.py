@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
+from wellcond.lab.lr_choice import choose_lr
 from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan
 from wellcond.lab.progress import RunProgress
@@ -57,7 +56,11 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Compar
     specs = plan.specs()
     with_baseline = [method for method in plan.methods if plan.baselines[method.name] != method.name]
     _complete(plan, specs, store, records, progress, later=len(with_baseline) * plan.settings.seeds)
-    chosen = {method.name: choose_lr(plan, method, records) for method in plan.methods}
+    seeds = range(plan.settings.seeds)
+    chosen = {
+        method.name: choose_lr({lr: [records[plan.spec(method, lr, seed)] for seed in seeds] for lr in method.lrs})
+        for method in plan.methods
+    }
     ratios = {method.name: time_ratio(plan, method, records) for method in plan.methods}
     budgets = {
         method.name: max(1, round(plan.steps / ratio))
@@ -66,7 +69,7 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Compar
     }
     equal = [
         plan.spec(method, chosen[method.name], seed, budgets[method.name])
-        for seed in range(plan.settings.seeds)
+        for seed in seeds
         for method in with_baseline
         if method.name in budgets
     ]
@@ -93,22 +96,6 @@ def _complete(
         store.save(spec, record)
         records[spec] = record
         progress.advance(spec.method.name)
-
-
-def choose_lr(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float:
-    """Return the lr with the best mean validation accuracy after the last epoch.
-
-    A tie goes to the lower mean validation loss, and then to the lower lr. An lr with a diverged run comes last.
-    """
-
-    def merit(lr: float) -> tuple[float, float]:
-        runs = [records[plan.spec(method, lr, seed)] for seed in range(plan.settings.seeds)]
-        if any(run.diverged for run in runs):
-            return -sum(run.diverged for run in runs), -math.inf
-        last = [run.epochs[-1] for run in runs]
-        return fmean(epoch.validation_accuracy for epoch in last), -fmean(epoch.validation_loss for epoch in last)
-
-    return max(method.lrs, key=merit)
 
 
 def time_ratio(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float | None:
