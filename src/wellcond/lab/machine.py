@@ -36,7 +36,7 @@ def machine() -> dict[str, str]:
     described = {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
