@@ -97,7 +97,7 @@ class Attachment:
         self.transforms = tuple(transforms)
         self._check_transforms(optimizer)
         self._optimizer = weakref.ref(optimizer)
-        self._model = weakref.ref(model)
+        self._model = model
         self._weight_decay: WeightDecayKind = weight_decay
         self._synchronize = synchronize
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
@@ -107,7 +107,7 @@ class Attachment:
         self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
         self._loading: dict[int, State] = {}
 
-        self._find_weights(optimizer, model)
+        self._find_weights(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -148,14 +148,14 @@ class Attachment:
         Returns:
             A table as text, a block per transform.
         """
-        optimizer, model = self._optimizer(), self._model()
-        if optimizer is None or model is None:
-            return "the optimizer or the model no longer exists"
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return "the optimizer no longer exists"
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         blocks = []
         for transform in self.transforms:
             title = f"{transform.name} over {type(optimizer).__name__}"
-            blocks.append("\n".join([title, *coverage_lines(model, held, self._slots[transform.name])]))
+            blocks.append("\n".join([title, *coverage_lines(self._model, held, self._slots[transform.name])]))
         return "\n\n".join(blocks)
 
     # which weights --------------------------------------------------------------------------------------------------
@@ -175,17 +175,17 @@ class Attachment:
                 )
             attached.add(transform.name)
 
-    def _find_weights(self, optimizer: Optimizer, model: nn.Module) -> None:
+    def _find_weights(self, optimizer: Optimizer) -> None:
         """Make a slot for every known weight that the optimizer holds; again whenever its groups have grown."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in model.parameters()):
+        if not any(id(parameter) in held for parameter in self._model.parameters()):
             raise ValueError(
-                f"model ({type(model).__name__}) shares no parameter with the optimizer ({type(optimizer).__name__}): "
-                "attach the model whose parameters it was given"
+                f"model ({type(self._model).__name__}) shares no parameter with the optimizer "
+                f"({type(optimizer).__name__}): attach the model whose parameters it was given"
             )
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         uses: dict[int, list[Layer]] = {}
-        for layer in find_layers(model):
+        for layer in find_layers(self._model):
             if id(layer.weight) in held:
                 uses.setdefault(id(layer.weight), []).append(layer)
         decays = self._decays(optimizer)
@@ -259,7 +259,8 @@ class Attachment:
         for transform, slot in due:
             slot.pending = slot.pending or transform.pending_like(slot)
         tensors = [tensor for _, slot in due for tensor in slot.pending or []]
-        for like in {(tensor.dtype, tensor.device) for tensor in tensors}:
+        # In one order on all ranks, or their collectives would not match.
+        for like in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
             same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == like]
             flat = torch.cat([tensor.flatten() for tensor in same])
             dist.all_reduce(flat, group=group)
@@ -296,9 +297,8 @@ class Attachment:
     def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
         if not step.refreshed:
             step.refreshed = True
-            model = self._model()
-            if model is not None and self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]:
-                self._find_weights(optimizer, model)
+            if self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]:
+                self._find_weights(optimizer)
             self._set_decays(optimizer)
             self._reduce()
             for transform in self.transforms:
