@@ -69,7 +69,9 @@ def cost_table(results: dict[str, Any]) -> str:
     for name, row in rows.items():
         amortised = f"× {row['amortised_ratio']:.2f}" if "amortised_ratio" in row else ""
         spread = f"({row['lower_quartile']:.3f} to {row['upper_quartile']:.3f})"
-        lines.append(f"| {name} | × {row['ratio']:.3f} {spread} | × {row['ratio_by_optimizer_part']:.4f} | {amortised} |")
+        lines.append(
+            f"| {name} | × {row['ratio']:.3f} {spread} | × {row['ratio_by_optimizer_part']:.4f} | {amortised} |"
+        )
     made = f"`{results['command']}` ({results['model']}, batch {results['batch']}, {results['rounds']} rounds, "
     return "\n".join([*lines, "", f"{made}torch {results['torch']}, {results['machine']})"])
 
