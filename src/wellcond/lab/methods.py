@@ -104,7 +104,7 @@ def _sgdm(name: str, description: str, *transforms: TransformSpec) -> Method:
 
 
 def _adamw(name: str, description: str, *transforms: TransformSpec) -> Method:
-    return Method(name, description, "AdamW", (("weight_decay", 0.05),), (5e-3, 2e-2, 8e-2), "AdamW", transforms)
+    return Method(name, description, "AdamW", (("weight_decay", 0.05),), (3e-3, 1e-2, 3e-2), "AdamW", transforms)
 
 
 METHODS = {
