@@ -88,7 +88,8 @@ def one_process() -> Callable[[str], dict[str, Any]]:
 def results_of(ranks: Ranks, name: str) -> list[dict[str, Any]]:
     for rank, found in enumerate(ranks):
         assert found[name]["error"] is None, f"rank {rank}:\n{found[name]['error']}"
-        assert found[name]["warnings"] == []
+        # A check of one awkward layer may find it left alone, which it then says.
+        assert [said for said in found[name]["warnings"] if "covers none of the weights" not in said] == []
     return [found[name]["result"] for found in ranks]
 
 
@@ -204,6 +205,7 @@ def test_centralization_of_sharded_weights_equals_one_process(
     assert_close_to(results[0], one_process(name))
 
 
+@pytest.mark.filterwarnings("ignore:GradientCentralization covers none")
 @pytest.mark.parametrize(
     "name",
     [

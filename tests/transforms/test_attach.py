@@ -84,6 +84,15 @@ class TestRefusals:
             optimizer.step()
 
 
+def test_a_transform_that_covers_nothing_is_told_of() -> None:
+    model = linear()
+    optimizer = sgd(model)
+    with pytest.warns(
+        WellcondWarning, match=r"GradientCentralization covers none .* \(not centred: not a convolution\)"
+    ):
+        wellcond.attach(optimizer, model, GradientCentralization("conv"))
+
+
 class TestWrappers:
     def test_the_optimizer_inside_a_wrapper_is_found(self) -> None:
         class Wrapper:

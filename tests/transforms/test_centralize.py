@@ -552,6 +552,7 @@ def test_a_weight_without_a_gradient_is_left_as_the_plain_optimizer_leaves_it(wh
     ],
     ids=["all", "conv", "by name", "by type", "none"],
 )
+@pytest.mark.filterwarnings("ignore:GradientCentralization covers none")
 def test_exactly_the_chosen_layers_are_centred(where: str, layers: Any, chosen: set[str]) -> None:
     """All others are bit-identical to the plain optimizer's."""
     plain = trained(lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1))
@@ -592,6 +593,7 @@ def test_a_predicate_is_not_asked_about_norms_it_cannot_have() -> None:
         assert torch.equal(plain[name], actual[name])
 
 
+@pytest.mark.filterwarnings("ignore:GradientCentralization covers none")
 def test_one_input_per_output_unit_is_left_alone_and_reported() -> None:
     """Centring a row of one number would stop the layer from learning at all."""
     torch.manual_seed(0)

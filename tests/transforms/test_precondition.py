@@ -603,6 +603,7 @@ def test_a_tied_weight_sees_the_inputs_of_all_its_layers(transform_type: type, b
     assert handle.stats()[NAMES[transform_type]]["weights"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:FeatureWhitening covers none")
 def test_a_weight_tied_to_an_embedding_is_not_preconditioned_on_half_its_uses() -> None:
     """The embedding's one-hot inputs are not seen, so M of the output layer's inputs alone would be wrong."""
     torch.manual_seed(0)

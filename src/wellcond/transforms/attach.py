@@ -108,6 +108,7 @@ class Attachment:
         self._loading: dict[int, State] = {}
 
         self._find_weights(optimizer)
+        self._warn_of_idle_transforms()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -203,6 +204,17 @@ class Attachment:
             transform.check(self._covered(transform))
         self._publish(optimizer, lambda slot: bool(optimizer.state.get(slot.layer.weight)))
         self._place_probes()
+
+    def _warn_of_idle_transforms(self) -> None:
+        for transform in self.transforms:
+            if not self._covered(transform):
+                reasons = {slot.coverage.how: None for slot in self._slots[transform.name]}
+                why = f" ({'; '.join(list(reasons)[:3])})" if reasons else ""
+                warnings.warn(
+                    f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
+                    WellcondWarning,
+                    stacklevel=4,
+                )
 
     def _adopt(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
         """Return a slot's first state: what was loaded into the optimizer before attaching, or a new one."""

@@ -92,13 +92,13 @@ class FeaturePreconditioner(GradientTransform):
 
     Args:
         damping: ε, added to M's eigenvalues.
-        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
         stats_decay: α of the moving average M ← α M + (1 − α) X Xᵀ/N.
         stats_every: Steps between two updates of M (T_xx in the source).
         solve_every: Steps between two factorizations of M (T_inv, T_svd in the source).
+        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
+        restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
         solve_warmup: Factorize early too, after 1, 2, 4, … times ``stats_every`` steps until ``solve_every`` is
             reached. False is the source's: its first ``solve_every`` steps use the first batch alone.
-        restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
         solver: ``"eigh"``, ``"cholesky"`` (p = 1 with absolute damping), or ``"auto"``.
         where: Which layers: a predicate of (module name, module); None is every layer that has rows.
 
@@ -109,12 +109,12 @@ class FeaturePreconditioner(GradientTransform):
     exponent: ClassVar[float]
 
     damping: float = 0.0
-    damping_mode: DampingMode = "relative"
     stats_decay: float = 0.95
     stats_every: int = 50
     solve_every: int = 500
-    solve_warmup: bool = True
+    damping_mode: DampingMode = "relative"
     restore_norm: bool = True
+    solve_warmup: bool = True
     solver: Solver = "auto"
     where: Predicate | None = None
 
@@ -284,12 +284,12 @@ class FeatureDescent(FeaturePreconditioner):
 
     Args:
         damping: ε; 0.1 was best of 1e-3 … 1 in the source (table 5.8).
-        damping_mode: See `FeaturePreconditioner`, as for all further arguments.
-        stats_decay: α.
+        stats_decay: α; see `FeaturePreconditioner`, as for all further arguments.
         stats_every: T_xx.
         solve_every: T_inv.
-        solve_warmup: Whether to factorize early too.
+        damping_mode: What ε is relative to.
         restore_norm: Whether each layer's gradient gets its norm back.
+        solve_warmup: Whether to factorize early too.
         solver: How to invert.
         where: Which layers.
 
@@ -319,12 +319,12 @@ class FeatureWhitening(FeaturePreconditioner):
 
     Args:
         damping: ε, relative to M's largest eigenvalue.
-        damping_mode: See `FeaturePreconditioner`, as for all further arguments.
-        stats_decay: α.
+        stats_decay: α; see `FeaturePreconditioner`, as for all further arguments.
         stats_every: T_xx.
         solve_every: T_svd.
-        solve_warmup: Whether to factorize early too.
+        damping_mode: What ε is relative to.
         restore_norm: Whether each layer's gradient gets its norm back.
+        solve_warmup: Whether to factorize early too.
         solver: How to compute the power.
         where: Which layers.
 
