@@ -100,7 +100,8 @@ class LinearLayout(Layout):
 
     has_rows = True
 
-    def rows(self, module: nn.Module, inputs: Tensor) -> Tensor:  # noqa: D102
+    def rows(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Flatten all axes but the last into rows."""
         return inputs.reshape(1, -1, inputs.shape[-1])
 
 
@@ -116,10 +117,12 @@ class ConvLayout(Layout):
     kind = "conv"
     has_rows = True
 
-    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [groups, out/groups, in/groups, *kernel]."""
         return torch.unflatten(weight, 0, (self.groups(module), -1))
 
-    def groups(self, module: nn.Module) -> int:  # noqa: D102
+    def groups(self, module: nn.Module) -> int:
+        """Return the convolution's groups."""
         return cast(nn.Conv2d, module).groups
 
     def rows(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -166,13 +169,16 @@ class ConvTransposeLayout(Layout):
     kind = "conv"
     output_axis = 1
 
-    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [groups, out/groups, in/groups, *kernel]."""
         return torch.unflatten(weight, 0, (self.groups(module), -1)).transpose(1, 2)
 
-    def groups(self, module: nn.Module) -> int:  # noqa: D102
+    def groups(self, module: nn.Module) -> int:
+        """Return the convolution's groups."""
         return cast(nn.ConvTranspose2d, module).groups
 
-    def unit_mean(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+    def unit_mean(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Average over the inputs of each unit's own group."""
         if self.groups(module) == 1:
             return super().unit_mean(module, weight)
         rows = self.matrix(module, weight)  # [groups, out, in, *kernel]
@@ -185,7 +191,8 @@ class NormLayout(Layout):
 
     kind = "norm"
 
-    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as one 1 × 1 matrix per element."""
         return weight.flatten().unsqueeze(-1).unsqueeze(-1)
 
 
@@ -195,10 +202,12 @@ class EmbeddingLayout(Layout):
     kind = "embedding"
     output_axis = 1
 
-    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:  # noqa: D102
+    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
+        """Name the table, which has no bias."""
         return [("weight", None)]
 
-    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:  # noqa: D102
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [1, out, tokens]."""
         return weight.transpose(0, 1).unsqueeze(0)
 
 
@@ -207,7 +216,8 @@ class AttentionLayout(Layout):
 
     missing_rows = "a packed projection has up to three inputs"
 
-    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:  # noqa: D102
+    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
+        """Name the packed projection, or the three separate ones; their bias is packed in either case."""
         return [
             ("in_proj_weight", "in_proj_bias"),
             ("q_proj_weight", None),
@@ -221,7 +231,8 @@ class RecurrentLayout(Layout):
 
     missing_rows = "the hidden states inside a recurrent layer are not seen"
 
-    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:  # noqa: D102
+    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
+        """Pair each ``weight_…`` with its ``bias_…``."""
         names = [name for name, _ in module.named_parameters(recurse=False)]
         biases = {name.replace("weight", "bias"): name for name in names if name.startswith("weight")}
         return [(weight, bias if bias in names else None) for bias, weight in biases.items()]

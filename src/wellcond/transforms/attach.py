@@ -31,6 +31,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
+from wellcond.transforms.ranks import add_over_ranks, shared_group
 from wellcond.transforms.report import coverage_lines
 from wellcond.transforms.state import read_state, state_key, take_out
 
@@ -260,25 +261,15 @@ class Attachment:
                     total.add_(part)
 
     def _reduce(self) -> None:
-        """Add pending observations over ranks, all layers in one flattened collective."""
-        if self._synchronize is False or not (dist.is_available() and dist.is_initialized()):
-            return
-        group = None if self._synchronize is True else self._synchronize
-        if dist.get_world_size(group) == 1:
+        """Add pending observations over ranks."""
+        group = shared_group(self._synchronize)
+        if group is None:
             return
         # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
-        due = [(t, slot) for t, slot in self._all_slots() if t.wants_inputs(slot)]
+        due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
         for transform, slot in due:
             slot.pending = slot.pending or transform.pending_like(slot)
-        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
-        # In one order on all ranks, or their collectives would not match.
-        for like in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-            same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == like]
-            flat = torch.cat([tensor.flatten() for tensor in same])
-            dist.all_reduce(flat, group=group)
-            parts = torch.split(flat, [tensor.numel() for tensor in same])
-            for tensor, part in zip(same, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+        add_over_ranks([tensor for _, slot in due for tensor in slot.pending or []], group)
 
     # steps ----------------------------------------------------------------------------------------------------------
 
