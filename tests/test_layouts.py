@@ -146,7 +146,7 @@ def test_conv_rows_against_explicit_loops() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 2, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, dtype=torch.float64)
     inputs = torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    rows = layout_of(layer).rows(layer, inputs)  # type: ignore[union-attr]
+    rows = layout_of(layer).rows(layer, inputs)
     height, width = (5 + 2 - 1 - 1) // 2 + 1, 6 + 4 - 4 - 1 + 1
     assert rows.shape == (2, 3 * height * width, 2 * 2 * 3)
     for group, sample, top, left in itertools.product(range(2), range(3), range(height), range(width)):
@@ -168,7 +168,7 @@ def test_channels_last_memory_changes_nothing(spatial: int) -> None:
     assert not layer.weight.is_contiguous()
     torch.testing.assert_close(product(layer, inputs), as_rows(layer(inputs), 1), rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        layout_of(layer).matrix(layer, layer.weight)[1, 2].fill_(7.0)  # type: ignore[union-attr]
+        layout_of(layer).matrix(layer, layer.weight)[1, 2].fill_(7.0)
     assert bool((layer.weight[5] == 7.0).all())
     assert not bool((layer.weight[:5] == 7.0).any())
 
@@ -177,10 +177,10 @@ def test_channels_last_memory_changes_nothing(spatial: int) -> None:
 def test_zero_element_batches_have_no_rows(mode: str) -> None:
     for spatial, make in CONVS.items():
         layer = make(4, 6, 3, padding=1, groups=2, padding_mode=mode)
-        rows = layout_of(layer).rows(layer, torch.zeros(0, 4, *[5] * spatial))  # type: ignore[union-attr]
+        rows = layout_of(layer).rows(layer, torch.zeros(0, 4, *[5] * spatial))
         assert rows.shape == (2, 0, 2 * 3**spatial)
     linear = nn.Linear(3, 2)
-    assert layout_of(linear).rows(linear, torch.zeros(0, 5, 3)).shape == (1, 0, 3)  # type: ignore[union-attr]
+    assert layout_of(linear).rows(linear, torch.zeros(0, 5, 3)).shape == (1, 0, 3)
 
 
 # the output axis ----------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_row_of_the_matrix_belongs_to_exactly_one_output_channel(name: str) ->
 def test_the_matrix_is_a_view_of_every_weight_element(name: str) -> None:
     layer, attribute, _ = linear_layers()[name]
     weight = getattr(layer, attribute)
-    matrix = layout_of(layer).matrix(layer, weight)  # type: ignore[union-attr]
+    matrix = layout_of(layer).matrix(layer, weight)
     assert matrix.numel() == weight.numel()
     with torch.no_grad():
         matrix.copy_(torch.arange(matrix.numel(), dtype=weight.dtype).view(matrix.shape))
@@ -232,7 +232,7 @@ def test_the_matrix_is_a_view_of_every_weight_element(name: str) -> None:
 def test_bilinear_rows_are_output_units() -> None:
     layer = nn.Bilinear(3, 4, 5, dtype=torch.float64)
     a, b = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    matrix = layout_of(layer).matrix(layer, layer.weight)  # type: ignore[union-attr]
+    matrix = layout_of(layer).matrix(layer, layer.weight)
     assert matrix.shape == (1, 5, 3, 4)
     before = layer(a, b)
     with torch.no_grad():
@@ -242,13 +242,13 @@ def test_bilinear_rows_are_output_units() -> None:
 
 def test_embedding_rows_are_the_features_of_every_token() -> None:
     for layer in (nn.Embedding(7, 3), nn.EmbeddingBag(7, 3)):
-        matrix = layout_of(layer).matrix(layer, layer.weight)  # type: ignore[union-attr]
+        matrix = layout_of(layer).matrix(layer, layer.weight)
         assert matrix.shape == (1, 3, 7)
         with torch.no_grad():
             matrix[0, 1] = 9.0
         assert bool((layer.weight[:, 1] == 9.0).all())
         assert not bool((layer.weight[:, [0, 2]] == 9.0).any())
-        assert layout_of(layer).kind == "embedding"  # type: ignore[union-attr]
+        assert layout_of(layer).kind == "embedding"
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -383,13 +383,13 @@ def test_a_registered_rule_is_used_and_a_later_one_replaces_it(clean_registry: N
 @pytest.mark.parametrize("module_type", [nn.Linear(2, 2), int, "Linear", None])
 def test_registering_something_that_is_no_module_type_is_refused(module_type: object) -> None:
     with pytest.raises(TypeError, match="module_type"):
-        register_layout(module_type, NormLayout())  # type: ignore[arg-type]
+        register_layout(module_type, NormLayout())
 
 
 @pytest.mark.parametrize("layout", [NormLayout, None, "norm"])
 def test_registering_something_that_is_no_layout_is_refused(layout: object) -> None:
     with pytest.raises(TypeError, match="layout"):
-        register_layout(nn.Linear, layout)  # type: ignore[arg-type]
+        register_layout(nn.Linear, layout)
 
 
 # find_layers --------------------------------------------------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_parametrized_weights_are_named_not_guessed() -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d])
 def test_lazy_layers_are_refused_by_name(make: object) -> None:
-    model = nn.ModuleDict({"first": make()})  # type: ignore[operator]
+    model = nn.ModuleDict({"first": make()})
     with pytest.raises(ValueError, match="first") as caught:
         find_layers(model)
     assert "Lazy" in str(caught.value)

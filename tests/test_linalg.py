@@ -71,7 +71,7 @@ def test_without_damping_the_plain_power_of_hand_computed_matrices() -> None:
 def test_both_solvers_invert_damped_singular_matrices(solver: str, rank: int) -> None:
     spectrum = [0.0] * (6 - rank) + [0.3 * (i + 1) for i in range(rank)]
     matrix, q = with_spectrum(spectrum, seed=rank)
-    result = symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver)  # type: ignore[arg-type]
+    result = symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver)
     torch.testing.assert_close(result, power_by_hand(spectrum, q, -1.0, 0.1), rtol=1e-10, atol=1e-11)
 
 
@@ -118,7 +118,7 @@ def test_zero_matrix_with_relative_damping_is_the_identity() -> None:
 @pytest.mark.parametrize("solver", ["eigh", "cholesky"])
 def test_zero_matrix_with_absolute_damping_is_a_multiple_of_the_identity(solver: str) -> None:
     zero = torch.zeros(3, 3, dtype=torch.float64)
-    result = symmetric_power(zero, -1.0, 0.1, damping_mode="absolute", solver=solver)  # type: ignore[arg-type]
+    result = symmetric_power(zero, -1.0, 0.1, damping_mode="absolute", solver=solver)
     torch.testing.assert_close(result, 10 * torch.eye(3, dtype=torch.float64))
 
 
@@ -135,10 +135,10 @@ def test_a_batch_gives_each_matrix_its_own_power(damping_mode: str, exponent: fl
         ]
     )
     batched = matrices.reshape(2, 2, 3, 3)
-    result = symmetric_power(batched, exponent, 0.01, damping_mode=damping_mode)  # type: ignore[arg-type]
+    result = symmetric_power(batched, exponent, 0.01, damping_mode=damping_mode)
     assert result.shape == (2, 2, 3, 3)
     for i in range(4):
-        alone = symmetric_power(matrices[i], exponent, 0.01, damping_mode=damping_mode)  # type: ignore[arg-type]
+        alone = symmetric_power(matrices[i], exponent, 0.01, damping_mode=damping_mode)
         torch.testing.assert_close(result.reshape(4, 3, 3)[i], alone, rtol=1e-12, atol=1e-14)
 
 
@@ -147,8 +147,8 @@ def test_only_the_lower_triangle_is_read() -> None:
     spoiled = matrix.tril() + 7 * torch.ones(3, 3, dtype=torch.float64).triu(1)
     for exponent, mode in ((-0.5, "relative"), (-1.0, "absolute")):
         torch.testing.assert_close(
-            symmetric_power(spoiled, exponent, 0.1, damping_mode=mode),  # type: ignore[arg-type]
-            symmetric_power(matrix, exponent, 0.1, damping_mode=mode),  # type: ignore[arg-type]
+            symmetric_power(spoiled, exponent, 0.1, damping_mode=mode),
+            symmetric_power(matrix, exponent, 0.1, damping_mode=mode),
             rtol=1e-12,
             atol=1e-12,
         )
@@ -158,7 +158,7 @@ def test_the_argument_is_left_alone_and_the_dtype_kept() -> None:
     matrix = with_spectrum([0.5, 1.0, 2.0])[0].float()
     before = matrix.clone()
     for solver in ("eigh", "cholesky"):
-        result = symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver)  # type: ignore[arg-type]
+        result = symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver)
         assert result.dtype == torch.float32
         assert torch.equal(matrix, before)
 
@@ -187,7 +187,7 @@ def test_float32_singular_matrix_stays_finite_and_accurate() -> None:
     ],
 )
 def test_auto_takes_cholesky_exactly_where_it_applies(exponent: float, mode: str, solver: str, chosen: str) -> None:
-    assert choose_solver(exponent, mode, solver) == chosen  # type: ignore[arg-type]
+    assert choose_solver(exponent, mode, solver) == chosen
 
 
 @pytest.mark.parametrize("exponent_and_mode", [(-0.5, "absolute"), (-0.5, "relative"), (-1.0, "relative")])
@@ -205,16 +205,16 @@ def test_cholesky_is_refused_where_it_does_not_apply(
 @pytest.mark.parametrize("solver", ["newton", "", None])
 def test_unknown_solver_is_named_with_what_is_allowed(solver: object) -> None:
     with pytest.raises(ValueError, match="solver") as caught:
-        choose_solver(-1.0, "absolute", solver)  # type: ignore[arg-type]
+        choose_solver(-1.0, "absolute", solver)
     assert repr(solver) in str(caught.value)
     assert "eigh" in str(caught.value)
     with pytest.raises(ValueError, match="solver"):
-        symmetric_power(torch.eye(2), -1.0, 0.1, solver=solver)  # type: ignore[arg-type]
+        symmetric_power(torch.eye(2), -1.0, 0.1, solver=solver)
 
 
 def test_unknown_damping_mode_is_refused_not_taken_for_absolute() -> None:
     with pytest.raises(ValueError, match="damping_mode"):
-        symmetric_power(torch.eye(2), -0.5, 0.1, damping_mode="relatve")  # type: ignore[arg-type]
+        symmetric_power(torch.eye(2), -0.5, 0.1, damping_mode="relatve")
 
 
 @pytest.mark.parametrize("damping", [-0.5, math.nan])
@@ -227,9 +227,9 @@ def test_damping_outside_its_range_is_refused(damping: float) -> None:
 def test_try_gives_what_symmetric_power_gives(solver: str) -> None:
     matrix, _ = with_spectrum([0.5, 1.0, 2.0])
     options = {"damping_mode": "absolute", "solver": solver}
-    power = try_symmetric_power(matrix, -1.0, 0.1, **options)  # type: ignore[arg-type]
+    power = try_symmetric_power(matrix, -1.0, 0.1, **options)
     assert power is not None
-    assert torch.equal(power, symmetric_power(matrix, -1.0, 0.1, **options))  # type: ignore[arg-type]
+    assert torch.equal(power, symmetric_power(matrix, -1.0, 0.1, **options))
 
 
 @pytest.mark.parametrize("name", ["eigh", "cholesky"])
@@ -245,7 +245,7 @@ def test_a_failure_is_retried_in_float64(name: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(linalg.torch.linalg, name, fails_in_float32)
     matrix, q = with_spectrum([0.5, 1.0, 2.0])
-    power = try_symmetric_power(matrix.float(), -1.0, 0.1, damping_mode="absolute", solver=name)  # type: ignore[arg-type]
+    power = try_symmetric_power(matrix.float(), -1.0, 0.1, damping_mode="absolute", solver=name)
     assert seen == [torch.float32, torch.float64]
     assert power is not None
     assert power.dtype == torch.float32
@@ -258,9 +258,9 @@ def test_failure_in_both_precisions_is_none(name: str, monkeypatch: pytest.Monke
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(linalg.torch.linalg, name, fails)
-    assert try_symmetric_power(torch.eye(3), -1.0, 0.1, damping_mode="absolute", solver=name) is None  # type: ignore[arg-type]
+    assert try_symmetric_power(torch.eye(3), -1.0, 0.1, damping_mode="absolute", solver=name) is None
     with pytest.raises(torch.linalg.LinAlgError):
-        symmetric_power(torch.eye(3), -1.0, 0.1, damping_mode="absolute", solver=name)  # type: ignore[arg-type]
+        symmetric_power(torch.eye(3), -1.0, 0.1, damping_mode="absolute", solver=name)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -268,7 +268,7 @@ def test_failure_in_both_precisions_is_none(name: str, monkeypatch: pytest.Monke
 def test_non_finite_matrices_give_none(bad: float, solver: str) -> None:
     matrix = torch.eye(4)
     matrix[2, 1] = matrix[1, 2] = bad
-    assert try_symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver) is None  # type: ignore[arg-type]
+    assert try_symmetric_power(matrix, -1.0, 0.1, damping_mode="absolute", solver=solver) is None
 
 
 def test_an_indefinite_matrix_is_no_success_of_cholesky() -> None:

@@ -294,7 +294,7 @@ def test_compiled_models_get_at_most_two_variants_and_the_same_numbers(transform
     for ours, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
     # With stats_every=2 both variants have been met after two steps: nothing is compiled again.
-    assert compilations[-1] == compilations[1]
+    assert compilations[-1] == compilations[1] > 0
 
 
 @transforms

@@ -67,13 +67,13 @@ class TestRefusals:
     def test_things_of_another_type(self) -> None:
         model = linear()
         with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Linear"):
-            wellcond.attach(model, sgd(model), GradientCentralization())  # type: ignore[arg-type]
+            wellcond.attach(model, sgd(model), GradientCentralization())
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
-            wellcond.attach(sgd(model), [model], GradientCentralization())  # type: ignore[arg-type]
+            wellcond.attach(sgd(model), [model], GradientCentralization())
         with pytest.raises(TypeError, match=r"did you mean GradientCentralization\(\)\?"):
-            wellcond.attach(sgd(model), model, GradientCentralization)  # type: ignore[arg-type]
+            wellcond.attach(sgd(model), model, GradientCentralization)
         with pytest.raises(ValueError, match="weight_decay must be one of 'auto', 'coupled', 'decoupled', got 'L2'"):
-            wellcond.attach(sgd(model), model, GradientCentralization(), weight_decay="L2")  # type: ignore[arg-type]
+            wellcond.attach(sgd(model), model, GradientCentralization(), weight_decay="L2")
 
     def test_a_sparse_gradient(self) -> None:
         model = nn.Embedding(5, 3, sparse=True)
@@ -101,7 +101,7 @@ class TestWrappers:
 
         model = linear()
         optimizer = sgd(model)
-        wellcond.attach(Wrapper(optimizer), model, GradientCentralization())  # type: ignore[arg-type]
+        wellcond.attach(Wrapper(optimizer), model, GradientCentralization())
         model(torch.randn(2, 4, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
         assert model.weight.grad is not None
@@ -269,9 +269,9 @@ class TestCheckpoints:
         resumed, theirs = make()
         resumed.load_state_dict(saved[0])
         theirs.load_state_dict(saved[1])
-        moment = second_moment(theirs, resumed[0].weight)  # type: ignore[index]
+        moment = second_moment(theirs, resumed[0].weight)
         assert moment.dtype == torch.float32
-        assert torch.equal(moment, second_moment(optimizer, model[0].weight))  # type: ignore[index]
+        assert torch.equal(moment, second_moment(optimizer, model[0].weight))
         train(model, optimizer, range(5, 12))
         train(resumed, theirs, range(5, 12))
         for ours, other in zip(model.parameters(), resumed.parameters(), strict=True):

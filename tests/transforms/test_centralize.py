@@ -337,7 +337,7 @@ def test_the_answer_to_a_shift_of_the_input_never_changes(gamma: float) -> None:
 def test_sgd_equals_algorithm_3(decay: str, options: dict[str, Any]) -> None:
     actual = trained(
         lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2, **options),
-        GradientCentralization(decay=decay),  # type: ignore[arg-type]
+        GradientCentralization(decay=decay),
     )
     assert_equals_reference(actual, lambda name, w, g: reference_sgd(placed(name, 0.2, decay), w, g, **options))
 
@@ -346,7 +346,7 @@ def test_sgd_equals_algorithm_3(decay: str, options: dict[str, Any]) -> None:
 def test_adam_with_l2_decay_equals_algorithm_4(decay: str) -> None:
     actual = trained(
         lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), weight_decay=0.2),
-        GradientCentralization(decay=decay),  # type: ignore[arg-type]
+        GradientCentralization(decay=decay),
     )
     assert_equals_reference(actual, lambda name, w, g: reference_adam(placed(name, 0.2, decay), w, g))
 
@@ -360,7 +360,7 @@ def test_decoupled_decay_inside_is_centred_and_outside_is_not(
     extra = {} if make is torch.optim.AdamW else {"decoupled_weight_decay": True}
     actual = trained(
         lambda p: make(p, lr=0.1, betas=(0.9, 0.99), weight_decay=0.2, **extra),
-        GradientCentralization(where=where, decay=decay),  # type: ignore[arg-type]
+        GradientCentralization(where=where, decay=decay),
     )
 
     def reference(name: str, w: Tensor, gradients: list[Tensor]) -> Tensor:
@@ -526,7 +526,7 @@ def test_centred_updates_keep_row_means_when_the_closure_runs_several_times_with
 def test_a_weight_without_a_gradient_is_left_as_the_plain_optimizer_leaves_it(where: str, make: str) -> None:
     model = zoo()
     optimizer = ADAPTIVE[make](model.parameters(), weight_decay=0.3)
-    wellcond.attach(optimizer, model, GradientCentralization(where=where))  # type: ignore[arg-type]
+    wellcond.attach(optimizer, model, GradientCentralization(where=where))
     for step in range(4):
         give_gradients(model, step)
         if step >= 2:
@@ -558,7 +558,7 @@ def test_exactly_the_chosen_layers_are_centred(where: str, layers: Any, chosen: 
     plain = trained(lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1))
     actual = trained(
         lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
-        GradientCentralization(layers=layers, where=where),  # type: ignore[arg-type]
+        GradientCentralization(layers=layers, where=where),
     )
     changed = {name for name in plain if not torch.equal(plain[name], actual[name])}
     assert changed == chosen
@@ -631,7 +631,7 @@ def test_the_report_has_a_line_for_every_parameter_and_names_unknown_types() -> 
 def test_foreach_fused_and_for_loop_give_the_same(
     where: str, variant: dict[str, bool], make: type[torch.optim.Optimizer]
 ) -> None:
-    transform = GradientCentralization(where=where)  # type: ignore[arg-type]
+    transform = GradientCentralization(where=where)
     expected = trained(lambda p: make(p, lr=0.05, weight_decay=0.1, foreach=False), transform)
     actual = trained(lambda p: make(p, lr=0.05, weight_decay=0.1, **variant), transform)
     for name, value in actual.items():
@@ -640,7 +640,7 @@ def test_foreach_fused_and_for_loop_give_the_same(
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_a_tensor_learning_rate_is_as_good_as_a_number(where: str) -> None:
-    transform = GradientCentralization(where=where, decay="outside")  # type: ignore[arg-type]
+    transform = GradientCentralization(where=where, decay="outside")
     lr = torch.tensor(0.05, dtype=torch.float64)
     expected = trained(lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, foreach=False), transform)
     actual = trained(lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1, foreach=False), transform)
@@ -684,7 +684,7 @@ def test_bfloat16_gradients_are_centred_to_their_own_precision() -> None:
 
 @pytest.mark.parametrize("where", ["gradient", "update"])
 def test_channels_last_weights_are_centred_alike(where: str) -> None:
-    transform = GradientCentralization(where=where)  # type: ignore[arg-type]
+    transform = GradientCentralization(where=where)
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -736,7 +736,7 @@ class Unlabelled(torch.optim.Optimizer):
         self._is_decoupled = decoupled
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 direction = p.grad.sign() if self._is_decoupled else p.grad
@@ -748,7 +748,7 @@ class Unlabelled(torch.optim.Optimizer):
 def test_an_optimizer_with_unknown_decay_is_asked_about_where_it_matters(where: str, decay: str) -> None:
     model = zoo()
     optimizer = Unlabelled(model.parameters(), 0.1, 0.2, decoupled=False)
-    transform = GradientCentralization(where=where, decay=decay)  # type: ignore[arg-type]
+    transform = GradientCentralization(where=where, decay=decay)
     if (where == "gradient") == (decay == "inside"):
         with pytest.raises(ValueError, match="weight_decay="):
             wellcond.attach(optimizer, model, transform)
@@ -762,7 +762,7 @@ def test_an_optimizer_with_unknown_decay_works_once_it_is_told(decoupled: bool) 
     model = zoo()
     optimizer = Unlabelled(model.parameters(), 0.1, 0.2, decoupled)
     kind = "decoupled" if decoupled else "coupled"
-    wellcond.attach(optimizer, model, GradientCentralization(), weight_decay=kind)  # type: ignore[arg-type]
+    wellcond.attach(optimizer, model, GradientCentralization(), weight_decay=kind)
     train(model, optimizer)
     start = dict(zoo().named_parameters())
     for name in CENTRED:
@@ -789,7 +789,7 @@ def test_an_optimizer_with_unknown_decay_works_once_it_is_told(decoupled: bool) 
 )
 def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument) as caught:
-        GradientCentralization(**{argument: value})  # type: ignore[arg-type]
+        GradientCentralization(**{argument: value})
     assert repr(value) in str(caught.value)
     allowed = {"layers": "conv", "where": "update", "decay": "outside"}[argument]
     assert allowed in str(caught.value)
@@ -799,4 +799,4 @@ def test_a_bad_weight_decay_kind_is_refused() -> None:
     model = zoo()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="weight_decay.*l2"):
-        wellcond.attach(optimizer, model, GradientCentralization(), weight_decay="l2")  # type: ignore[arg-type]
+        wellcond.attach(optimizer, model, GradientCentralization(), weight_decay="l2")

@@ -1091,7 +1091,7 @@ def test_descent_gives_the_same_with_either_solver(solver: str) -> None:
     models = []
     for chosen in ("auto", solver):
         model = small_net()
-        optimizer, _ = attached(model, FeatureDescent(solver=chosen, stats_every=2, solve_every=4))  # type: ignore[arg-type]
+        optimizer, _ = attached(model, FeatureDescent(solver=chosen, stats_every=2, solve_every=4))
         for step in range(6):
             optimizer.zero_grad()
             loss_of(model, step).backward()

@@ -18,7 +18,8 @@ class GridPoint:
 
     Attributes:
         lr: The lr.
-        validation_accuracy: After the last epoch, in percent: what the choice goes by. None if a run diverged.
+        validation_accuracy: After the last epoch, in percent: what the choice goes by first (see `choose_lr`). None if
+            a run diverged.
         validation_loss: After the last epoch: what decides a tie. None if a run diverged.
         early_test_accuracy: After the early epoch, in percent: shows whether an early gain hangs on the choice.
         diverged_runs: Runs that ended with a NaN or infinite loss.

@@ -53,7 +53,7 @@ class Probe:
             # gradients off, no such hooks are set, and this run counts.
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
             if hooks is not None and (_is_recomputation(hooks) or self.may_recur > 0):
-                self.may_recur -= 1
+                self.may_recur = max(0, self.may_recur - 1)
                 return
         else:
             self.may_recur += 1
