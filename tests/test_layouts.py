@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wellcond import layouts
-from wellcond.layouts import Layout, NormLayout, find_layers, layout_of, register_layout
+from wellcond.layouts import Layout, NormLayout, find_layers, layout_of, register_layout, registry
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -22,7 +22,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 @pytest.fixture
 def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the rules a test registers."""
-    monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts._LAYOUTS))
+    monkeypatch.setattr(registry, "_LAYOUTS", dict(registry._LAYOUTS))
 
 
 def product(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -257,26 +257,88 @@ def test_attention_projections_have_one_row_per_projected_feature(separate: bool
     options = {"kdim": 5, "vdim": 3} if separate else {}
     layer = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64, **options)
     found = {found.name: found for found in find_layers(layer)}
-    packed = {"in_proj_weight": (12, 4)}
-    apart = {"q_proj_weight": (4, 4), "k_proj_weight": (4, 5), "v_proj_weight": (4, 3)}
+    packed = {"in_proj_weight": (3, 4, 4)}
+    apart = {"q_proj_weight": (1, 4, 4), "k_proj_weight": (1, 4, 5), "v_proj_weight": (1, 4, 3)}
     assert set(found) == {*(apart if separate else packed), "out_proj.weight"}
     for name, shape in (apart if separate else packed).items():
         matrix = found[name].matrix(found[name].weight)
-        assert matrix.shape == (1, *shape)
+        assert matrix.shape == shape
         assert matrix.untyped_storage().data_ptr() == found[name].weight.untyped_storage().data_ptr()
+        # The last group's unit 1 is row 1 of the last projection.
+        unit = 4 * (shape[0] - 1) + 1
         with torch.no_grad():
-            matrix[0, 1] = 3.0
-        assert bool((found[name].weight[1] == 3.0).all())
-        assert not bool((found[name].weight[0] == 3.0).any())
+            matrix[-1, 1] = 3.0
+        assert bool((found[name].weight[unit] == 3.0).all())
+        assert not bool((found[name].weight[unit - 1] == 3.0).any())
     assert find_layers(layer).unknown == {}
 
 
-def test_attention_gets_no_rows_because_its_parent_uses_its_weights() -> None:
-    """The output projection's own forward never runs: claiming to observe it would be a silent nothing."""
-    for found in find_layers(nn.MultiheadAttention(4, 2)):
-        assert not found.layout.has_rows
-        with pytest.raises(TypeError, match="MultiheadAttention|Linear"):
-            found.rows(torch.randn(2, 4))
+@pytest.mark.parametrize("separate", [False, True])
+def test_attention_biases_stand_beside_their_own_projection(separate: bool) -> None:
+    """One packed bias for three projections: each sees its third, query first."""
+    layer = nn.MultiheadAttention(4, 2, **({"kdim": 5, "vdim": 3} if separate else {}))
+    found = {found.name: found for found in find_layers(layer)}
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if separate else ("in_proj_weight",)
+    thirds = [found[name].bias_matrix(layer.in_proj_bias) for name in names]
+    with torch.no_grad():
+        for index, third in enumerate(thirds):
+            assert third.shape == ((1, 4) if separate else (3, 4))
+            third.copy_(torch.arange(third.numel()).view_as(third) + 4 * index)
+    assert layer.in_proj_bias.tolist() == list(range(12))
+    assert found["out_proj.weight"].bias is layer.out_proj.bias
+    assert all(layer.bias is None for layer in find_layers(nn.MultiheadAttention(4, 2, bias=False)))
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"])
+def test_attention_rows_are_query_key_and_value(name: str) -> None:
+    torch.manual_seed(0)
+    options = {} if name == "in_proj_weight" else {"kdim": 5, "vdim": 3}
+    attention = nn.MultiheadAttention(4, 2, **options)
+    layer = next(found for found in find_layers(attention) if found.name == name)
+    query, key = torch.randn(3, 2, 4), torch.randn(6, 2, attention.kdim)
+    value = torch.randn(6, 2, attention.vdim)
+    inputs = layer.inputs((query, key), {"value": value, "need_weights": False})
+    assert inputs is not None
+    rows = layer.rows(*inputs)
+    expected = {"q_proj_weight": [query], "k_proj_weight": [key], "v_proj_weight": [value]}.get(
+        name, [query, key, value]
+    )
+    assert len(rows) == len(expected)
+    for found, fed in zip(rows, expected, strict=True):
+        assert torch.equal(found, fed.reshape(-1, fed.shape[-1]))
+    assert layer.inputs((query,), {"key": key}) is None
+
+
+def test_attention_adopts_its_output_projection() -> None:
+    """The output projection's own forward never runs: its parent's is watched in its place."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "apart": nn.Linear(4, 4)})
+    found = {layer.name: layer for layer in find_layers(model)}
+    adopted = found["attention.out_proj.weight"]
+    assert adopted.called is model["attention"]
+    assert adopted.module is model["attention"].out_proj
+    assert adopted.layout.has_rows
+    assert found["apart.weight"].called is model["apart"]
+    assert found["attention.in_proj_weight"].called is model["attention"]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_output_projection_rows_times_weight_is_the_attentions_output(batch_first: bool, dropout: float) -> None:
+    """Also with dropout: rows are made with the very random numbers that the forward draws after them."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(6, 2, dropout=dropout, batch_first=batch_first, dtype=torch.float64)
+    layer = next(found for found in find_layers(attention) if found.name == "out_proj.weight")
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    inputs = layer.inputs((x, x, x), {"need_weights": False})
+    assert inputs is not None
+    output, _ = attention(x, x, x, need_weights=False)
+    torch.testing.assert_close(
+        (layer.rows(*inputs)[0] @ attention.out_proj.weight.mT + attention.out_proj.bias).view(3, 5, 6),
+        output,
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
@@ -451,33 +513,92 @@ def test_old_weight_norm_is_named_not_guessed() -> None:
     assert {"0.weight_g", "0.weight_v"} <= set(found.unknown)
 
 
-def test_parametrized_weights_are_named_not_guessed() -> None:
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+class SumOfTwo(nn.Module):
+    """A parametrization that starts from two parameters."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first + second
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight / 2, weight / 2
+
+
+class Masked(nn.Module):
+    """A parametrization that has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.ones(3, 4))
+        self.inner = nn.Linear(4, 4, bias=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.inner(weight * self.mask)
+
+
+def test_a_parametrized_layers_weight_is_what_its_parametrization_starts_from() -> None:
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3))
-
-    class Half(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight / 2
-
     halved = nn.Linear(4, 3)
     parametrize.register_parametrization(halved, "weight", Half())
+    parametrize.register_parametrization(halved, "bias", Half())
     found = find_layers(nn.Sequential(normed, spectral, halved))
-    assert list(found) == []
-    assert {name for name in found.unknown if "parametrizations" in name} == {
-        "0.parametrizations.weight.original0",
+    assert [layer.name for layer in found] == [
         "0.parametrizations.weight.original1",
         "1.parametrizations.weight.original",
         "2.parametrizations.weight.original",
+    ]
+    assert [layer.bias_name for layer in found] == ["0.bias", "1.bias", "2.parametrizations.bias.original"]
+    starts = [normed.parametrizations.weight.original1, spectral.parametrizations.weight.original]
+    assert [layer.weight for layer in found][:2] == starts
+    assert found.known[2].bias is halved.parametrizations.bias.original
+    assert [tuple(layer.matrix_shape) for layer in found] == [(1, 3, 4), (1, 3, 3, 3, 3), (1, 3, 4)]
+    assert set(found.unknown) == {"0.parametrizations.weight.original0"}
+    assert "WeightNorm" in found.unknown["0.parametrizations.weight.original0"]
+
+
+def test_other_parameters_of_a_parametrization_are_named_not_guessed() -> None:
+    summed, masked = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    parametrize.register_parametrization(summed, "weight", SumOfTwo())
+    parametrize.register_parametrization(masked, "weight", Masked())
+    found = find_layers(nn.Sequential(summed, masked))
+    assert [layer.name for layer in found] == ["1.parametrizations.weight.original"]
+    assert found.unknown == {
+        "0.parametrizations.weight.original0": "SumOfTwo",
+        "0.parametrizations.weight.original1": "SumOfTwo",
+        "1.parametrizations.weight.0.mask": "Masked",
+        "1.parametrizations.weight.0.inner.weight": "Masked",
     }
 
 
+def test_a_parametrization_that_starts_from_another_shape_is_named_not_guessed() -> None:
+    """Rows of an input have nothing to say about a vector that a matrix is made of."""
+
+    class Diagonal(nn.Module):
+        def forward(self, vector: Tensor) -> Tensor:
+            return torch.diag(vector)
+
+        def right_inverse(self, weight: Tensor) -> Tensor:
+            return weight.diagonal()
+
+    layer = nn.Linear(3, 3, bias=False)
+    parametrize.register_parametrization(layer, "weight", Diagonal(), unsafe=True)
+    found = find_layers(layer)
+    assert found.known == []
+    assert found.unknown == {"parametrizations.weight.original": "Diagonal"}
+
+
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d])
-def test_lazy_layers_are_refused_by_name(make: object) -> None:
-    model = nn.ModuleDict({"first": make()})
-    with pytest.raises(ValueError, match="first") as caught:
-        find_layers(model)
-    assert "Lazy" in str(caught.value)
-    assert "forward" in str(caught.value)
+def test_lazy_layers_wait_for_their_first_input(make: Callable[[], nn.Module]) -> None:
+    model = nn.ModuleDict({"first": make(), "second": nn.Linear(2, 2)})
+    found = find_layers(model)
+    assert [layer.name for layer in found] == ["second.weight"]
+    assert found.lazy == {"first": model["first"]}
+    assert found.unknown == {}
 
 
 def test_lazy_layers_are_known_after_their_first_input() -> None:
@@ -485,12 +606,80 @@ def test_lazy_layers_are_known_after_their_first_input() -> None:
     model(torch.randn(2, 5))
     (found,) = find_layers(model)
     assert found.matrix(found.weight).shape == (1, 3, 5)
+    assert find_layers(model).lazy == {}
 
 
-def test_layers_without_rows_say_so() -> None:
-    for layer in (nn.ConvTranspose2d(2, 3, 3), nn.Bilinear(2, 3, 4), nn.LSTM(2, 3), nn.LayerNorm(3)):
-        layout = layout_of(layer)
-        assert layout is not None
-        assert not layout.has_rows
-        with pytest.raises(TypeError, match=type(layer).__name__):
-            layout.rows(layer, torch.randn(2, 3))
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.LSTM(2, 3), "hidden states"),
+        (nn.GRUCell(2, 3), "hidden states"),
+        (nn.EmbeddingBag(5, 3), "bag"),
+        (nn.BatchNorm1d(3), "identity"),
+        (nn.InstanceNorm2d(3, affine=True), "identity"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_without_rows_say_so(layer: nn.Module, reason: str) -> None:
+    layout = layout_of(layer)
+    assert layout is not None
+    assert not layout.has_rows
+    with pytest.raises(TypeError, match=type(layer).__name__) as caught:
+        layout.rows(layer, torch.randn(2, 3))
+    assert reason in str(caught.value)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    leading=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)),
+    bias=st.booleans(),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_bilinear_rows_times_weight_is_the_output(
+    seed: int, leading: list[int], sizes: tuple[int, int, int], bias: bool
+) -> None:
+    torch.manual_seed(seed)
+    layer = nn.Bilinear(*sizes, bias=bias).double()
+    one, two = (torch.randn(*leading, size, dtype=torch.float64) for size in sizes[:2])
+    layout = layout_of(layer)
+    assert layout is not None
+    for args, kwargs in (((one, two), {}), ((one,), {"input2": two}), ((), {"input2": two, "input1": one})):
+        inputs = layout.inputs(layer, args, kwargs)
+        assert inputs is not None
+        out = layout.rows(layer, *inputs)[0] @ layout.matrix(layer, layer.weight)[0].flatten(1).mT
+        out = out if layer.bias is None else out + layer.bias
+        torch.testing.assert_close(out, layer(one, two).reshape(-1, sizes[2]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_embedding_rows_and_counts(padding_idx: int | None, dtype: torch.dtype) -> None:
+    layer = nn.Embedding(5, 3, padding_idx=padding_idx)
+    tokens = torch.tensor([[4, 2, 0], [4, 4, 1]])
+    layout = layout_of(layer)
+    assert layout is not None
+    rows = layout.rows(layer, tokens)
+    assert rows.shape == (1, 6, 5)
+    assert torch.equal(rows[0] @ layer.weight, layer(tokens).reshape(6, 3))  # the padding's vector is zero
+    counts = layout.counts(layer, tokens.to(dtype))
+    assert counts.tolist() == [1, 1, 1 if padding_idx is None else 0, 0, 3]
+    torch.testing.assert_close(rows[0].mT @ rows[0], torch.diag(counts.float()))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm([3, 4]), lambda: nn.RMSNorm([3, 4]), lambda: nn.GroupNorm(3, 6)])
+def test_norm_rows_times_weight_is_the_output(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer = make().double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    grouped = isinstance(layer, nn.GroupNorm)
+    x = torch.randn(2, 6, 5, 3, dtype=torch.float64) if grouped else torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    (found,) = find_layers(layer)
+    rows = found.rows(x)
+    out = rows @ found.matrix(layer.weight).mT
+    if found.bias is not None:
+        out = out + found.bias_matrix(layer.bias).unsqueeze(1)
+    expected = layer(x).movedim(1, 0).reshape(6, -1) if grouped else layer(x).reshape(-1, 12).mT
+    torch.testing.assert_close(out.squeeze(-1), expected, rtol=1e-12, atol=1e-12)

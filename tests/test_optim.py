@@ -66,6 +66,20 @@ class TestEveryNamedOptimizer:
         theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert torch.equal(train(model, optimizer), train(resumed, theirs))
 
+    @pytest.mark.parametrize("form", ["auto", "dense", "kronecker", "low_rank"])
+    def test_hands_the_transforms_options_on(self, named: Any, base: Any, transform: Any, form: str) -> None:
+        options = {"second_moment": form, "max_dim": 64, "rank": 3, "norm_layers": True, "gradient_momentum": 0.5}
+        optimizer = named(net(), lr=0.05, **FAST, **options)
+        assert optimizer.attachment.transforms == (transform(**FAST, **options),)
+
+    def test_takes_a_switch_per_parameter_group(self, named: Any, base: Any, transform: Any) -> None:
+        model = net()
+        off = {"params": model[2].parameters(), f"wellcond_{transform.name}": False}
+        optimizer = named(model, lr=0.05, params=[{"params": model[0].parameters()}, off], **FAST)
+        assert optimizer.attachment.stats()[transform.name]["weights"] == 1
+        train(model, optimizer)
+        assert not any(str(key).startswith("wellcond_") for key in optimizer.state[model[2].weight])
+
     def test_names_a_wrong_option(self, named: Any, base: Any, transform: Any) -> None:
         with pytest.raises(ValueError, match="stats_every must be a positive integer, got 0"):
             named(net(), lr=0.1, stats_every=0)

@@ -25,6 +25,7 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "centralize update": (GradientCentralization(where="update"),),
     "descent": (FeatureDescent(**FAST),),
     "whitening": (FeatureWhitening(**FAST),),
+    "factored": (FeatureWhitening(second_moment="kronecker", norm_layers=True, gradient_momentum=0.5, **FAST),),
     "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
 }
 

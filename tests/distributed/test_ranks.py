@@ -122,7 +122,9 @@ def test_two_ranks_with_unequal_batches_equal_one_process_with_the_joined_batch(
     assert_close_to(results[0], one_process(name))
 
 
-@pytest.mark.parametrize("name", [name for name in DDP_CHECKS if name != "ddp accumulate"])
+@pytest.mark.parametrize(
+    "name", [name for name in DDP_CHECKS if name != "ddp accumulate" and worker.runs_on_three_ranks(name)]
+)
 def test_three_ranks_equal_one_process_with_the_joined_batch(
     name: str, three_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -180,6 +182,108 @@ def test_a_layer_that_only_one_rank_runs_does_not_hang_and_ranks_stay_identical(
     assert float(results[0]["b.weight wellcond_whitening_second_moment"].abs().sum()) > 0
 
 
+# every kind of layer, every form ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("transform", "form"), worker.SPREAD)
+def test_spread_factorizations_leave_some_layers_waiting(
+    transform: str, form: str, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    """Or the tests of spread factorizations above would be those of all at once."""
+    name = f"ddp everything {transform} {form}"
+    at_once = [len(set(steps)) for steps in one_process(name)["solves of each step"]]
+    spread = [len(set(steps)) for steps in one_process(f"{name} spread")["solves of each step"]]
+    assert max(at_once) == 1 < max(spread)
+
+
+def assert_each_layer_is_solved_once_where_it_is_due(ranks: Ranks, alone: dict[str, Any]) -> None:
+    results = results_of(ranks, "counted solves")
+    solved = [pair for result in results for pair in result["mine"]["solved"]]
+    assert sorted(solved) == sorted(alone["mine"]["solved"])
+    assert len(solved) == len(set(solved))
+    assert {step for step, _ in solved} == {0, 2, 4}
+    assert sum(r["mine"]["decompositions"] for r in results) == alone["mine"]["decompositions"] > 0
+    costs = results[0]["costs"]
+    assert {name for _, name in solved} == set(costs)
+    for due in {step for step, _ in solved}:
+        loads = [sum(costs[name] for step, name in r["mine"]["solved"] if step == due) for r in results]
+        # No rank could hand its smallest piece to another and both be better off: the most expensive piece bounds it.
+        assert max(loads) <= max(max(costs.values()), sum(loads) / len(loads) + min(costs.values()))
+        assert min(loads) > 0
+    assert_ranks_identical([result["state"] for result in results])
+    assert_close_to(results[0]["state"], alone["state"])
+
+
+def test_two_ranks_share_out_the_factorizations(two_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]) -> None:
+    assert_each_layer_is_solved_once_where_it_is_due(two_ranks, one_process("counted solves"))
+
+
+def test_three_ranks_share_out_the_factorizations(
+    three_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    assert_each_layer_is_solved_once_where_it_is_due(three_ranks, one_process("counted solves"))
+
+
+@pytest.mark.parametrize("form", ["dense", "kronecker", "low_rank"])
+def test_trouble_on_one_rank_leaves_every_form_with_the_statistics_of_the_good_batches(
+    form: str, two_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    results = results_of(two_ranks, f"everything in trouble {form}")
+    alone = one_process(f"everything in trouble {form}")
+    assert_ranks_identical(results)
+    assert_close_to(results[0], alone)
+    assert results[0]["stats"] == alone["stats"]
+    assert results[0]["stats"]["skipped_updates"] > 0
+    assert results[0]["stats"]["failed_solves"] == 0
+    assert all(bool(torch.isfinite(v).all()) for v in results[0].values() if isinstance(v, Tensor))
+
+
+def test_a_factorization_that_fails_on_its_owner_is_counted_and_said_on_every_rank(two_ranks: Ranks) -> None:
+    found = [rank["failing owner"] for rank in two_ranks]
+    assert [one["error"] for one in found] == [None, None]
+    results = [one["result"] for one in found]
+    owned, others = (set(result["mine"]) for result in results)
+    assert owned
+    assert others
+    assert not owned & others
+    assert_ranks_identical([result["after"] for result in results])
+    for result, one in zip(results, found, strict=True):
+        assert result["stats"]["whitening"]["failed_solves"] == len(owned)
+        said = [message for message in one["warnings"] if "could not be factorized" in message]
+        assert len(said) == len(owned)
+        assert len(said) == len(one["warnings"])
+        for name in owned | others:
+            key = f"{name} wellcond_whitening_preconditioner"
+            kept = torch.equal(result["before"][key], result["after"][key])
+            assert kept == (name in owned), name
+        assert all(bool(torch.isfinite(v).all()) for v in result["after"].values() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("name", [name for name in worker.checks() if name.startswith("checkpoint")])
+def test_a_job_resumed_through_torchs_distributed_checkpoint_equals_the_one_not_stopped(
+    name: str, two_ranks: Ranks
+) -> None:
+    """Under DDP, under FSDP2 with sharded state dicts, and there with whole ones."""
+    results = results_of(two_ranks, name)
+    for result in results:
+        assert any("wellcond_whitening" in key for key in result["uninterrupted"])
+        assert_ranks_identical([result["uninterrupted"], result["resumed"]])
+    assert_ranks_identical([result["resumed"] for result in results])
+
+
+@pytest.mark.parametrize("name", [name for name in worker.checks() if name.startswith("sharded everything")])
+def test_sharded_weights_of_every_kind_of_layer_equal_one_process(
+    name: str, two_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    """And so DDP, which equals one process too."""
+    results = results_of(two_ranks, name)
+    assert_ranks_identical(results)
+    assert "plain gradient" not in results[0]["report"]
+    (stats,) = results[0]["stats"].values()
+    assert stats == {"weights": 9, "failed_solves": 0, "skipped_updates": 0}
+    assert_close_to(results[0], one_process(name))
+
+
 # FSDP2 --------------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +333,6 @@ def test_what_is_done_to_awkwardly_sharded_weights_equals_one_process_or_is_said
 
 
 @pytest.mark.parametrize("transform", list(worker.TRANSFORMS))
-@pytest.mark.parametrize("layer", ["linear", "conv2d"])
-def test_ordinary_sharded_layers_are_preconditioned(transform: str, layer: str, two_ranks: Ranks) -> None:
+@pytest.mark.parametrize("layer", list(worker.LAYERS))
+def test_sharded_layers_are_preconditioned(transform: str, layer: str, two_ranks: Ranks) -> None:
     assert not is_said_to_be_plain(results_of(two_ranks, f"fsdp {transform} {layer}")[0])

@@ -379,4 +379,10 @@ def test_the_report_says_what_is_done_and_why_not() -> None:
     assert "preconditioned, dense 28 × 28" in whitening[1]
     assert whitening[1].endswith("6.3 kB")
     assert "together with 0.weight" in whitening[2]
-    assert "plain gradient" in whitening[6]
+    assert "plain gradient: a norm layer" in whitening[3]
+    assert "no rule for the layer type Gate" in whitening[5]
+    assert "preconditioned, dense 33 × 33" in whitening[6]
+    assert whitening[6].endswith("8.7 kB")
+    assert "preconditioned, diagonal of 5" in whitening[8]
+    assert whitening[8].endswith("40 B")
+    assert "not held by this optimizer" in whitening[9]

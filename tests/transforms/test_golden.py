@@ -226,19 +226,24 @@ class NetA(nn.Module):
         return self.fc(F.avg_pool2d(x, 2).flatten(1))
 
 
-@pytest.mark.parametrize("with_closure", [False, True])
-def test_w_sgdm_reproduces_every_number_of_the_authors_run(with_closure: bool) -> None:
-    golden = Golden("w_WSGDM_svd")
+def assert_whitened_training_is_the_authors(
+    golden: Golden,
+    make: Callable[[nn.Module], Optimizer],
+    with_closure: bool,
+    before_step: Callable[[Optimizer, int], None] = lambda optimizer, step: None,
+) -> None:
+    """Train NetA as the file did; compare loss, gradients before and after, weights, M and T of every step."""
     h = golden.hyper
     model = NetA().double()
     model.load_state_dict({key.removeprefix("init_"): golden[key] for key in golden if key.startswith("init_")})
-    optimizer = torch.optim.SGD(model.parameters(), h["lr"], h["momentum"], weight_decay=h["weight_decay"])
+    optimizer = make(model)
     whitening = FeatureWhitening(
         damping=h["dampening"],
         stats_decay=h["stat_decay"],
         stats_every=h["Txx"],
         solve_every=h["Tsvd"],
         solve_warmup=False,
+        second_moment="dense",
     )
     wellcond.attach(optimizer, model, whitening)
     weights = {name: dict(model.named_parameters())[f"{name}.weight"] for name in ("conv1", "conv2", "fc")}
@@ -254,6 +259,7 @@ def test_w_sgdm_reproduces_every_number_of_the_authors_run(with_closure: bool) -
                 torch.testing.assert_close(parameter.grad, golden[f"graw_{name}"][step], **close)
             return loss
 
+        before_step(optimizer, step)
         if with_closure:
             loss = optimizer.step(closure)
         else:
@@ -274,3 +280,35 @@ def test_w_sgdm_reproduces_every_number_of_the_authors_run(with_closure: bool) -
                 mass = 1 - h["stat_decay"] ** (step // h["Txx"] + 1)
                 authors = golden[f"T_{name}"][h["T_steps"].index(step)] * mass**0.5
                 torch.testing.assert_close(state["wellcond_whitening_preconditioner"][0], authors, **close)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_w_sgdm_reproduces_every_number_of_the_authors_run(with_closure: bool) -> None:
+    golden = Golden("w_WSGDM_svd")
+    h = golden.hyper
+
+    def sgd(model: nn.Module) -> Optimizer:
+        return torch.optim.SGD(model.parameters(), h["lr"], h["momentum"], weight_decay=h["weight_decay"])
+
+    assert_whitened_training_is_the_authors(golden, sgd, with_closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_w_adam_with_its_hidden_warm_up_reproduces_every_number_of_the_authors_run(with_closure: bool) -> None:
+    """θ −= f·η/c₁·(m/(√v/√c₂ + ε) + λθ), f = 1 − α^(⌊s/T_xx⌋ + 1): torch's AdamW with lr = f·η and decay λ/c₁."""
+    golden = Golden("w_WAdam_svd")
+    h = golden.hyper
+
+    def adamw(model: nn.Module) -> Optimizer:
+        return torch.optim.AdamW(model.parameters(), h["lr"], tuple(h["betas"]), h["eps"], h["weight_decay"])
+
+    def warm_up(optimizer: Optimizer, step: int) -> None:
+        (group,) = optimizer.param_groups
+        group["lr"] = h["lr"] * (1 - h["stat_decay"] ** (step // h["Txx"] + 1))
+        group["weight_decay"] = h["weight_decay"] / (1 - h["betas"][0] ** (step + 1))
+
+    assert_whitened_training_is_the_authors(golden, adamw, with_closure, warm_up)
+
+
+def test_the_committed_golden_files_stay_small() -> None:
+    assert sum(file.stat().st_size for file in GOLDEN.iterdir()) < 2_000_000

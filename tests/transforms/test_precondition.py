@@ -455,16 +455,24 @@ def test_where_chooses_layers_and_the_others_get_the_plain_gradient(transform_ty
 @BOTH
 def test_layers_without_rows_are_reported_and_get_the_plain_gradient(transform_type: type) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose1d(2, 3, 2), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 2))
+    model = nn.Sequential(
+        nn.EmbeddingBag(7, 4),
+        nn.Unflatten(1, (1, 4)),
+        nn.BatchNorm1d(1),
+        nn.Flatten(),
+        nn.LayerNorm(4),
+        nn.Linear(4, 2),
+    )
     optimizer, handle = attached(model, transform_type(**IMMEDIATE), lr=0.0)
-    model(torch.randn(4, 2, 3)).square().sum().backward()
+    model(torch.randint(7, (6, 3))).square().sum().backward()
     before = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
     same = [torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True)]
-    assert same == [True, True, True, True, False, False]
+    assert same == [True] * 5 + [False, False]
     lines = {line.split()[0]: line for line in handle.report().splitlines()[1:]}
-    assert "plain gradient" in lines["0.weight"]
-    assert "plain gradient" in lines["1.weight"]
+    assert "plain gradient: a bag mixes its tokens" in lines["0.weight"]
+    assert "plain gradient: a norm layer (norm_layers=False)" in lines["2.weight"]
+    assert "plain gradient: a norm layer (norm_layers=False)" in lines["4.weight"]
 
 
 @BOTH
@@ -603,20 +611,28 @@ def test_a_tied_weight_sees_the_inputs_of_all_its_layers(transform_type: type, b
     assert handle.stats()[NAMES[transform_type]]["weights"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:FeatureWhitening covers none")
-def test_a_weight_tied_to_an_embedding_is_not_preconditioned_on_half_its_uses() -> None:
-    """The embedding's one-hot inputs are not seen, so M of the output layer's inputs alone would be wrong."""
+@BOTH
+@pytest.mark.parametrize("embedding_first", [True, False])
+def test_a_weight_tied_to_an_embedding_sees_the_inputs_of_both(transform_type: type, embedding_first: bool) -> None:
+    """Either use's second moment is kept; which one the model lists first makes no difference."""
     torch.manual_seed(0)
     embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
     head.weight = embedding.weight
-    for model in (nn.Sequential(embedding, head), nn.ModuleList([head, embedding])):
-        optimizer, handle = attached(model, FeatureWhitening(**IMMEDIATE), lr=0.0)
-        optimizer.zero_grad()
-        head(embedding(torch.tensor([1, 2, 3]))).square().sum().backward()
-        before = head.weight.grad.clone()
-        optimizer.step()
-        assert torch.equal(head.weight.grad, before)
-        assert handle.stats()["whitening"]["weights"] == 0
+    model = nn.Sequential(embedding, head) if embedding_first else nn.ModuleList([head, embedding])
+    optimizer, handle = attached(model, transform_type(**IMMEDIATE), lr=0.0)
+    tokens = torch.tensor([1, 2, 3, 1])
+    head(embedding(tokens)).square().sum().backward()
+    before = head.weight.grad.clone()
+    optimizer.step()
+    assert not torch.allclose(head.weight.grad, before, rtol=1e-2)
+    assert float(head.weight.grad.norm()) == pytest.approx(float(before.norm()), rel=1e-5)
+    assert handle.stats()[NAMES[transform_type]]["weights"] == 1
+    hidden = embedding(tokens).detach()
+    torch.testing.assert_close(
+        state_of(optimizer, head.weight, "token_moment")[0], torch.tensor([0, 2, 1, 1, 0, 0, 0]) / 4
+    )
+    moment = optimizer.state[head.weight][f"wellcond_{NAMES[transform_type]}_second_moment"]
+    torch.testing.assert_close(moment[0], hidden.mT @ hidden / 4)
 
 
 @BOTH
@@ -677,7 +693,8 @@ def test_an_unbatched_convolution_is_seen_like_a_batch_of_one(transform_type: ty
 @pytest.mark.parametrize("numbers", [1, 400, 10**9])
 def test_laying_rows_out_in_pieces_changes_nothing(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of one sample, of a few, and of the whole batch; the batch is no multiple of the few."""
-    monkeypatch.setattr("wellcond.transforms.second_moment.ROWS_CHUNK", numbers)
+    monkeypatch.setattr("wellcond.transforms.forms.ROWS_CHUNK", numbers)
+    monkeypatch.setattr("wellcond.patches.CHUNK", numbers)
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 4, 2, groups=2, dtype=torch.float64)
     optimizer, _ = attached(layer, FeatureWhitening(**IMMEDIATE))
@@ -1066,6 +1083,15 @@ def test_defaults_are_the_sources() -> None:
         ("solve_every", 0),
         ("solve_every", 1.5),
         ("solver", "svd"),
+        ("second_moment", "sparse"),
+        ("precision", "float16"),
+        ("max_dim", 0),
+        ("max_dim", 64.0),
+        ("rank", 0),
+        ("rank", -1),
+        ("gradient_momentum", 1.0),
+        ("gradient_momentum", -0.5),
+        ("norm_layers", "no"),
         ("where", "linear"),
         ("restore_norm", "no"),
         ("solve_warmup", "no"),
@@ -1077,21 +1103,21 @@ def test_bad_arguments_are_named_with_their_value(transform_type: type, argument
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: FeatureWhitening(solver="cholesky"), lambda: FeatureDescent(solver="cholesky", damping_mode="relative")],
-)
-def test_a_solver_that_does_not_apply_is_refused_at_construction(make: Callable[[], object]) -> None:
+@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+def test_a_solver_that_does_not_apply_is_refused_at_construction(damping_mode: str) -> None:
     with pytest.raises(ValueError, match="cholesky"):
-        make()
+        FeatureWhitening(solver="cholesky", damping_mode=damping_mode)
+    assert FeatureDescent(solver="cholesky", damping_mode=damping_mode).solver == "cholesky"
 
 
+@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
 @pytest.mark.parametrize("solver", ["eigh", "cholesky"])
-def test_descent_gives_the_same_with_either_solver(solver: str) -> None:
+def test_descent_gives_the_same_with_either_solver(solver: str, damping_mode: str) -> None:
     models = []
     for chosen in ("auto", solver):
         model = small_net()
-        optimizer, _ = attached(model, FeatureDescent(solver=chosen, stats_every=2, solve_every=4))
+        options = {"damping_mode": damping_mode, "stats_every": 2, "solve_every": 4}
+        optimizer, _ = attached(model, FeatureDescent(solver=chosen, **options))
         for step in range(6):
             optimizer.zero_grad()
             loss_of(model, step).backward()

@@ -9,20 +9,18 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, find_layers
 from wellcond.transforms.base import (
-    Coverage,
-    Decay,
     GradientTransform,
     Slot,
     State,
@@ -31,7 +29,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
-from wellcond.transforms.ranks import add_over_ranks, shared_group
+from wellcond.transforms.ranks import Ranks
 from wellcond.transforms.report import coverage_lines
 from wellcond.transforms.state import read_state, state_key, take_out
 
@@ -102,11 +100,13 @@ class Attachment:
         self._weight_decay: WeightDecayKind = weight_decay
         self._synchronize = synchronize
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
+        self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
         self._group_sizes: list[int] = []
         self._gate = Gate()
         self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
         self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
         self._loading: dict[int, State] = {}
+        self._lazy: set[nn.Module] = set()
 
         self._find_weights(optimizer)
         self._warn_of_idle_transforms()
@@ -187,29 +187,31 @@ class Attachment:
             )
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         uses: dict[int, list[Layer]] = {}
-        for layer in find_layers(self._model):
+        found = find_layers(self._model)
+        for layer in found:
             if id(layer.weight) in held:
                 uses.setdefault(id(layer.weight), []).append(layer)
-        decays = self._decays(optimizer)
+        self._lazy = set(found.lazy.values())
         for transform in self.transforms:
             known = {id(slot.layer.weight) for slot in self._slots[transform.name]}
             for layers in uses.values():
                 layer = _representative(layers, held)
                 if id(layer.weight) in known:
                     continue
-                slot = Slot(layer, layers, _joint_coverage(transform, layer, layers))
-                slot.decay = decays.get(id(layer.weight), Decay())
-                if slot.coverage.applies:
-                    slot.state = self._adopt(optimizer, transform, slot)
-                self._slots[transform.name].append(slot)
+                coverage = transform.cover_shared([layer, *layers[1:]])
+                self._slots[transform.name].append(Slot(layer, layers, coverage, shared=self._shared[transform.name]))
+        self._read_groups(optimizer)
+        for transform in self.transforms:
             transform.check(self._covered(transform))
         self._publish(optimizer, lambda slot: bool(optimizer.state.get(slot.layer.weight)))
         self._place_probes()
 
     def _warn_of_idle_transforms(self) -> None:
         for transform in self.transforms:
-            if not self._covered(transform):
-                reasons = {slot.coverage.how: None for slot in self._slots[transform.name]}
+            if not (self._covered(transform) or self._lazy):
+                slots = self._slots[transform.name]
+                off = "switched off by its parameter group"
+                reasons = {off if slot.coverage.applies else slot.coverage.how: None for slot in slots}
                 why = f" ({'; '.join(list(reasons)[:3])})" if reasons else ""
                 warnings.warn(
                     f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
@@ -219,39 +221,73 @@ class Attachment:
 
     def _adopt(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
         """Return a slot's first state: what was loaded into the optimizer before attaching, or a new one."""
-        found = read_state(transform, slot, optimizer.state.get(slot.layer.weight, {}), warn_if_rounded=True)
+        entry = optimizer.state.get(slot.layer.weight, {})
+        found = read_state(transform, slot, entry, warn_if_rounded=True)
+        if found is None and any(str(key).startswith(state_key(transform, "")) for key in entry):
+            warnings.warn(
+                f"the optimizer's state holds statistics of {transform.name} for {slot.layer.name} in another form: "
+                "they start anew",
+                WellcondWarning,
+                stacklevel=2,
+            )
         return transform.init(slot) if found is None else found
 
     def _covered(self, transform: GradientTransform) -> list[Slot]:
-        return [slot for slot in self._slots[transform.name] if slot.coverage.applies]
+        return [slot for slot in self._slots[transform.name] if slot.coverage.applies and slot.enabled]
 
     def _all_slots(self) -> Iterable[tuple[GradientTransform, Slot]]:
         return ((transform, slot) for transform in self.transforms for slot in self._covered(transform))
 
+    def _read_groups(self, optimizer: Optimizer) -> None:
+        """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        decays = {id(group): group_decay(optimizer, group, self._weight_decay) for group in optimizer.param_groups}
+        for transform in self.transforms:
+            for slot in self._slots[transform.name]:
+                group = groups.get(id(slot.layer.weight))
+                if group is None:
+                    continue
+                slot.decay = decays[id(group)]
+                slot.grad_scale = getattr(optimizer, "grad_scale", None)
+                slot.found_inf = getattr(optimizer, "found_inf", None)
+                slot.enabled = bool(group.get(f"wellcond_{transform.name}", True))
+                if slot.enabled and slot.coverage.applies and not slot.state:
+                    slot.state = self._adopt(optimizer, transform, slot)
+
     # forward passes -------------------------------------------------------------------------------------------------
 
     def _place_probes(self) -> None:
-        """Watch the modules whose inputs some transform may want."""
+        """Watch the modules whose inputs some transform may want, and those that are still to be initialised."""
         self._observers = {}
-        for transform, slot in self._all_slots():
-            if type(transform).observe is GradientTransform.observe:
-                continue
+        observing = [t for t in self.transforms if type(t).observe is not GradientTransform.observe]
+        for module in self._lazy if observing else ():
+            self._watch(module)
+        for transform, slot in ((t, slot) for t in observing for slot in self._slots[t.name] if slot.coverage.applies):
             for use in slot.uses:
-                self._observers.setdefault(use.module, []).append((transform, slot, use))
-                if use.module not in self._probes:
-                    probe = Probe(use.module, self, self._gate)
-                    self._probes[use.module] = probe, use.module.register_forward_pre_hook(probe, with_kwargs=True)
+                self._observers.setdefault(use.called, []).append((transform, slot, use))
+                self._watch(use.called)
         self._set_gate()
 
-    def _set_gate(self) -> None:
-        self._gate.open = any(transform.wants_inputs(slot) for transform, slot in self._all_slots())
+    def _watch(self, module: nn.Module) -> Probe:
+        """Place a probe on a module, unless it has one."""
+        if module not in self._probes:
+            probe = Probe(module, self, self._gate)
+            self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
+        return self._probes[module][0]
 
-    def observe(self, module: nn.Module, inputs: Tensor) -> None:
+    def _set_gate(self) -> None:
+        self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in one forward pass of one module; an empty batch says nothing, and leaves its turn to the next."""
-        if inputs.numel() == 0:
-            return
-        for transform, slot, use in self._observers[module]:
-            if not (transform.wants_inputs(slot) and use.weight.requires_grad):
+        optimizer = self._optimizer()
+        if module in self._lazy and optimizer is not None:
+            self._find_weights(optimizer)  # its own hook has just initialised it
+        for transform, slot, use in self._observers.get(module, []):
+            if not (slot.enabled and transform.wants_inputs(slot) and use.weight.requires_grad):
+                continue
+            inputs = use.inputs(args, kwargs)
+            if inputs is None or inputs[0].numel() == 0:
                 continue
             observation = transform.observe(slot, use, inputs)
             if slot.pending is None:
@@ -260,16 +296,22 @@ class Attachment:
                 for total, part in zip(slot.pending, observation, strict=True):
                     total.add_(part)
 
-    def _reduce(self) -> None:
+    def _reduce(self, ranks: Ranks) -> None:
         """Add pending observations over ranks."""
-        group = shared_group(self._synchronize)
-        if group is None:
+        if ranks.size == 1:
             return
         # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
         due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
+        if not due:
+            return
+        seen = torch.tensor([slot.pending is not None for _, slot in due], dtype=torch.int64)
+        seen = seen.to(due[0][1].layer.weight.device)
         for transform, slot in due:
             slot.pending = slot.pending or transform.pending_like(slot)
-        add_over_ranks([tensor for _, slot in due for tensor in slot.pending or []], group)
+        ranks.add([seen, *(tensor for _, slot in due for tensor in slot.pending or [])])
+        for (_, slot), ranks_that_saw in zip(due, seen.tolist(), strict=True):
+            if not ranks_that_saw:
+                slot.pending = None  # its turn goes to the next step
 
     # steps ----------------------------------------------------------------------------------------------------------
 
@@ -300,14 +342,16 @@ class Attachment:
     def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
         if not step.refreshed:
             step.refreshed = True
-            if self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            grown = self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]
+            if grown or any(not _is_lazy(module) for module in self._lazy):
                 self._find_weights(optimizer)
-            self._set_decays(optimizer)
-            self._reduce()
+            self._read_groups(optimizer)
+            ranks = Ranks(self._synchronize)
+            self._reduce(ranks)
             for transform in self.transforms:
                 slots = self._covered(transform)
-                transform.refresh(slots)
-                for slot in slots:
+                transform.refresh(slots, ranks)
+                for slot in self._slots[transform.name]:
                     slot.pending = None
             # Further forward passes of this step's closure (line searches) are not observed again.
             self._set_gate()
@@ -331,22 +375,6 @@ class Attachment:
                     "use sparse=False, or leave the layer out"
                 )
         return slots
-
-    # weight decay ---------------------------------------------------------------------------------------------------
-
-    def _set_decays(self, optimizer: Optimizer) -> None:
-        decays = self._decays(optimizer)
-        for _, slot in self._all_slots():
-            slot.decay = decays.get(id(slot.layer.weight), Decay())
-
-    def _decays(self, optimizer: Optimizer) -> dict[int, Decay | None]:
-        """Say for each parameter what the optimizer's weight decay will do to it in the coming step."""
-        return {
-            id(parameter): decay
-            for group in optimizer.param_groups
-            for decay in [group_decay(optimizer, group, self._weight_decay)]
-            for parameter in group["params"]
-        }
 
     # checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -372,12 +400,16 @@ class Attachment:
         """Give the slots the state that was loaded."""
         loading, self._loading = self._loading, {}
         without: list[str] = []
-        for transform, slot in self._all_slots():
+        self._read_groups(optimizer)
+        for transform, slot in ((t, s) for t in self.transforms for s in self._slots[t.name] if s.coverage.applies):
             fresh = transform.init(slot)
             if not fresh:
                 continue
             slot.pending = None
             loaded = read_state(transform, slot, loading.get(id(slot.layer.weight), {}))
+            if loaded is None and not slot.enabled:
+                slot.state = {}
+                continue
             slot.state = fresh if loaded is None else loaded
             if loaded is None and optimizer.state.get(slot.layer.weight):
                 without.append(slot.layer.name)
@@ -412,6 +444,10 @@ def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
         yield
 
 
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
+
+
 def _unwrap(optimizer: object) -> Optimizer:
     """Return the torch optimizer inside the wrappers of Lightning and Accelerate."""
     inner: Any = optimizer
@@ -430,15 +466,3 @@ def _representative(layers: list[Layer], held: set[int]) -> Layer:
     if id(layer.bias) in held and all(other.bias is layer.bias for other in layers):
         return layer
     return dataclasses.replace(layer, bias=None, bias_name=None)
-
-
-def _joint_coverage(transform: GradientTransform, layer: Layer, layers: list[Layer]) -> Coverage:
-    """Decide about a weight that one or several layers use."""
-    coverage = transform.cover(layer)
-    for other in layers[1:]:
-        theirs = transform.cover(other)
-        if not theirs.applies:
-            return dataclasses.replace(theirs, how=f"{theirs.how} (shared with {other.name})")
-        if type(other.layout) is not type(layer.layout):
-            return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
-    return coverage

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.transforms.ranks import Ranks
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"
@@ -50,12 +51,14 @@ class Coverage:
         how: What will be done, or why not, in a few words.
         bias: Whether the layer's bias is transformed together with it.
         state_bytes: Memory that the transform will keep for it.
+        plan: What else the transform decided, for itself.
     """
 
     applies: bool
     how: str
     bias: bool = False
     state_bytes: int = 0
+    plan: Any = None
 
 
 @dataclass(eq=False)
@@ -71,6 +74,10 @@ class Slot:
         pending: Observations since the last refresh: tensors that add up over forward passes and over ranks.
         scratch: What a transform carries from `update` to `finish` within one step.
         decay: The weight's decay in the coming step; None if the optimizer does not say how it applies it.
+        enabled: Whether the weight's parameter group lets the transform act (``wellcond_<name>`` is not False).
+        grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
+        found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
+        shared: What a transform keeps between steps for all its weights together; not saved.
     """
 
     layer: Layer
@@ -80,6 +87,10 @@ class Slot:
     pending: list[Tensor] | None = None
     scratch: Any = None
     decay: Decay | None = field(default_factory=Decay)
+    enabled: bool = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -106,6 +117,25 @@ class GradientTransform(ABC):
         Returns:
             The decision.
         """
+
+    def cover_shared(self, uses: Sequence[Layer]) -> Coverage:
+        """Decide about a weight that several layers use.
+
+        Args:
+            uses: The layers; the first stands for all.
+
+        Returns:
+            The decision: by default that for the first, unless one use is refused or of another kind.
+        """
+        layer, *others = uses
+        coverage = self.cover(layer)
+        for other in others:
+            theirs = self.cover(other)
+            if not theirs.applies:
+                return replace(theirs, how=f"{theirs.how} (shared with {other.name})")
+            if type(other.layout) is not type(layer.layout):
+                return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
+        return coverage
 
     @abstractmethod
     def update(self, slots: Sequence[Slot]) -> None:
@@ -141,13 +171,13 @@ class GradientTransform(ABC):
         """Say whether the layer's inputs should be observed in the forward passes before the next step."""
         return False
 
-    def observe(self, slot: Slot, layer: Layer, inputs: Tensor) -> list[Tensor]:
+    def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Summarise one forward pass's input; summaries of several passes and ranks are added.
 
         Args:
             slot: The weight's slot; read only.
             layer: Which of ``slot.uses`` is called.
-            inputs: What it is called with.
+            inputs: The arguments of its `Layer.rows`.
 
         Returns:
             Tensors of fixed shapes.
@@ -158,11 +188,12 @@ class GradientTransform(ABC):
         """Return the observation of a rank that has seen nothing: zeros of `observe`'s shapes."""
         return []
 
-    def refresh(self, slots: Sequence[Slot]) -> None:
+    def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Take in what was observed; called once per step before the first `update`.
 
         Args:
             slots: All covered weights.
+            ranks: Among whom work can be shared; they all refresh the same weights in the same step.
         """
         return
 

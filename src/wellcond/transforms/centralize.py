@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wellcond.layouts import Layer
 from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
+from wellcond.transforms.ranks import Ranks
 from wellcond.transforms.sharding import units, units_can_be_averaged
 
 Where = Literal["gradient", "update"]
@@ -102,7 +103,7 @@ class GradientCentralization(GradientTransform):
                     "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
                 )
 
-    def refresh(self, slots: Sequence[Slot]) -> None:
+    def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Forget what an interrupted step may have left."""
         for slot in slots:
             slot.scratch = None

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from wellcond.layouts import Layer
-from wellcond.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver, try_symmetric_power
+from wellcond.layouts import Layer, LinearLayout
+from wellcond.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.transforms.base import (
     Coverage,
     GradientTransform,
@@ -27,63 +27,22 @@ from wellcond.transforms.base import (
     check_choice,
     check_positive_integer,
 )
-from wellcond.transforms.second_moment import raw_second_moment, second_moment_shape, statistics_dtype
-from wellcond.transforms.sharding import is_sharded, local, rows_are_whole, sum_over_shards
+from wellcond.transforms.factors import Power
+from wellcond.transforms.forms import Form, Scratch, SecondMoment, choose_form
+from wellcond.transforms.precision import PRECISIONS, Precision, product_dtype, statistics_dtype, tensor_cores
+from wellcond.transforms.ranks import Ranks
+from wellcond.transforms.sharding import (
+    is_sharded,
+    is_sharded_by_first_axis,
+    local,
+    rows_are_whole,
+    sum_over_shards,
+    whole,
+    write_whole,
+)
 
-
-def joint_gradient(slot: Slot) -> Tensor:
-    """Return a layer's weight and bias gradient as one matrix per group.
-
-    Args:
-        slot: The layer's slot; its weight has a gradient, its bias may lack one (then zeros stand for it).
-
-    Returns:
-        Shape [groups, out, d], in the precision of the statistics; the rows of this rank if the weight is sharded.
-    """
-    weight = slot.layer.weight
-    assert weight.grad is not None
-    matrix = slot.layer.matrix(local(weight.grad)).flatten(2).to(statistics_dtype(slot.layer))
-    if slot.bias is None:
-        return matrix
-    bias = torch.zeros_like(slot.bias) if slot.bias.grad is None else slot.bias.grad
-    return torch.cat([matrix, local(bias).to(matrix.dtype).reshape(*matrix.shape[:2], 1)], dim=2)
-
-
-def write_joint_gradient(slot: Slot, matrix: Tensor) -> None:
-    """Write what `joint_gradient` returned, changed, back into the gradients.
-
-    Args:
-        slot: The layer's slot.
-        matrix: Shape [groups, out, d].
-    """
-    weight = slot.layer.weight
-    assert weight.grad is not None
-    target = slot.layer.matrix(local(weight.grad))
-    if slot.bias is not None:
-        if slot.bias.grad is not None:
-            bias = local(slot.bias.grad)
-            bias.copy_(matrix[..., -1].reshape_as(bias))
-        matrix = matrix[..., :-1]
-    target.copy_(matrix.reshape(target.shape))
-
-
-def norm_ratios(slots: Sequence[Slot], originals: Sequence[Tensor], changed: Sequence[Tensor]) -> list[Tensor]:
-    """Return ‖original‖ / ‖changed‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7).
-
-    Args:
-        slots: The layers; where weights are sharded (FSDP2) their ranks' norms are added in one collective per mesh.
-        originals: Their gradients, of this rank.
-        changed: Their preconditioned gradients, of this rank.
-
-    Returns:
-        A scalar tensor per layer; finite where ``changed`` is zero.
-    """
-    norms = list(zip(torch._foreach_norm(list(originals)), torch._foreach_norm(list(changed)), strict=True))
-    if any(is_sharded(slot.layer.weight) for slot in slots):
-        squares = [torch.stack(pair).square() for pair in norms]
-        sums = sum_over_shards(squares, [slot.layer.weight for slot in slots])
-        norms = [(total[0].sqrt(), total[1].sqrt()) for total in sums]
-    return [original / new.clamp_min(torch.finfo(new.dtype).tiny) for original, new in norms]
+# Solves of together this cost (the sum of widths cubed) are not worth spreading over steps.
+SOLVED_AT_ONCE = 2e9
 
 
 @dataclass(frozen=True)
@@ -92,15 +51,30 @@ class FeaturePreconditioner(GradientTransform):
 
     Args:
         damping: ε, added to M's eigenvalues.
-        stats_decay: α of the moving average M ← α M + (1 − α) X Xᵀ/N.
+        stats_decay: α of the moving average M ← α M + (1 − α) X Xᵀ/N. 0 uses the last observed step alone (the
+            thesis's momentum variant II).
         stats_every: Steps between two updates of M (T_xx in the source).
-        solve_every: Steps between two factorizations of M (T_inv, T_svd in the source).
+        solve_every: Steps between two factorizations of M (T_inv, T_svd in the source). Where they are expensive they
+            are spread: each step takes the layers that have waited longest, until all that are due have had their turn.
         damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
         restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
+        norm_layers: Precondition the scale and shift of LayerNorm, GroupNorm and RMSNorm too, each channel with the
+            2 × 2 second moment of (x̂, 1) (thesis 5.13).
         solve_warmup: Factorize early too, after 1, 2, 4, … times ``stats_every`` steps until ``solve_every`` is
             reached. False is the source's: its first ``solve_every`` steps use the first batch alone.
-        solver: ``"eigh"``, ``"cholesky"`` (p = 1 with absolute damping), or ``"auto"``.
+        second_moment: ``"dense"``: the formula as it stands; ``"kronecker"``: convolutions by their margins over
+            channels and over kernel taps; ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``:
+            dense up to a width of 128, beyond it Kronecker factors for convolutions, of low rank from a width of 256.
+        max_dim: The widest matrix that is kept and factorized; wider ones are sketched at low rank. None: no bound,
+            under ``"auto"`` 1024.
+        solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width.
+        precision: Of the products with gradients: ``"float32"`` (float64 for float64 weights), ``"tf32"`` (on GPUs that
+            have it; elsewhere float32), or ``"bfloat16"`` (slow on CPUs without bfloat16 instructions). Statistics and
+            factorizations are float32 or wider in any case.
         where: Which layers: a predicate of (module name, module); None is every layer that has rows.
+        rank: Of low-rank forms; None: an eighth of the width, at most an eighth of ``max_dim`` (or of 1024).
+        gradient_momentum: β of a moving average m ← β m + G that is taken before the product (the thesis's momentum
+            variant I; for an optimizer without momentum of its own). 0: none.
 
     Raises:
         ValueError: If an argument is outside its range; the message names it.
@@ -114,20 +88,33 @@ class FeaturePreconditioner(GradientTransform):
     solve_every: int = 500
     damping_mode: DampingMode = "relative"
     restore_norm: bool = True
+    norm_layers: bool = False
     solve_warmup: bool = True
+    second_moment: SecondMoment = "auto"
+    max_dim: int | None = None
     solver: Solver = "auto"
+    precision: Precision = "float32"
     where: Predicate | None = None
+    rank: int | None = None
+    gradient_momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
             raise ValueError(f"damping must be a positive number, got {self.damping!r}")
-        if not (isinstance(self.stats_decay, (int, float)) and 0 <= self.stats_decay < 1):
-            raise ValueError(f"stats_decay must be in [0, 1), got {self.stats_decay!r}")
+        for share in ("stats_decay", "gradient_momentum"):
+            value = getattr(self, share)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ValueError(f"{share} must be in [0, 1), got {value!r}")
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
+        check_choice("second_moment", self.second_moment, get_args(SecondMoment))
+        check_choice("precision", self.precision, PRECISIONS)
         check_positive_integer("stats_every", self.stats_every)
         check_positive_integer("solve_every", self.solve_every)
+        for option in ("max_dim", "rank"):
+            if getattr(self, option) is not None:
+                check_positive_integer(option, getattr(self, option))
         choose_solver(-self.exponent, self.damping_mode, self.solver)
-        for option in ("solve_warmup", "restore_norm"):
+        for option in ("solve_warmup", "restore_norm", "norm_layers"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         if self.where is not None and not callable(self.where):
@@ -135,62 +122,106 @@ class FeaturePreconditioner(GradientTransform):
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a layer's gradient is preconditioned."""
+        return self.cover_shared([layer])
+
+    def cover_shared(self, uses: Sequence[Layer]) -> Coverage:
+        """Decide about a weight by all layers that use it: their rows add up to one second moment."""
+        for use in uses:
+            if reason := self._refusal(use):
+                shared = f" (shared with {use.name})" if use is not uses[0] else ""
+                return Coverage(False, f"plain gradient: {reason}{shared}")
+        layer = uses[0]
+        kinds = {type(use.layout): use for use in uses}
+        if len(kinds) > 1 and not _is_embedding_and_linear(uses):
+            other = next(use for use in uses if type(use.layout) is not type(layer.layout))
+            return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
+        bias = len(kinds) == 1 and layer.bias is not None and layer.bias.requires_grad
+        form = choose_form(uses, bias, self.second_moment, self.max_dim, self.rank, -self.exponent)
+        size = form.state_bytes(statistics_dtype(layer), product_dtype(layer, self.precision))
+        if self.gradient_momentum:
+            averaged = layer.weight.numel() + (layer.bias.numel() if bias and layer.bias is not None else 0)
+            size += averaged * statistics_dtype(layer).itemsize
+        start = ", before its parametrization" if "parametrizations." in layer.name else ""
+        return Coverage(True, f"preconditioned, {form.describe()}{start}", bias=bias, state_bytes=size, plan=form)
+
+    def _refusal(self, layer: Layer) -> str | None:
+        """Say why a layer's gradient stays as it is, or return None."""
+        if layer.layout.kind == "norm" and not self.norm_layers:
+            return "a norm layer (norm_layers=False)"
         if not layer.layout.has_rows:
-            return Coverage(False, f"plain gradient: {layer.layout.missing_rows}")
+            return layer.layout.missing_rows
+        if getattr(layer.module, "sparse", False):
+            return "sparse gradients (sparse=True)"
         if self.where is not None and not self.where(layer.module_name, layer.module):
-            return Coverage(False, "plain gradient: not chosen by `where`")
-        if not rows_are_whole(layer):
-            return Coverage(False, "plain gradient: its weight is sharded otherwise than by output units")
-        bias = layer.bias is not None and layer.bias.requires_grad
-        groups, width = second_moment_shape(layer, bias)
-        shape = f"{groups} × {width} × {width}" if groups > 1 else f"{width} × {width}"
-        size = 2 * groups * width * width * statistics_dtype(layer).itemsize
-        return Coverage(True, f"preconditioned, dense {shape}", bias=bias, state_bytes=size)
+            return "not chosen by `where`"
+        if not is_sharded_by_first_axis(layer.weight):
+            return "its weight is sharded otherwise than along its first axis"
+        return None
 
     def init(self, slot: Slot) -> State:
         """Start from M = 0 and no preconditioner."""
-        groups, width = second_moment_shape(slot.layer, slot.coverage.bias)
         weight = slot.layer.weight
         dtype = statistics_dtype(slot.layer)
-        return {
-            "second_moment": torch.zeros(groups, width, width, dtype=dtype, device=weight.device),
+        state: State = {
+            **_form(slot).start(dtype, product_dtype(slot.layer, self.precision), weight.device),
             # 1 − αⁿ after n updates: the moving average's share that is not its zero start.
             "mass": torch.zeros((), dtype=dtype, device=weight.device),
-            "preconditioner": torch.eye(width, dtype=dtype, device=weight.device).repeat(groups, 1, 1),
             "skipped": torch.zeros((), dtype=torch.int64, device=weight.device),
             "step": 0,
             "updated_at": -1,
             "solved_at": -1,
             "failed": 0,
         }
+        if self.gradient_momentum:
+            for key, parameter in (("gradient_momentum", weight), ("gradient_momentum_of_bias", slot.bias)):
+                if parameter is not None:
+                    part = (
+                        parameter if rows_are_whole(slot.layer) else torch.empty(parameter.shape, device=weight.device)
+                    )
+                    state[key] = torch.zeros_like(part, dtype=dtype, requires_grad=False)
+        return state
+
+    # statistics -----------------------------------------------------------------------------------------------------
 
     def wants_inputs(self, slot: Slot) -> bool:
         """Ask for inputs from the step at which an update of M is due until one has come."""
         step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
         return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
 
-    def observe(self, slot: Slot, layer: Layer, inputs: Tensor) -> list[Tensor]:
-        """Sum x xᵀ over the input's rows."""
-        return raw_second_moment(layer, inputs, slot.coverage.bias, statistics_dtype(slot.layer))
+    def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
+        """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
+
+        The device decides that; nobody waits for it.
+        """
+        device_type = layer.weight.device.type
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            seen = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+            sums = _form(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
+            finite = torch.stack([torch.isfinite(total).all() for total in sums]).all()
+            return [*(torch.where(finite, total, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
 
     def pending_like(self, slot: Slot) -> list[Tensor]:
         """Return a sum over no rows."""
-        moment = _tensor(slot, "second_moment")
-        return [torch.zeros_like(moment), *(torch.zeros_like(_tensor(slot, "mass")) for _ in range(2))]
+        form, mass = _form(slot), _tensor(slot, "mass")
+        sums = [torch.zeros_like(_tensor(slot, key)) for key in form.averaged_keys()]
+        return [*sums, mass.new_zeros(form.count_shape()), mass.new_zeros(())]
 
-    def refresh(self, slots: Sequence[Slot]) -> None:
+    def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Take observations into M, and factorize the M of the layers whose turn it is."""
         unseen: list[str] = []
+        due: list[Slot] = []
         for slot in slots:
+            step = _count(slot, "step")
             if slot.pending is not None:
-                self._update_moment(slot, *slot.pending)
-                slot.state["updated_at"] = _count(slot, "step")
-            step, solved_at = _count(slot, "step"), _count(slot, "solved_at")
-            if _count(slot, "updated_at") >= 0 and self._solves_until(step) > self._solves_until(solved_at):
-                self._solve(slot, step)
+                self._update_moment(slot, slot.pending)
+                slot.state["updated_at"] = step
+            if self._is_due(slot):
+                due.append(slot)
             if step == 1 and _count(slot, "updated_at") < 0 and slot.layer.weight.grad is not None:
                 unseen.append(slot.layer.module_name)
-            slot.state["step"] = step + 1
+        self._solve(self._whose_turn(due, slots), ranks)
+        for slot in slots:
+            slot.state["step"] = _count(slot, "step") + 1
         if unseen:
             warnings.warn(
                 f"{len(unseen)} layers have gradients but their inputs were not seen, so these stay as they are "
@@ -200,57 +231,21 @@ class FeaturePreconditioner(GradientTransform):
                 stacklevel=2,
             )
 
-    def update(self, slots: Sequence[Slot]) -> None:
-        """Multiply each gradient by its preconditioner and give it its norm back."""
-        if not slots:
-            return
-        originals = [joint_gradient(slot) for slot in slots]
-        changed = [g @ _tensor(slot, "preconditioner") for g, slot in zip(originals, slots, strict=True)]
-        if self.restore_norm:
-            ratios = norm_ratios(slots, originals, changed)
-            torch._foreach_mul_(changed, ratios)
-        for slot, gradient in zip(slots, changed, strict=True):
-            write_joint_gradient(slot, gradient)
-
-    def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
-        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
-        return {
-            "weights": len(slots),
-            "failed_solves": sum(_count(slot, "failed") for slot in slots),
-            "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
-        }
-
-    def _update_moment(self, slot: Slot, total: Tensor, count: Tensor, not_finite: Tensor) -> None:
+    def _update_moment(self, slot: Slot, pending: Sequence[Tensor]) -> None:
         """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
-        seen = count > 0
-        gain = seen.to(total.dtype) * (1 - self.stats_decay)
-        mean = total / count.clamp_min(1)
-        _tensor(slot, "second_moment").mul_(1 - gain).add_(gain * mean)
+        *sums, counts, not_finite = pending
+        gain = (counts.sum() > 0).to(counts.dtype) * (1 - self.stats_decay)
+        form = _form(slot)
+        for key, mean in zip(form.averaged_keys(), form.means(sums, counts), strict=True):
+            _tensor(slot, key).mul_(1 - gain).add_(gain * mean)
         _tensor(slot, "mass").mul_(1 - gain).add_(gain)
         _tensor(slot, "skipped").add_(not_finite.to(torch.int64))
 
-    def _solve(self, slot: Slot, step: int) -> None:
-        """T ← (M + damping)^(−p); the last good T stays if that fails."""
-        mass = _tensor(slot, "mass")
-        if not bool(mass > 0):
-            return  # nothing seen yet (every input so far was not finite): this solve stays due
-        slot.state["solved_at"] = step
-        moment = _tensor(slot, "second_moment") / mass
-        power = try_symmetric_power(
-            moment, -self.exponent, self.damping, damping_mode=self.damping_mode, solver=self.solver
-        )
-        if power is None:
-            if _count(slot, "failed") == 0:
-                warnings.warn(
-                    f"the second moment of layer '{slot.layer.module_name}' could not be factorized: "
-                    "its last good preconditioner stays in use (counted in handle.stats())",
-                    WellcondWarning,
-                    stacklevel=2,
-                )
-            slot.state["failed"] = _count(slot, "failed") + 1
-        else:
-            # In one memory layout, whatever the solver returned: products after a resume then agree bit for bit.
-            slot.state["preconditioner"] = power.contiguous()
+    # factorizations -------------------------------------------------------------------------------------------------
+
+    def _is_due(self, slot: Slot) -> bool:
+        step, solved_at = _count(slot, "step"), _count(slot, "solved_at")
+        return _count(slot, "updated_at") >= 0 and self._solves_until(step) > self._solves_until(solved_at)
 
     def _solves_until(self, step: int) -> int:
         """Count the scheduled factorizations at steps 0 … step: it grows exactly where one is due."""
@@ -262,6 +257,207 @@ class FeaturePreconditioner(GradientTransform):
         # stats_every · 2^k for k = 0, 1, … below solve_every, as far as they have been reached.
         reached = min(step, self.solve_every - 1) // self.stats_every
         return regular + reached.bit_length()
+
+    def _whose_turn(self, due: Sequence[Slot], slots: Sequence[Slot]) -> list[Slot]:
+        """Choose which of the due factorizations to do in this step: all that are a layer's first, or cheap together.
+
+        Of the others those that have waited longest, so many that all are done before statistics change again.
+        """
+        chosen = [slot for slot in due if _count(slot, "solved_at") < 0]
+        waiting = sorted((s for s in due if _count(s, "solved_at") >= 0), key=lambda s: _count(s, "solved_at"))
+        budget = max(SOLVED_AT_ONCE, sum(_form(slot).cost for slot in slots) / self.stats_every)
+        for slot in waiting:
+            if budget <= 0:
+                break
+            budget -= _form(slot).cost
+            chosen.append(slot)
+        return chosen
+
+    def _solve(self, slots: Sequence[Slot], ranks: Ranks) -> None:
+        """T ← (M + damping)^(−p), each by one rank for all; the last good T stays if that fails."""
+        if not slots:
+            return
+        power = Power(-self.exponent, self.damping, self.damping_mode, self.solver)
+        owners = ranks.owners([_form(slot).cost for slot in slots])
+        # Per layer: was anything seen, and could it be factorized?
+        outcome = torch.zeros(len(slots), 2, dtype=torch.int64, device=slots[0].layer.weight.device)
+        for index, (slot, owner) in enumerate(zip(slots, owners, strict=True)):
+            if owner != ranks.rank or not bool(_tensor(slot, "mass") > 0):
+                continue  # nothing seen yet (every input so far was not finite): this solve stays due
+            solved = _form(slot).solve(slot.state, _tensor(slot, "mass"), power)
+            outcome[index] = torch.tensor([1, solved is not None])
+            if solved is not None:
+                slot.state |= {key: value.to(_tensor(slot, key).dtype) for key, value in solved.items()}
+        ranks.add([outcome])
+        results = outcome.tolist()
+        for rank in range(ranks.size):
+            sent = [s for s, owner, (_, good) in zip(slots, owners, results, strict=True) if owner == rank and good]
+            ranks.send([_tensor(slot, key) for slot in sent for key in _form(slot).solved_keys()], rank)
+        for slot, (seen, good) in zip(slots, results, strict=True):
+            if seen:
+                slot.state["solved_at"] = _count(slot, "step")
+            if seen and not good:
+                if _count(slot, "failed") == 0:
+                    warnings.warn(
+                        f"the second moment of layer '{slot.layer.module_name}' could not be factorized: "
+                        "its last good preconditioner stays in use (counted in handle.stats())",
+                        WellcondWarning,
+                        stacklevel=2,
+                    )
+                slot.state["failed"] = _count(slot, "failed") + 1
+
+    # gradients ------------------------------------------------------------------------------------------------------
+
+    def update(self, slots: Sequence[Slot]) -> None:
+        """Multiply each gradient by its preconditioner and give it its norm back."""
+        if not slots:
+            return
+        scratch = slots[0].shared.setdefault("scratch", Scratch())
+        with tensor_cores(self.precision):
+            products = [self._multiply(slot, scratch) for slot in slots]
+        if self.restore_norm:
+            ratios = _norm_ratios(slots, products)
+            in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
+            if in_place:
+                torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
+            for product, ratio in zip(products, ratios, strict=True):
+                for kept in product.kept:
+                    kept.changed.mul_(ratio)
+        for product in products:
+            for kept in product.kept:
+                kept.write()
+
+    def _multiply(self, slot: Slot, scratch: Scratch) -> _Product:
+        """Ĝ = G T for one weight, and its bias if they go together."""
+        layer, form, bias = slot.layer, _form(slot), slot.bias
+        assert layer.weight.grad is not None
+        partial = is_sharded(layer.weight) and rows_are_whole(layer)
+        part = local if partial else whole
+        dtype, product = statistics_dtype(layer), product_dtype(layer, self.precision)
+        gradient = layer.matrix(part(layer.weight.grad))
+        bias_gradient = None
+        if bias is not None:
+            # A bias that got no gradient in this step counts as one of zero.
+            bias_gradient = layer.bias_matrix(part(torch.zeros_like(bias) if bias.grad is None else bias.grad))
+        used, used_bias = gradient, bias_gradient
+        if self.gradient_momentum:
+            used = self._averaged(slot, "gradient_momentum", layer.matrix, gradient)
+            if bias_gradient is not None:
+                used_bias = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, bias_gradient)
+        before = _joint_norm(used, used_bias, dtype)
+        changed, changed_bias = form.apply(
+            slot.state,
+            used.to(product),
+            None if used_bias is None else used_bias.to(product),
+            scratch,
+            scaled=not self.restore_norm,
+        )
+        result = _Product(before, _joint_norm(changed, changed_bias, dtype), partial)
+        result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
+        if bias is not None and bias.grad is not None:
+            assert bias_gradient is not None
+            assert changed_bias is not None
+            result.take(bias.grad, bias_gradient, changed_bias, layer.bias_matrix, dtype)
+        return result
+
+    def _averaged(self, slot: Slot, key: str, view: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        """Return the moving average m ← β m + G, as a copy that may be overwritten, in the scale of G.
+
+        A gradient that is not finite because a loss scaler's scale was too high, whose step is skipped, stays out of m.
+        """
+        average = view(local(_tensor(slot, key)))
+        scale = 1.0 if slot.grad_scale is None else slot.grad_scale
+        latest = self.gradient_momentum * average + gradient / scale
+        if slot.found_inf is not None:
+            latest = torch.where(slot.found_inf > 0, average, latest)
+        average.copy_(latest)
+        return latest * scale
+
+    def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
+        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
+        return {
+            "weights": len(slots),
+            "failed_solves": sum(_count(slot, "failed") for slot in slots),
+            "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
+        }
+
+
+@dataclass
+class _Kept:
+    """A changed gradient that is written when its norm is known."""
+
+    target: Tensor
+    changed: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    def write(self) -> None:
+        """Write it, of a sharded gradient the own part."""
+        gathered = whole(self.target)
+        self.view(gathered).copy_(self.changed)
+        if is_sharded(self.target):
+            write_whole(self.target, gathered)
+
+
+@dataclass
+class _Product:
+    """One layer's changed gradients: written already and still to be scaled, or kept until their norm is known.
+
+    Attributes:
+        norm_before: ‖G‖ of weight and bias together; of this rank's rows if ``is_partial``.
+        norm_after: ‖Ĝ‖ likewise.
+        is_partial: Whether other ranks have further rows.
+        written: Views of gradients that hold Ĝ.
+        kept: Gradients that do not: those of lower precision than Ĝ, or gathered from several ranks.
+    """
+
+    norm_before: Tensor
+    norm_after: Tensor
+    is_partial: bool
+    written: list[Tensor] = field(default_factory=list)
+    kept: list[_Kept] = field(default_factory=list)
+
+    def take(
+        self, target: Tensor, view: Tensor, changed: Tensor, make_view: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        """Write a changed gradient through a view of its target, or keep a copy for later."""
+        if view.dtype == dtype and (self.is_partial or not is_sharded(target)):
+            if changed.data_ptr() != view.data_ptr():  # low-rank forms may have multiplied in place
+                view.copy_(changed)
+            self.written.append(view)
+        else:
+            changed = changed.to(dtype, copy=True)
+            self.kept.append(_Kept(local(target) if self.is_partial else target, changed, make_view))
+
+
+def _norm_ratios(slots: Sequence[Slot], products: Sequence[_Product]) -> list[Tensor]:
+    """Return ‖G‖ / ‖Ĝ‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7); finite where Ĝ = 0."""
+    norms = [torch.stack([product.norm_before, product.norm_after]) for product in products]
+    partial = [index for index, product in enumerate(products) if product.is_partial]
+    if partial:
+        # The squares of the ranks' norms are added in one collective per mesh.
+        squares = [norms[index].square() for index in partial]
+        for index, total in zip(
+            partial, sum_over_shards(squares, [slots[index].layer.weight for index in partial]), strict=True
+        ):
+            norms[index] = total.sqrt()
+    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
+
+
+def _joint_norm(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the Frobenius norm of a weight and its bias together."""
+    norm = torch.linalg.vector_norm(weight, dtype=dtype)
+    return norm if bias is None else torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
+
+
+def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
+    """Whether a table is embedded and also read as a linear layer, as language models tie their input and output."""
+    return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
+
+
+def _form(slot: Slot) -> Form:
+    form = slot.coverage.plan
+    assert isinstance(form, Form)
+    return form
 
 
 def _tensor(slot: Slot, key: str) -> Tensor:
@@ -289,9 +485,15 @@ class FeatureDescent(FeaturePreconditioner):
         solve_every: T_inv.
         damping_mode: What ε is relative to.
         restore_norm: Whether each layer's gradient gets its norm back.
+        norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
-        solver: How to invert.
+        second_moment: Which form of M.
+        max_dim: The widest matrix that is kept.
+        solver: How to compute the power.
+        precision: Of the products.
         where: Which layers.
+        rank: Of low-rank forms.
+        gradient_momentum: Of a moving average before the product.
 
     Example:
         >>> import wellcond
@@ -324,9 +526,15 @@ class FeatureWhitening(FeaturePreconditioner):
         solve_every: T_svd.
         damping_mode: What ε is relative to.
         restore_norm: Whether each layer's gradient gets its norm back.
+        norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
+        second_moment: Which form of M.
+        max_dim: The widest matrix that is kept.
         solver: How to compute the power.
+        precision: Of the products.
         where: Which layers.
+        rank: Of low-rank forms.
+        gradient_momentum: Of a moving average before the product.
 
     Example:
         >>> import wellcond

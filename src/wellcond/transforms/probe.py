@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Observer(Protocol):
     """What takes in the inputs that a probe shows."""
 
-    def observe(self, module: nn.Module, inputs: Tensor) -> None:
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in one forward pass of one module."""
 
 
@@ -40,12 +40,15 @@ class Probe:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Show the input unless nobody wants it, or this pass cannot lead to a gradient."""
         if self._gate.open and module.training and torch.is_grad_enabled():
-            self._observe_uncompiled(module, args[0] if args else kwargs.get("input"))
+            self._observe_uncompiled(module, args, kwargs)
 
-    def _observe(self, module: nn.Module, inputs: object) -> None:
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observer = self._observer()
         # A deep copy of the model carries this hook, but is another module.
-        if observer is None or self._module() is not module or not isinstance(inputs, Tensor):
+        if observer is None or self._module() is not module:
+            return
+        # Inside `torch.func` transforms tensors are wrapped and must not outlive them; such gradients are no `.grad`.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return
         if torch._C._current_graph_task_id() != -1:
             # Inside a backward pass: activation checkpointing recomputes. Without reentrance the first run was
@@ -57,7 +60,7 @@ class Probe:
                 return
         else:
             self.may_recur += 1
-        observer.observe(module, inputs)
+        observer.observe(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert_probe

@@ -1,4 +1,4 @@
-"""Sums over the ranks of a process group."""
+"""The ranks of a process group: sums over them, and work shared among them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,77 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def shared_group(synchronize: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:
-    """Return the group over which statistics are added, or None if this process is alone or wants to be.
+class Ranks:
+    """The processes that train one model together; one alone where nothing is distributed.
 
     Args:
-        synchronize: True for the default group, a group, or False.
+        synchronize: True for the default process group, a group, or False for this process alone.
 
-    Returns:
-        A group of at least two ranks, or None.
+    Example:
+        >>> Ranks(False).size
+        1
     """
-    if synchronize is False or not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = dist.group.WORLD if synchronize is True else synchronize
-    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+    def __init__(self, synchronize: bool | dist.ProcessGroup) -> None:
+        self._group: dist.ProcessGroup | None = None
+        if synchronize is not False and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD if synchronize is True else synchronize
+            self._group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.size = 1 if self._group is None else dist.get_world_size(self._group)
+        self.rank = 0 if self._group is None else dist.get_rank(self._group)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks, in one flattened collective per dtype and device.
+
+        Args:
+            tensors: Of the same shapes, in the same order, on all ranks; changed in place.
+        """
+        if self._group is None:
+            return
+        for same in _alike(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in same])
+            dist.all_reduce(flat, group=self._group)
+            _scatter(flat, same)
+
+    def send(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Replace each tensor by that of one rank, in one flattened collective per dtype and device.
+
+        Args:
+            tensors: Of the same shapes, in the same order, on all ranks; changed in place.
+            owner: Whose tensors.
+        """
+        if self._group is None:
+            return
+        for same in _alike(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in same])
+            dist.broadcast(flat, src=dist.get_global_rank(self._group, owner), group=self._group)
+            if owner != self.rank:
+                _scatter(flat, same)
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Share work out: the most expensive piece first, each to the rank with the least so far.
+
+        Args:
+            costs: Of each piece, the same on all ranks.
+
+        Returns:
+            The rank of each piece.
+        """
+        load = [0.0] * self.size
+        owner = [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owner[index] = load.index(min(load))
+            load[owner[index]] += costs[index]
+        return owner
 
 
-def add_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace each tensor by its sum over ranks, in one flattened collective per dtype and device.
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by dtype and device, in one order on all ranks, or their collectives would not match."""
+    kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
+    return [[tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind] for kind in kinds]
 
-    Args:
-        tensors: Of the same shapes, in the same order, on all ranks; changed in place.
-        group: The ranks.
-    """
-    # In one order on all ranks, or their collectives would not match.
-    for like in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-        same = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == like]
-        flat = torch.cat([tensor.flatten() for tensor in same])
-        dist.all_reduce(flat, group=group)
-        parts = torch.split(flat, [tensor.numel() for tensor in same])
-        for tensor, part in zip(same, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+
+def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy the pieces of a flat tensor where they belong."""
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

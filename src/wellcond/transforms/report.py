@@ -27,10 +27,15 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
         coverage = slot.coverage
         for use in slot.uses:
             lines[use.name] = (coverage.how, _bytes(coverage.state_bytes) if coverage.applies else "")
-        if slot.bias is not None and slot.layer.bias_name is not None:
+            if coverage.applies and not slot.enabled:
+                lines[use.name] = ("unchanged: switched off by its parameter group", "")
+        if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
             lines[slot.layer.bias_name] = (f"together with {slot.layer.name}", "")
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if nn.parameter.is_lazy(parameter):
+            rows.append((name, "?", "known after its first forward pass", ""))
+            continue
         if id(parameter) not in held:
             lines.setdefault(name, ("not held by this optimizer", ""))
         elif name in unknown:

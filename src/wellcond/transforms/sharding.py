@@ -54,12 +54,39 @@ def rows_are_whole(layer: Layer) -> bool:
         layer: The layer.
 
     Returns:
-        True also for weights that are not sharded.
+        True also for weights that are not sharded; False for those with several groups, whose border a shard may cross.
     """
     if not is_sharded(layer.weight):
         return True
-    by_rows = all(p.is_replicate() or p.is_shard(layer.layout.output_axis) for p in layer.weight.placements)
-    return by_rows and layer.groups == 1
+    return layer.layout.output_axis == 0 and layer.groups == 1 and is_sharded_by_first_axis(layer.weight)
+
+
+def is_sharded_by_first_axis(weight: Tensor) -> bool:
+    """Say whether a weight is whole, or split along its first axis alone, as FSDP2 does by default."""
+    if not is_sharded(weight):
+        return True
+    return all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every rank; any other tensor is returned as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def write_whole(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a tensor that may be sharded: each rank takes its own part.
+
+    Args:
+        target: What to overwrite.
+        value: The same tensor on all ranks, of the target's whole shape.
+    """
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = target.device_mesh
+        replicated = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = replicated.redistribute(placements=target.placements).to_local()
+    local(target).copy_(value)
 
 
 def units(layer: Layer, tensor: Tensor) -> Tensor:

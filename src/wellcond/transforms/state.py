@@ -74,8 +74,8 @@ def read_state(
         if not isinstance(value, Tensor) or value.shape != like.shape:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"the loaded {state_key(transform, key)} of layer '{slot.layer.module_name}' must have the shape "
-                f"{tuple(like.shape)}, got {given}"
+                f"the loaded {state_key(transform, key)} of layer '{slot.layer.module_name or slot.layer.name}' must "
+                f"have the shape {tuple(like.shape)}, got {given}"
             )
         rounded |= value.is_floating_point() and value.dtype.itemsize < like.dtype.itemsize
         state[key] = like.copy_(value)

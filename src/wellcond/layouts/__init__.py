@@ -1,0 +1,34 @@
+"""What each layer type's parameters mean: which axis is the output unit, and which rows its input offers them.
+
+A layout sees a weight as matrices ``[groups, out, *inputs]`` — one row per output unit — and the layer's input as the
+rows ``[groups, n, d]`` which those matrices multiply. Nothing else in the library hard-codes an axis.
+"""
+
+from wellcond.layouts.attention import AttentionLayout
+from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
+from wellcond.layouts.layers import Layer, Layers, find_layers
+from wellcond.layouts.layout import Kind, Layout, Rows
+from wellcond.layouts.linear import BilinearLayout, EmbeddingBagLayout, EmbeddingLayout, LinearLayout, RecurrentLayout
+from wellcond.layouts.norm import BatchNormLayout, NormLayout
+from wellcond.layouts.registry import layout_of, register_layout
+
+__all__ = [
+    "AttentionLayout",
+    "BatchNormLayout",
+    "BilinearLayout",
+    "ConvLayout",
+    "ConvTransposeLayout",
+    "EmbeddingBagLayout",
+    "EmbeddingLayout",
+    "Kind",
+    "Layer",
+    "Layers",
+    "Layout",
+    "LinearLayout",
+    "NormLayout",
+    "RecurrentLayout",
+    "Rows",
+    "find_layers",
+    "layout_of",
+    "register_layout",
+]

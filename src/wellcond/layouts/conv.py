@@ -1,0 +1,147 @@
+"""Convolutions and transposed convolutions: their rows are the patches that the kernel sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wellcond.layouts.layout import Layout, Rows
+from wellcond.patches import Window, patch_rows
+
+
+class ConvLayout(Layout):
+    """``nn.Conv1d/2d/3d``: weight (out, in/groups, *kernel); rows are the patches under the kernel (im2col)."""
+
+    kind = "conv"
+    has_rows = True
+
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [groups, out/groups, in/groups, *kernel]."""
+        return torch.unflatten(weight, 0, (self.groups(module), -1))
+
+    def groups(self, module: nn.Module) -> int:
+        """Return the convolution's groups."""
+        return cast(nn.Conv2d, module).groups
+
+    def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
+        """Lay out the padded input's patches; stride, dilation, padding and its mode are the layer's own.
+
+        Args:
+            module: An ``nn.Conv1d/2d/3d``.
+            inputs: Shape (N, C, *space), or (C, *space) without a batch axis.
+
+        Returns:
+            Shape [groups, N · output positions, C/groups · kernel taps].
+        """
+        return patch_rows(self.padded(module, inputs), self.window(module))
+
+    def window(self, module: nn.Module) -> Window:
+        """Return the kernel's own window."""
+        conv = cast(nn.Conv2d, module)
+        return Window(tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation), conv.groups)
+
+    def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
+        """Pad as the layer pads."""
+        conv = cast(nn.Conv2d, module)
+        batch = _with_batch_axis(conv, inputs[0])
+        return F.pad(batch, _padding(conv), mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+
+
+class ConvTransposeLayout(Layout):
+    """``nn.ConvTranspose1d/2d/3d``: weight (in, out/groups, *kernel), so the output unit is the *second* axis.
+
+    The layer is a convolution of stride 1 over the input with ``stride − 1`` zeros between its positions, whose kernel
+    is mirrored. Mirroring the input instead leaves the set of patches, and so the second moment, the same.
+    """
+
+    kind = "conv"
+    output_axis = 1
+    has_rows = True
+
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [groups, out/groups, in/groups, *kernel]."""
+        return torch.unflatten(weight, 0, (self.groups(module), -1)).transpose(1, 2)
+
+    def groups(self, module: nn.Module) -> int:
+        """Return the convolution's groups."""
+        return cast(nn.ConvTranspose2d, module).groups
+
+    def unit_mean(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Average over the inputs of each unit's own group."""
+        if self.groups(module) == 1:
+            return super().unit_mean(module, weight)
+        rows = self.matrix(module, weight)  # [groups, out, in, *kernel]
+        mean = rows.mean(dim=list(range(2, rows.dim())), keepdim=True)
+        return mean.expand(*rows.shape[:3], *mean.shape[3:]).transpose(1, 2).flatten(0, 1)
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """Pick the input and, where the call gives it, the output size."""
+        given = dict(zip(("input", "output_size"), args, strict=False)) | dict(kwargs)
+        inputs = given.get("input")
+        return (inputs, given.get("output_size")) if isinstance(inputs, Tensor) else None
+
+    def rows(self, module: nn.Module, inputs: Tensor, output_size: list[int] | None = None) -> Rows:
+        """Lay out what each output position sums over, in the kernel's order.
+
+        Args:
+            module: An ``nn.ConvTranspose1d/2d/3d``.
+            inputs: Shape (N, C, *space), or (C, *space) without a batch axis.
+            output_size: As the layer's forward was given it.
+
+        Returns:
+            Shape [groups, N · output positions, C/groups · kernel taps]; output positions run backwards.
+        """
+        return patch_rows(self.padded(module, inputs, output_size), self.window(module))
+
+    def window(self, module: nn.Module) -> Window:
+        """Return a window of stride 1."""
+        conv = cast(nn.ConvTranspose2d, module)
+        return Window(tuple(conv.kernel_size), (1,) * len(conv.kernel_size), tuple(conv.dilation), conv.groups)
+
+    def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
+        """Put zeros between and around the input's positions, and mirror them."""
+        conv = cast(nn.ConvTranspose2d, module)
+        batch = _with_batch_axis(conv, inputs[0])
+        output_size = inputs[1] if len(inputs) > 1 else None
+        axes = len(conv.kernel_size)
+        extra = conv._output_padding(
+            batch,
+            output_size,
+            list(conv.stride),
+            [int(size) for size in conv.padding],
+            list(conv.kernel_size),
+            axes,
+            list(conv.dilation),
+        )
+        shape = [stride * (size - 1) + 1 for stride, size in zip(conv.stride, batch.shape[2:], strict=True)]
+        spaced = batch.new_zeros(*batch.shape[:2], *shape)
+        places: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
+        spaced[places] = batch
+        pads: list[int] = []
+        for axis in reversed(range(axes)):
+            edge = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - int(conv.padding[axis])
+            pads += [edge, edge + extra[axis]]
+        return F.pad(spaced, pads).flip(list(range(2, 2 + axes)))
+
+
+def _with_batch_axis(conv: nn.Module, inputs: Tensor) -> Tensor:
+    axes = len(cast(nn.Conv2d, conv).kernel_size)
+    return inputs.unsqueeze(0) if inputs.dim() == axes + 1 else inputs
+
+
+def _padding(conv: nn.Conv2d) -> list[int]:
+    """Return the padding in the order of `F.pad`: last axis first, before and after."""
+    if conv.padding == "valid":
+        return [0] * (2 * len(conv.kernel_size))
+    pads: list[int] = []
+    for axis in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [int(conv.padding[axis])] * 2
+    return pads

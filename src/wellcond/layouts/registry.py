@@ -1,0 +1,76 @@
+"""Which rule is for which layer type."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from wellcond.layouts.attention import AttentionLayout
+from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
+from wellcond.layouts.layout import Layout
+from wellcond.layouts.linear import BilinearLayout, EmbeddingBagLayout, EmbeddingLayout, LinearLayout, RecurrentLayout
+from wellcond.layouts.norm import BatchNormLayout, GroupNormLayout, LayerNormLayout
+
+_LAYOUTS: dict[type[nn.Module], Layout] = {
+    nn.Linear: LinearLayout(),
+    nn.Bilinear: BilinearLayout(),
+    nn.MultiheadAttention: AttentionLayout(),
+    nn.RNNBase: RecurrentLayout(),
+    nn.RNNCellBase: RecurrentLayout(),
+    nn.Embedding: EmbeddingLayout(),
+    nn.EmbeddingBag: EmbeddingBagLayout(),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLayout()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeLayout()),
+    nn.modules.batchnorm._NormBase: BatchNormLayout(),
+    nn.LayerNorm: LayerNormLayout(),
+    nn.RMSNorm: LayerNormLayout(),
+    nn.GroupNorm: GroupNormLayout(),
+}
+
+
+def register_layout(module_type: type[nn.Module], layout: Layout) -> None:
+    """Teach the library a layer type (and its subclasses); a later rule for the same type replaces the earlier one.
+
+    Args:
+        module_type: A subclass of ``nn.Module``.
+        layout: Its rule.
+
+    Raises:
+        TypeError: If either argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from wellcond.layouts import NormLayout
+        >>> class Gate(nn.Module):  # y = x * weight: not a linear map over features
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.ones(1, 8, 1, 1))
+        >>> register_layout(Gate, NormLayout())
+        >>> layout_of(Gate()).kind
+        'norm'
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of nn.Module, got {module_type!r}")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {layout!r}")
+    _LAYOUTS[module_type] = layout
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Find the rule for a layer by its class, or by the nearest base class that has one.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The rule, or None for a layer type that is not known.
+
+    Example:
+        >>> layout_of(nn.Conv2d(3, 8, 3)).kind
+        'conv'
+        >>> layout_of(nn.ReLU()) is None
+        True
+    """
+    for cls in type(module).__mro__:
+        if cls in _LAYOUTS:
+            return _LAYOUTS[cls]
+    return None
