@@ -79,6 +79,14 @@ def _at_equal_time(summary: Summary) -> list[str]:
     for baseline, compared in families.items():
         ratios = [f"{method.time_ratio:.2f} times ({method.name})" for method, _ in compared if method.time_ratio]
         lines.append(f"A step takes {_join(ratios)} as long as {baseline}'s; in equal time {_said(baseline, compared)}")
+        rival = f"{baseline}+GC"  # the technique that costs next to nothing: what the others must beat
+        against = [
+            (method, method.equal_time.others[rival])
+            for method, _ in compared
+            if method.equal_time is not None and rival in method.equal_time.others
+        ]
+        if against:
+            lines.append(f"In equal time, beside {rival}: {_said(rival, against)}")
     return lines
 
 

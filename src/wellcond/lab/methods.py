@@ -98,6 +98,11 @@ _WHITEN = TransformSpec("FeatureWhitening", refreshed=True)
 _DESCEND = TransformSpec("FeatureDescent", refreshed=True)
 
 
+def _form(spec: TransformSpec, **options: object) -> TransformSpec:
+    """Return a preconditioner with another form of its second moment."""
+    return replace(spec, options=tuple(options.items()))
+
+
 def _sgdm(name: str, description: str, *transforms: TransformSpec) -> Method:
     options = (("momentum", 0.9), ("weight_decay", 5e-4))
     return Method(name, description, "SGD", options, (0.03, 0.1, 0.3), "SGDM", transforms)
@@ -120,6 +125,11 @@ METHODS = {
         _adamw("FAdam", "AdamW with feature descent", _DESCEND),
         _sgdm("W-SGDM+GC", "SGDM with Gradient Centralization, then feature whitening", _GC, _WHITEN),
         _sgdm("FSGD+GC", "SGDM with Gradient Centralization, then feature descent", _GC, _DESCEND),
+        _sgdm("W-SGDM-dense", "W-SGDM with whole second moments", _form(_WHITEN, second_moment="dense")),
+        _sgdm("W-SGDM-kron", "W-SGDM with Kronecker factors of full rank", _form(_WHITEN, second_moment="kronecker")),
+        _sgdm("W-SGDM-rank4", "W-SGDM with factors of rank 4", _form(_WHITEN, rank=4)),
+        _sgdm("W-SGDM-bf16", "W-SGDM with products in bfloat16", _form(_WHITEN, precision="bfloat16")),
+        _sgdm("FSGD-dense", "FSGD with whole second moments", _form(_DESCEND, second_moment="dense")),
     )
 }
 """Every method, in the order in which reports list them."""

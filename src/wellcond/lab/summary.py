@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from wellcond.lab.compare import Comparison
@@ -39,6 +39,7 @@ class EqualTime:
     steps: int
     accuracy: Spread
     difference: Difference
+    others: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,19 @@ def _summarize_method(
         return paired_difference(accuracies(runs, epoch), accuracies(baseline_runs, epoch))
 
     equal_time = None
-    equal_runs: list[RunRecord] = []
-    if method.name in comparison.equal_time_steps:
-        steps = comparison.equal_time_steps[method.name]
-        equal_runs = comparison.runs(method, steps=steps)
-        ends = [plan.chance if run.diverged else run.epochs[-1].test_accuracy for run in equal_runs]
-        equal_time = EqualTime(steps, spread(ends), paired_difference(ends, accuracies(baseline_runs, plan.epochs)))
+    equal_runs = _equal_runs(comparison, method)
+    if equal_runs:
+        ends = _ends(equal_runs, plan.chance)
+        equal_time = EqualTime(
+            comparison.equal_time_steps[method.name],
+            spread(ends),
+            paired_difference(ends, accuracies(baseline_runs, plan.epochs)),
+            {
+                other.name: paired_difference(ends, _ends(_equal_runs(comparison, other), plan.chance))
+                for other in plan.methods
+                if other not in (method, baseline) and plan.baselines[other.name] == baseline.name
+            },
+        )
     reached = [
         epoch
         for run in runs
@@ -208,6 +216,15 @@ def _summarize_method(
         warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),
         curves=tuple(_curve(seed, run) for seed, run in enumerate(runs)),
     )
+
+
+def _equal_runs(comparison: Comparison, method: Method) -> list[RunRecord]:
+    steps = comparison.equal_time_steps.get(method.name)
+    return [] if steps is None else comparison.runs(method, steps=steps)
+
+
+def _ends(runs: list[RunRecord], chance: float) -> list[float]:
+    return [chance if run.diverged else run.epochs[-1].test_accuracy for run in runs]
 
 
 def _grid_point(lr: float, runs: list[RunRecord], early: int | None, chance: float) -> GridPoint:
