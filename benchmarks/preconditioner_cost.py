@@ -23,12 +23,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,6 +271,9 @@ def peak_bytes(options: argparse.Namespace, images: Tensor, labels: Tensor) -> f
         trainer.seconds()
     if images.is_cuda:
         return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would count what this process's parent held when it was started
+        return 1024.0 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

@@ -1,10 +1,10 @@
-"""Writes the tables that README.md quotes, from the JSON files in docs/results.
+"""Writes the tables that README.md and the pages in docs quote, from the JSON files in docs/results.
 
     python docs/quote_results.py            # rewrite the tables
     python docs/quote_results.py --check    # only say whether they are up to date
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where docs/results/NAME.json holds what
-`wellcond compare` (results.json) or benchmarks/step_time.py (--json) wrote.
+`wellcond compare` (results.json) or a benchmark (--json) wrote.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from wellcond.lab.statistics import paired_difference
+
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -43,37 +47,83 @@ def comparison_table(results: dict[str, Any]) -> str:
                 _difference(method["equal_time"]["difference"]),
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    versions, machine = results["versions"], results["machine"]
-    notes = [*results["findings"], *results["notes"]]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *(f"- {note}" for note in notes),
-            "",
-            f"`{results['command']}` (wellcond {versions['wellcond']}, torch {versions['torch']}, "
-            f"{machine['processor']}, {machine['cores']} cores)",
-        ]
-    )
+    notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
+    return "\n".join([*lines, "", *notes, "", _run_by(results)])
 
 
-def cost_table(results: dict[str, Any]) -> str:
+def forms_table(results: dict[str, Any]) -> str:
+    """Return how each form of the second moment compares with the dense one, with the command that made it."""
+    last = results["epochs"]
+    by_name = {method["name"]: method for method in results["methods"]}
+    lines = [
+        f"{results['title']}; {results['seeds']} paired seeds. Test accuracy in %, mean ± std; difference to the dense "
+        "form with a 95 % interval.",
+        "",
+        f"| method | epoch {last} | difference to dense | training loss | time per step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, method in by_name.items():
+        dense = by_name.get(f"{'-'.join(name.split('-')[: 2 if name.startswith('W-') else 1])}-dense")
+        ends = [curve["test_accuracy"][-1] for curve in method["curves"]]
+        difference = ""
+        if dense is not None and dense is not method:
+            other = [curve["test_accuracy"][-1] for curve in dense["curves"]]
+            difference = _difference(asdict(paired_difference(ends, other)))
+        loss = fmean(curve["train_loss"][-1] for curve in method["curves"])
+        time = f"{method['milliseconds_per_step']:.1f} ms"
+        if name != method["baseline"]:
+            time = f"× {method['time_ratio']:.2f}"
+        lines.append(f"| {name} | {_spread(method['accuracy'][str(last)])} | {difference} | {loss:.4f} | {time} |")
+    return "\n".join([*lines, "", _run_by(results)])
+
+
+def step_table(results: dict[str, Any]) -> str:
     """Return a benchmark of training steps as a Markdown table with the command and the machine that made it."""
     rows = dict(results["results"])
     plain = rows.pop("plain SGD")
     lines = [
-        "| | whole step, median (quartiles) | by the optimizer's part | with refreshes amortised |",
-        "| --- | --- | --- | --- |",
-        f"| plain SGD | {plain['ms']:.0f} ms | | |",
+        "| | whole step, median (quartiles) | by the optimizer's part |",
+        "| --- | --- | --- |",
+        f"| plain SGD | {plain['ms']:.0f} ms | |",
     ]
     for name, row in rows.items():
-        amortised = f"× {row['amortised_ratio']:.2f}" if "amortised_ratio" in row else ""
         spread = f"({row['lower_quartile']:.3f} to {row['upper_quartile']:.3f})"
-        lines.append(
-            f"| {name} | × {row['ratio']:.3f} {spread} | × {row['ratio_by_optimizer_part']:.4f} | {amortised} |"
-        )
+        lines.append(f"| {name} | × {row['ratio']:.3f} {spread} | × {row['ratio_by_optimizer_part']:.4f} |")
+    return "\n".join([*lines, "", _made_by(results)])
+
+
+def cost_table(results: dict[str, Any]) -> str:
+    """Return a benchmark of preconditioners as a Markdown table with the command and the machine that made it."""
+    lines = [
+        "| | amortised | product, each step | statistics, once in 50 | solve, once in 500 "
+        "| state / parameters | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in results["results"].items():
+        cells = [
+            name,
+            f"× {row['amortised_ratio']:.3f}",
+            f"{row['product_ms']:.0f} ms",
+            f"{row['statistics_ms']:.0f} ms",
+            f"{row['solve_ms'] / 1e3:.2f} s",
+            f"{row['state_share']:.2f}",
+            f"{row['peak_mb']:+.0f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    steps = [row["sgdm_ms"] for row in results["results"].values()]
+    base = f"SGDM's step: {min(steps):.0f} to {max(steps):.0f} ms beside the variants."
+    return "\n".join([*lines, "", base, _made_by(results)])
+
+
+def _run_by(results: dict[str, Any]) -> str:
+    versions, machine = results["versions"], results["machine"]
+    made = f"`{results['command']}` (wellcond {versions['wellcond']}, torch {versions['torch']}, "
+    return f"{made}{machine['processor']}, {machine['cores']} cores)"
+
+
+def _made_by(results: dict[str, Any]) -> str:
     made = f"`{results['command']}` ({results['model']}, batch {results['batch']}, {results['rounds']} rounds, "
-    return "\n".join([*lines, "", f"{made}torch {results['torch']}, {results['machine']})"])
+    return f"{made}torch {results['torch']}, {results['machine']})"
 
 
 def _spread(value: dict[str, Any]) -> str:
@@ -84,24 +134,29 @@ def _difference(value: dict[str, Any]) -> str:
     return f"{value['mean']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]"
 
 
-def quoted(readme: str) -> str:
-    """Return a README with every quoted table made anew."""
+def quoted(page: str) -> str:
+    """Return a page with every quoted table made anew."""
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        body = comparison_table(results) if "methods" in results else cost_table(results)
+        if "methods" in results:
+            body = forms_table(results) if name.endswith("-forms") else comparison_table(results)
+        else:
+            body = step_table(results) if "plain SGD" in results["results"] else cost_table(results)
         return f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
 
-    return re.sub(r"<!-- begin (?P<name>[\w-]+) -->.*?<!-- end (?P=name) -->", table, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- begin (?P<name>[\w-]+) -->.*?<!-- end (?P=name) -->", table, page, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrite or check the README; return the exit code."""
-    readme = README.read_text(encoding="utf-8")
+    """Rewrite or check the pages; return the exit code."""
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    stale = [page for page, text in texts.items() if quoted(text) != text]
     if "--check" in arguments:
-        return 0 if quoted(readme) == readme else 1
-    README.write_text(quoted(readme), encoding="utf-8")
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(quoted(texts[page]), encoding="utf-8")
     return 0
 
 

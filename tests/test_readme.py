@@ -1,4 +1,4 @@
-"""The README runs, and quotes what the committed results say."""
+"""The README and the pages in docs run, and quote what the committed results say."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_its_code_runs_from_top_to_bottom() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@each_page
+def test_its_code_runs_from_top_to_bottom(page: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     # As one session: later blocks use what earlier ones made.
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@each_page
+def test_a_report_that_it_shows_is_what_its_code_prints(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for code, shown in re.findall(r"```python\n(.*?)```\n\n((?:    .*\n)+)", text, re.DOTALL):
+        if "print(" not in code:
+            continue
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout.split() == shown.split()
 
 
 def test_its_tables_are_those_of_the_committed_results() -> None:
@@ -23,9 +39,9 @@ def test_its_tables_are_those_of_the_committed_results() -> None:
     assert subprocess.run(command, check=False).returncode == 0, "run: python docs/quote_results.py"
 
 
-def test_every_table_it_quotes_names_the_command_that_made_it() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables = re.findall(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", readme, re.DOTALL)
+@each_page
+def test_every_table_it_quotes_names_the_command_that_made_it(page: Path) -> None:
+    tables = re.findall(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", page.read_text(encoding="utf-8"), re.DOTALL)
     assert tables
     for name, body in tables:
         assert re.search(r"^`(wellcond|python) .*`", body, re.MULTILINE), name

@@ -43,7 +43,9 @@ def attach(
 ) -> Attachment:
     """Attach gradient transforms to an optimizer: from now on its steps see transformed gradients.
 
-    Transforms are applied left to right. What they remember is saved and loaded with the optimizer's state dict.
+    Transforms are applied left to right. What they remember is saved and loaded with the optimizer's state dict. A
+    parameter group with ``wellcond_<name>=False`` (``wellcond_whitening``, ``wellcond_descent``,
+    ``wellcond_centralization``) is left out, as long as that stands there.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
@@ -268,12 +270,11 @@ class Attachment:
                 self._watch(use.called)
         self._set_gate()
 
-    def _watch(self, module: nn.Module) -> Probe:
+    def _watch(self, module: nn.Module) -> None:
         """Place a probe on a module, unless it has one."""
         if module not in self._probes:
             probe = Probe(module, self, self._gate)
             self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
-        return self._probes[module][0]
 
     def _set_gate(self) -> None:
         self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
@@ -304,13 +305,14 @@ class Attachment:
         due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
         if not due:
             return
-        seen = torch.tensor([slot.pending is not None for _, slot in due], dtype=torch.int64)
-        seen = seen.to(due[0][1].layer.weight.device)
+        saw = [float(slot.pending is not None) for _, slot in due]
         for transform, slot in due:
             slot.pending = slot.pending or transform.pending_like(slot)
-        ranks.add([seen, *(tensor for _, slot in due for tensor in slot.pending or [])])
-        for (_, slot), ranks_that_saw in zip(due, seen.tolist(), strict=True):
-            if not ranks_that_saw:
+        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
+        ranks_that_saw = torch.tensor(saw, dtype=tensors[0].dtype).to(tensors[0].device)
+        ranks.add([ranks_that_saw, *tensors])
+        for (_, slot), number in zip(due, ranks_that_saw.tolist(), strict=True):
+            if number == 0:
                 slot.pending = None  # its turn goes to the next step
 
     # steps ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -31,15 +31,8 @@ from wellcond.transforms.factors import Power
 from wellcond.transforms.forms import Form, Scratch, SecondMoment, choose_form
 from wellcond.transforms.precision import PRECISIONS, Precision, product_dtype, statistics_dtype, tensor_cores
 from wellcond.transforms.ranks import Ranks
-from wellcond.transforms.sharding import (
-    is_sharded,
-    is_sharded_by_first_axis,
-    local,
-    rows_are_whole,
-    sum_over_shards,
-    whole,
-    write_whole,
-)
+from wellcond.transforms.recovery import Product, joint_norm, norm_ratios
+from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 
 # Solves of together this cost (the sum of widths cubed) are not worth spreading over steps.
 SOLVED_AT_ONCE = 2e9
@@ -316,7 +309,7 @@ class FeaturePreconditioner(GradientTransform):
         with tensor_cores(self.precision):
             products = [self._multiply(slot, scratch) for slot in slots]
         if self.restore_norm:
-            ratios = _norm_ratios(slots, products)
+            ratios = norm_ratios(slots, products)
             in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
             if in_place:
                 torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
@@ -327,7 +320,7 @@ class FeaturePreconditioner(GradientTransform):
             for kept in product.kept:
                 kept.write()
 
-    def _multiply(self, slot: Slot, scratch: Scratch) -> _Product:
+    def _multiply(self, slot: Slot, scratch: Scratch) -> Product:
         """Ĝ = G T for one weight, and its bias if they go together."""
         layer, form, bias = slot.layer, _form(slot), slot.bias
         assert layer.weight.grad is not None
@@ -344,7 +337,7 @@ class FeaturePreconditioner(GradientTransform):
             used = self._averaged(slot, "gradient_momentum", layer.matrix, gradient)
             if bias_gradient is not None:
                 used_bias = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, bias_gradient)
-        before = _joint_norm(used, used_bias, dtype)
+        before = joint_norm(used, used_bias, dtype)
         changed, changed_bias = form.apply(
             slot.state,
             used.to(product),
@@ -352,7 +345,7 @@ class FeaturePreconditioner(GradientTransform):
             scratch,
             scaled=not self.restore_norm,
         )
-        result = _Product(before, _joint_norm(changed, changed_bias, dtype), partial)
+        result = Product(before, joint_norm(changed, changed_bias, dtype), partial)
         result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
         if bias is not None and bias.grad is not None:
             assert bias_gradient is not None
@@ -380,73 +373,6 @@ class FeaturePreconditioner(GradientTransform):
             "failed_solves": sum(_count(slot, "failed") for slot in slots),
             "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
         }
-
-
-@dataclass
-class _Kept:
-    """A changed gradient that is written when its norm is known."""
-
-    target: Tensor
-    changed: Tensor
-    view: Callable[[Tensor], Tensor]
-
-    def write(self) -> None:
-        """Write it, of a sharded gradient the own part."""
-        gathered = whole(self.target)
-        self.view(gathered).copy_(self.changed)
-        if is_sharded(self.target):
-            write_whole(self.target, gathered)
-
-
-@dataclass
-class _Product:
-    """One layer's changed gradients: written already and still to be scaled, or kept until their norm is known.
-
-    Attributes:
-        norm_before: ‖G‖ of weight and bias together; of this rank's rows if ``is_partial``.
-        norm_after: ‖Ĝ‖ likewise.
-        is_partial: Whether other ranks have further rows.
-        written: Views of gradients that hold Ĝ.
-        kept: Gradients that do not: those of lower precision than Ĝ, or gathered from several ranks.
-    """
-
-    norm_before: Tensor
-    norm_after: Tensor
-    is_partial: bool
-    written: list[Tensor] = field(default_factory=list)
-    kept: list[_Kept] = field(default_factory=list)
-
-    def take(
-        self, target: Tensor, view: Tensor, changed: Tensor, make_view: Callable[[Tensor], Tensor], dtype: torch.dtype
-    ) -> None:
-        """Write a changed gradient through a view of its target, or keep a copy for later."""
-        if view.dtype == dtype and (self.is_partial or not is_sharded(target)):
-            if changed.data_ptr() != view.data_ptr():  # low-rank forms may have multiplied in place
-                view.copy_(changed)
-            self.written.append(view)
-        else:
-            changed = changed.to(dtype, copy=True)
-            self.kept.append(_Kept(local(target) if self.is_partial else target, changed, make_view))
-
-
-def _norm_ratios(slots: Sequence[Slot], products: Sequence[_Product]) -> list[Tensor]:
-    """Return ‖G‖ / ‖Ĝ‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7); finite where Ĝ = 0."""
-    norms = [torch.stack([product.norm_before, product.norm_after]) for product in products]
-    partial = [index for index, product in enumerate(products) if product.is_partial]
-    if partial:
-        # The squares of the ranks' norms are added in one collective per mesh.
-        squares = [norms[index].square() for index in partial]
-        for index, total in zip(
-            partial, sum_over_shards(squares, [slots[index].layer.weight for index in partial]), strict=True
-        ):
-            norms[index] = total.sqrt()
-    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
-
-
-def _joint_norm(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the Frobenius norm of a weight and its bias together."""
-    norm = torch.linalg.vector_norm(weight, dtype=dtype)
-    return norm if bias is None else torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
 
 
 def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:

@@ -1,0 +1,96 @@
+"""Changed gradients on their way back: written where they belong, with the norm that the original had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wellcond.transforms.base import Slot
+from wellcond.transforms.sharding import is_sharded, local, sum_over_shards, whole, write_whole
+
+
+@dataclass
+class Kept:
+    """A changed gradient that is written when its norm is known."""
+
+    target: Tensor
+    changed: Tensor
+    view: Callable[[Tensor], Tensor]
+
+    def write(self) -> None:
+        """Write it, of a sharded gradient the own part."""
+        gathered = whole(self.target)
+        self.view(gathered).copy_(self.changed)
+        if is_sharded(self.target):
+            write_whole(self.target, gathered)
+
+
+@dataclass
+class Product:
+    """One layer's changed gradients: written already and still to be scaled, or kept until their norm is known.
+
+    Attributes:
+        norm_before: ‖G‖ of weight and bias together; of this rank's rows if ``is_partial``.
+        norm_after: ‖Ĝ‖ likewise.
+        is_partial: Whether other ranks have further rows.
+        written: Views of gradients that hold Ĝ.
+        kept: Gradients that do not: those of lower precision than Ĝ, or gathered from several ranks.
+    """
+
+    norm_before: Tensor
+    norm_after: Tensor
+    is_partial: bool
+    written: list[Tensor] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+
+    def take(
+        self, target: Tensor, view: Tensor, changed: Tensor, make_view: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        """Write a changed gradient through a view of its target, or keep a copy for later."""
+        if view.dtype == dtype and (self.is_partial or not is_sharded(target)):
+            if changed.data_ptr() != view.data_ptr():  # low-rank forms may have multiplied in place
+                view.copy_(changed)
+            self.written.append(view)
+        else:
+            changed = changed.to(dtype, copy=True)
+            self.kept.append(Kept(local(target) if self.is_partial else target, changed, make_view))
+
+
+def norm_ratios(slots: Sequence[Slot], products: Sequence[Product]) -> list[Tensor]:
+    """Return ‖G‖ / ‖Ĝ‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7).
+
+    Args:
+        slots: The layers.
+        products: Their changed gradients.
+
+    Returns:
+        A scalar a layer; finite where Ĝ = 0.
+    """
+    norms = [torch.stack([product.norm_before, product.norm_after]) for product in products]
+    partial = [index for index, product in enumerate(products) if product.is_partial]
+    if partial:
+        # The squares of the ranks' norms are added in one collective per mesh.
+        squares = [norms[index].square() for index in partial]
+        for index, total in zip(
+            partial, sum_over_shards(squares, [slots[index].layer.weight for index in partial]), strict=True
+        ):
+            norms[index] = total.sqrt()
+    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
+
+
+def joint_norm(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the Frobenius norm of a weight and its bias together.
+
+    Args:
+        weight: Of any shape and precision.
+        bias: Likewise, or None.
+        dtype: In which the squares are added.
+
+    Returns:
+        A scalar.
+    """
+    norm = torch.linalg.vector_norm(weight, dtype=dtype)
+    return norm if bias is None else torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
