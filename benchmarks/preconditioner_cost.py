@@ -54,7 +54,7 @@ VARIANTS: dict[str, Callable[..., wellcond.GradientTransform]] = {
     "dense": functools.partial(FeatureWhitening, second_moment="dense"),
     "dense, p=1": functools.partial(FeatureDescent, second_moment="dense"),
 }
-DEFAULT = ("auto", "auto, p=1", "kronecker", "dense", "dense, p=1", "published W-SGDM", "K-FAC style")
+DEFAULT = ("auto", "auto, p=1", "auto, bfloat16", "kronecker", "dense", "dense, p=1", "published W-SGDM", "K-FAC style")
 
 
 class Published:
@@ -84,9 +84,7 @@ class Published:
         if self.first:
             self.first = False
             start = time.perf_counter()
-            for layer in self.layers:
-                values, vectors = torch.linalg.eigh(self.moments[layer])
-                self.powers[layer] = (vectors * (values.clamp_min(0) + 1e-3 * values[-1]).rsqrt()) @ vectors.T
+            self.solve()
             wait(self.powers[self.layers[0]])
             self.solve_seconds = time.perf_counter() - start
         for layer in self.layers:
@@ -94,12 +92,22 @@ class Published:
             joint = gradient.flatten(1)
             if bias is not None:
                 joint = torch.cat([joint, bias.grad.unsqueeze(1)], 1)
-            changed = joint @ self.powers[layer]
+            changed = self.change(layer, joint)
             changed = changed * (joint.norm() / (changed.norm() + 1e-12))
             if bias is not None:
                 bias.grad.copy_(changed[:, -1])
                 changed = changed[:, :-1]
             gradient.copy_(changed.reshape(gradient.shape))
+
+    def solve(self) -> None:
+        """T = (M + ε λ_max I)^(−1/2)."""
+        for layer in self.layers:
+            values, vectors = torch.linalg.eigh(self.moments[layer])
+            self.powers[layer] = (vectors * (values.clamp_min(0) + 1e-3 * values[-1]).rsqrt()) @ vectors.T
+
+    def change(self, layer: nn.Module, joint: Tensor) -> Tensor:
+        """Ĝ = G T."""
+        return joint @ self.powers[layer]
 
     def numbers(self) -> int:
         """Count what is kept."""
@@ -125,29 +133,16 @@ class Kfac(Published):
         moment = rows.T @ rows * (len(gradients[0]) ** 2 / len(rows))
         self.outer[layer] = moment if layer not in self.outer else self.outer[layer].lerp(moment, 0.05)
 
-    @torch.no_grad()
-    def precondition(self, *_: Any) -> None:
-        """Invert both factors once, then multiply from both sides."""
-        if self.first:
-            self.first = False
-            start = time.perf_counter()
-            for moments, powers in ((self.moments, self.powers), (self.outer, self.outer_powers)):
-                for layer in self.layers:
-                    damped = moments[layer] + 1e-2 * torch.eye(len(moments[layer]), device=moments[layer].device)
-                    powers[layer] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            wait(self.powers[self.layers[0]])
-            self.solve_seconds = time.perf_counter() - start
-        for layer in self.layers:
-            gradient, bias = layer.weight.grad, getattr(layer, "bias", None)
-            joint = gradient.flatten(1)
-            if bias is not None:
-                joint = torch.cat([joint, bias.grad.unsqueeze(1)], 1)
-            changed = self.outer_powers[layer] @ joint @ self.powers[layer]
-            changed = changed * (joint.norm() / (changed.norm() + 1e-12))
-            if bias is not None:
-                bias.grad.copy_(changed[:, -1])
-                changed = changed[:, :-1]
-            gradient.copy_(changed.reshape(gradient.shape))
+    def solve(self) -> None:
+        """Invert both factors."""
+        for moments, powers in ((self.moments, self.powers), (self.outer, self.outer_powers)):
+            for layer in self.layers:
+                damped = moments[layer] + 1e-2 * torch.eye(len(moments[layer]), device=moments[layer].device)
+                powers[layer] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+    def change(self, layer: nn.Module, joint: Tensor) -> Tensor:
+        """Ĝ = B⁻¹ G A⁻¹."""
+        return self.outer_powers[layer] @ super().change(layer, joint)
 
     def numbers(self) -> int:
         """Count what is kept."""

@@ -112,6 +112,25 @@ def test_notes_say_what_weakens_the_numbers():
     assert notes(summary(method("SGDM", "SGDM"))) == []
 
 
+def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
+    def in_equal_time(name: str, others: dict[str, Difference]) -> MethodSummary:
+        plain = method(name, "SGDM")
+        return replace(plain, equal_time=replace(plain.equal_time, others=others))
+
+    lines = findings(
+        summary(
+            method("SGDM", "SGDM"),
+            in_equal_time("SGDM+GC", {"W-SGDM": UNCLEAR, "FSGD": UNCLEAR}),
+            in_equal_time("W-SGDM", {"SGDM+GC": Difference(-1.5, -2.0, -1.0, 5), "FSGD": UNCLEAR}),
+            in_equal_time("FSGD", {"SGDM+GC": UNCLEAR, "W-SGDM": UNCLEAR}),
+        )
+    )
+    assert lines[-1] == (
+        "In equal time, beside SGDM+GC: W-SGDM is 1.5 points below SGDM+GC (95 % interval 1.0 to 2.0); "
+        "FSGD does not differ from it by more than chance."
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

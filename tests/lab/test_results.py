@@ -89,6 +89,7 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
             assert method["equal_time"] is None
         else:
             assert method["equal_time"]["steps"] == max(1, round(9 / method["time_ratio"]))
+            assert method["equal_time"]["others"] == {}  # the only other of its family is the baseline
             assert method["final_difference"]["low"] <= method["final_difference"]["mean"]
 
 

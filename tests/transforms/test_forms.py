@@ -336,7 +336,7 @@ def shapes_of(optimizer: Any, weight: Tensor) -> dict[str, tuple[int, ...]]:
         (lambda: nn.Linear(256, 2), {"rank": 7}, "257 × 257 of rank 7"),
         (lambda: nn.Linear(256, 2), {"rank": 7, "second_moment": "dense"}, "dense 257 × 257"),
         (lambda: nn.Linear(256, 2), {"rank": 400}, "dense 257 × 257"),
-        (lambda: nn.Linear(40, 2), {"max_dim": 8}, "dense 41 × 41"),
+        (lambda: nn.Linear(40, 2), {"max_dim": 8}, "41 × 41 sketched at rank 1"),
         (lambda: nn.Conv2d(8, 2, 3), {}, "dense 73 × 73"),
         (lambda: nn.Conv2d(8, 2, 3), {"second_moment": "kronecker"}, "channels 9 ⊗ taps 9"),
         (lambda: nn.Conv2d(16, 2, 3), {}, "channels 17 ⊗ taps 9"),

@@ -48,7 +48,9 @@ class Factor(ABC):
     def __init__(self, groups: int, width: int, prefix: str = "") -> None:
         self.groups, self.width, self.prefix = groups, width, prefix
 
-    # The names of what `solve` replaces, and of those of them that `multiply` uses.
+    # The names of the moving averages, in the order in which `from_rows` returns their sums; of what `solve` replaces;
+    # and of those of them that `multiply` uses.
+    averaged: ClassVar[tuple[str, ...]]
     solved: ClassVar[tuple[str, ...]]
     products: ClassVar[tuple[str, ...]]
 
@@ -61,11 +63,6 @@ class Factor(ABC):
         value = state[self.key(name)]
         assert isinstance(value, Tensor)
         return value
-
-    @property
-    @abstractmethod
-    def averaged(self) -> tuple[str, ...]:
-        """The names of the moving averages, in the order in which `from_rows` returns their sums."""
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -134,13 +131,10 @@ class Factor(ABC):
 class WholeFactor(Factor):
     """The matrix and its power, as they are."""
 
+    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
+
     solved: ClassVar[tuple[str, ...]] = ("preconditioner",)
     products: ClassVar[tuple[str, ...]] = ("preconditioner",)
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """The second moment."""
-        return ("second_moment",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Two matrices."""
@@ -223,10 +217,7 @@ class _LowRankFactor(Factor):
 class TruncatedFactor(_LowRankFactor):
     """The matrix whole, its power by the leading eigenvectors: cheaper products, the same statistics."""
 
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """The second moment."""
-        return ("second_moment",)
+    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The moment and the power's tensors."""
@@ -264,12 +255,9 @@ class SketchedFactor(_LowRankFactor):
     (Tropp, Yurtsever, Udell & Cevher 2017) and takes its eigenvectors as the next basis: a subspace iteration.
     """
 
-    solved: ClassVar[tuple[str, ...]] = ("sketch", "basis", "directions", "excess", "tail")
+    averaged: ClassVar[tuple[str, ...]] = ("sketch", "trace")
 
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """The sketch and the trace."""
-        return ("sketch", "trace")
+    solved: ClassVar[tuple[str, ...]] = ("sketch", "basis", "directions", "excess", "tail")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The sketch, its basis, the trace, and the power's tensors."""
@@ -320,13 +308,10 @@ class SketchedFactor(_LowRankFactor):
 class DiagonalFactor(Factor):
     """A diagonal matrix: the frequencies of one-hot inputs."""
 
+    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
+
     solved: ClassVar[tuple[str, ...]] = ("preconditioner",)
     products: ClassVar[tuple[str, ...]] = ("preconditioner",)
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """The diagonal."""
-        return ("second_moment",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Two diagonals."""
@@ -374,17 +359,14 @@ class TiedFactor(Factor):
         exponent: The power.
     """
 
+    averaged: ClassVar[tuple[str, ...]] = ("token_moment", "second_moment")
+
     solved: ClassVar[tuple[str, ...]] = ("frequencies", "directions", "eigenvalues")
     products: ClassVar[tuple[str, ...]] = ("frequencies", "directions", "eigenvalues")
 
     def __init__(self, tokens: int, width: int, exponent: float) -> None:
         super().__init__(1, width)
         self.tokens, self.exponent = tokens, exponent
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """Frequencies and the features' second moment."""
-        return ("token_moment", "second_moment")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Both moments; the damped diagonal form of their sum."""

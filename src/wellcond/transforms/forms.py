@@ -395,12 +395,14 @@ def choose_form(
     limit = max_dim if max_dim is not None else (DEFAULT_MAX_DIM if kind == "auto" else None)
 
     def make(groups: int, width: int) -> Factor:
-        few = rank if rank is not None else min(width, limit or DEFAULT_MAX_DIM) // 8
-        if few >= width or (rank is None and width < SMALLEST_LOW_RANK):
+        few = rank if rank is not None else max(1, min(width, limit or DEFAULT_MAX_DIM) // 8)
+        if few >= width:
             return WholeFactor(groups, width)
-        if (limit is not None and width > limit) or kind == "low_rank":
+        if limit is not None and width > limit:
             return SketchedFactor(groups, width, few)
-        if kind == "auto" and (width >= TRUNCATED_FROM or rank is not None):
+        if kind == "low_rank" and (rank is not None or width >= SMALLEST_LOW_RANK):
+            return SketchedFactor(groups, width, few)
+        if kind == "auto" and (rank is not None or width >= TRUNCATED_FROM):
             return TruncatedFactor(groups, width, few)
         return WholeFactor(groups, width)
 
