@@ -122,15 +122,18 @@ class Kfac(Published):
         self.outer: dict[nn.Module, Tensor] = {}
         self.outer_powers: dict[nn.Module, Tensor] = {}
         for layer in self.layers:
-            layer.register_full_backward_hook(self.see_gradient)
+            layer.register_forward_hook(self.watch_output)
+
+    def watch_output(self, layer: nn.Module, _: Any, output: Tensor) -> None:
+        """See the output's gradient when it comes."""
+        if self.first or self.observe:
+            output.register_hook(functools.partial(self.see_gradient, layer))
 
     @torch.no_grad()
-    def see_gradient(self, layer: nn.Module, _: Any, gradients: tuple[Tensor, ...]) -> None:
+    def see_gradient(self, layer: nn.Module, gradient: Tensor) -> None:
         """Average the second moment of the output gradients."""
-        if not (self.first or self.observe):
-            return
-        rows = gradients[0].movedim(1, -1).flatten(0, -2)
-        moment = rows.T @ rows * (len(gradients[0]) ** 2 / len(rows))
+        rows = gradient.movedim(1, -1).flatten(0, -2)
+        moment = rows.T @ rows * (len(gradient) ** 2 / len(rows))
         self.outer[layer] = moment if layer not in self.outer else self.outer[layer].lerp(moment, 0.05)
 
     def solve(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -70,7 +71,7 @@ def setting(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     capability = "" if device.type == "cuda" else f" ({torch.backends.cpu.get_cpu_capability()})"
     processor = platform.processor() or platform.machine()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "torch": torch.__version__,
         "machine": f"{processor}, {torch.get_num_threads()} threads, {where}{capability}",
         "batch": options.batch,

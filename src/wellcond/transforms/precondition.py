@@ -191,7 +191,7 @@ class FeaturePreconditioner(GradientTransform):
             seen = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
             sums = _form(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
             finite = torch.stack([torch.isfinite(total).all() for total in sums]).all()
-            return [*(torch.where(finite, total, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
+            return [*(total.masked_fill_(~finite, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
 
     def pending_like(self, slot: Slot) -> list[Tensor]:
         """Return a sum over no rows."""
