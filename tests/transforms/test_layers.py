@@ -779,3 +779,11 @@ def test_a_users_own_layer(transform_type: type, monkeypatch: pytest.MonkeyPatch
     assert changed_much(pack(before), pack(after))
     close(pack(after), expected(transform_type, [rows], pack(before)))
     assert "together with table" in handle.report()
+
+
+def test_a_tied_table_wider_than_max_dim_keeps_its_plain_gradient_and_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = wellcond.attach(optimizer, model, wellcond.FeatureWhitening(max_dim=5)).report()
+    assert "plain gradient: a tied table of 6 features (max_dim=5)" in report

@@ -59,8 +59,10 @@ class FeaturePreconditioner(GradientTransform):
             channels and over kernel taps; ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``:
             dense up to a width of 128, beyond it Kronecker factors for convolutions, of low rank from a width of 256.
         max_dim: The widest matrix that is kept and factorized; wider ones are sketched at low rank. None: no bound,
-            under ``"auto"`` 1024.
-        solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width.
+            under ``"auto"`` 1024. A table tied to a linear layer with more features than this keeps its plain gradient;
+            kernel taps are not bounded.
+        solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width. Of whole
+            matrices: low-rank forms and tied tables need eigenvectors, and take them by eigh.
         precision: Of the products with gradients: ``"float32"`` (float64 for float64 weights), ``"tf32"`` (on GPUs that
             have it; elsewhere float32), or ``"bfloat16"`` (slow on CPUs without bfloat16 instructions). Statistics and
             factorizations are float32 or wider in any case.
@@ -128,6 +130,9 @@ class FeaturePreconditioner(GradientTransform):
         if len(kinds) > 1 and not _is_embedding_and_linear(uses):
             other = next(use for use in uses if type(use.layout) is not type(layer.layout))
             return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
+        if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
+            features = layer.weight.shape[1]
+            return Coverage(False, f"plain gradient: a tied table of {features} features (max_dim={self.max_dim})")
         bias = len(kinds) == 1 and layer.bias is not None and layer.bias.requires_grad
         form = choose_form(uses, bias, self.second_moment, self.max_dim, self.rank, -self.exponent)
         size = form.state_bytes(statistics_dtype(layer), product_dtype(layer, self.precision))
