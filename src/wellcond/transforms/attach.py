@@ -29,7 +29,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
-from wellcond.transforms.ranks import Ranks
+from wellcond.ranks import Ranks
 from wellcond.transforms.report import coverage_lines
 from wellcond.transforms.state import read_state, state_key, take_out
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
-from wellcond.transforms.ranks import Ranks
+from wellcond.ranks import Ranks
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wellcond.layouts import Layer
 from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
-from wellcond.transforms.ranks import Ranks
+from wellcond.ranks import Ranks
 from wellcond.transforms.sharding import units, units_can_be_averaged
 
 Where = Literal["gradient", "update"]

@@ -30,7 +30,7 @@ from wellcond.transforms.base import (
 from wellcond.transforms.factors import Power
 from wellcond.transforms.forms import Form, Scratch, SecondMoment, choose_form
 from wellcond.transforms.precision import PRECISIONS, Precision, product_dtype, statistics_dtype, tensor_cores
-from wellcond.transforms.ranks import Ranks
+from wellcond.ranks import Ranks
 from wellcond.transforms.recovery import Product, joint_norm, norm_ratios
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 

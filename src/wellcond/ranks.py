@@ -41,6 +41,27 @@ class Ranks:
             dist.all_reduce(flat, group=self._group)
             _scatter(flat, same)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return a tensor's sum over ranks, leaving the tensor as it is."""
+        total = tensor.clone()
+        self.add([total])
+        return total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks.
+
+        Args:
+            tensor: Of the same shape on all ranks.
+
+        Returns:
+            Shape [ranks, *shape], in the order of the ranks.
+        """
+        if self._group is None:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_into_tensor(gathered, tensor.reshape(-1).contiguous(), group=self._group)
+        return gathered.view(self.size, *tensor.shape)
+
     def send(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Replace each tensor by that of one rank, in one flattened collective per dtype and device.
 

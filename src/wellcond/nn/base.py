@@ -1,0 +1,315 @@
+"""What every layer here that stands in for `nn.BatchNorm*` shares: which statistics a batch has and what is kept of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from wellcond.moments import (
+    Moments,
+    ghost_moments,
+    ghost_sizes,
+    instance_and_ghost_moments,
+    merge_unequal,
+    positions,
+    unbiased,
+)
+from wellcond.normalize import normalize
+from wellcond.ranks import Ranks
+
+
+class Batch(NamedTuple):
+    """A training batch as a layer sees it.
+
+    Attributes:
+        moments: Of each channel over the batch, [C], or over each ghost group, [groups, C].
+        sizes: Samples of each group; None for one group of all.
+        all_reduce: Sums over the ranks that share the batch; None where each has its own.
+        instances: Moments of each instance, [N, C], where the layer asked for them.
+    """
+
+    moments: Moments
+    sizes: tuple[int, ...] | None
+    all_reduce: Callable[[Tensor], Tensor] | None
+    instances: Moments | None
+
+
+class StatisticsNorm(_BatchNorm):
+    """Base of the layers that normalize with batch statistics in training, and keep estimates of them for evaluation.
+
+    Subclasses say how a training batch is normalized (`normalize_batch`) and, where it is not as in batch
+    normalization, how evaluation is done (`normalize_with_estimates`).
+
+    Running statistics, their names and their meaning are those of `nn.BatchNorm*`: `momentum` weighs the new value, None
+    averages all batches equally, `running_var` is unbiased. All statistics stay in float32 or wider when the module is
+    cast to half precision. A forward pass that activation checkpointing repeats uses the same statistics as the first
+    one and updates nothing.
+
+    Args:
+        num_features: C.
+        eps: ε, added to the variance.
+        momentum: Weight of a new batch in the running statistics, in [0, 1]; None for equal weights of all batches.
+        affine: Learn γ and β.
+        track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
+        group_size: Normalize ghost groups of so many samples, in the batch's order; None for the batch as a whole.
+        synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        device: Of the parameters and statistics.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If an argument is out of its range, or group_size and synchronize contradict each other.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        group_size: int | None = None,
+        synchronize: bool | dist.ProcessGroup = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_positive("num_features", num_features)
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps!r}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1] or be None, got {momentum!r}")
+        if group_size is not None:
+            check_positive("group_size", group_size)
+            if synchronize is not False:
+                raise ValueError("group_size and synchronize contradict each other: groups lie within a rank's batch")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.group_size = group_size
+        self.synchronize = synchronize
+        # The largest training batch since a scheduler last asked; None before the first.
+        self.seen_batch_size: int | None = None
+        self._widen_statistics()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: Shape [N, C, *positions] (or [N, C] for the 1d layers), any floating-point dtype and memory format.
+
+        Returns:
+            The same shape, dtype and memory format.
+
+        Raises:
+            ValueError: If the shape does not fit, or a training batch (or group) has one value per channel.
+        """
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got input of size {list(input.shape)}")
+        if self.uses_batch:
+            self._check_enough(input)
+            return self.normalize_batch(input)
+        return self.normalize_with_estimates(input)
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the next forward pass normalizes with the batch's own statistics."""
+        return self.training or self.running_mean is None
+
+    def normalize_batch(self, input: Tensor) -> Tensor:
+        """Normalize a training batch with its own statistics, and take them into the running ones."""
+        batch = self.observe(input)
+        self.track(batch.moments)
+        return normalize(
+            input,
+            batch.moments.mean,
+            batch.moments.var,
+            self.weight,
+            self.bias,
+            self.eps,
+            batch=batch.moments,
+            sizes=batch.sizes,
+            all_reduce=batch.all_reduce,
+        )
+
+    def normalize_with_estimates(self, input: Tensor) -> Tensor:
+        """Normalize with the running statistics, as `nn.BatchNorm*` in evaluation."""
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self._weight(), self._bias(), False, 0.0, self.eps
+        )
+
+    def observe(self, input: Tensor, with_instances: bool = False) -> Batch:
+        """Return the batch's moments, without a graph.
+
+        Args:
+            input: Shape [N, C, *positions].
+            with_instances: Return each instance's moments, too; the pass over the input is the same.
+        """
+        sizes = ghost_sizes(input.shape[0], self.group_size)
+        instances = None
+        with torch.no_grad():
+            if with_instances:
+                instances, moments = instance_and_ghost_moments(input, sizes)
+            else:
+                moments = ghost_moments(input, sizes)
+            ranks = Ranks(self.synchronize)
+            all_reduce = None
+            if ranks.size > 1:
+                moments = _merge_over_ranks(moments, ranks)
+                all_reduce = ranks.total
+        if not self.recomputing:
+            samples = sizes[0] if sizes is not None else input.shape[0] * ranks.size
+            self.seen_batch_size = max(samples, self.seen_batch_size or 0)
+        return Batch(moments, sizes, all_reduce, instances)
+
+    def track(self, moments: Moments, factor: float | Tensor | None = None) -> None:
+        """Take a batch's moments into the running statistics, those of ghost groups as their average.
+
+        Args:
+            moments: Shape [C] or [groups, C].
+            factor: Weight of the new value; None for what `momentum` says.
+        """
+        empty = not isinstance(moments.count, Tensor) and moments.count == 0
+        if not self.training or self.running_mean is None or self.recomputing or empty:
+            return
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            factor = self.factor() if factor is None else factor
+            mean, var = moments.mean, unbiased(moments)
+            if mean.dim() == 2:
+                mean, var = mean.mean(0), var.mean(0)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+            self.running_var.lerp_(var.to(self.running_var.dtype), factor)
+
+    def factor(self) -> float | Tensor:
+        """Return the weight of the newest batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether this forward pass runs inside a backward pass: activation checkpointing repeats an earlier one."""
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+    def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
+        """Name the buffers that hold statistics, each with the narrowest dtype that it may have."""
+        for name in ("running_mean", "running_var"):
+            yield name, torch.float32
+
+    def described(self) -> dict[str, object]:
+        """Return the arguments that `repr` shows."""
+        arguments: dict[str, object] = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
+        if self.affine and self.bias is None:
+            arguments["bias"] = False
+        if not self.track_running_stats:
+            arguments["track_running_stats"] = False
+        if self.group_size is not None:
+            arguments["group_size"] = self.group_size
+        if self.synchronize is not False:
+            arguments["synchronize"] = True if self.synchronize is True else "<process group>"
+        return arguments
+
+    def extra_repr(self) -> str:
+        """Say what the layer was made with."""
+        return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in self.described().items())])
+
+    def _check_enough(self, input: Tensor) -> None:
+        if self.synchronize is not False:
+            return
+        sizes = ghost_sizes(input.shape[0], self.group_size)
+        smallest = input.shape[0] if sizes is None else min(sizes)
+        if smallest * positions(input) == 1:
+            where = "" if sizes is None else f" in a group of {smallest} sample"
+            raise ValueError(
+                f"expected more than 1 value per channel when training{where}, got input size {list(input.shape)}"
+            )
+
+    def _weight(self) -> Tensor | None:
+        """Return γ in the statistics' dtype."""
+        return self.weight if self.weight is None or self.running_mean is None else self.weight.to(self.running_mean)
+
+    def _bias(self) -> Tensor | None:
+        """Return β in the statistics' dtype."""
+        return self.bias if self.bias is None or self.running_mean is None else self.bias.to(self.running_mean)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticsNorm:
+        before = {name: getattr(self, name, None) for name, _ in self.statistics()}
+        super()._apply(fn, recurse)
+        for name, narrowest in self.statistics():
+            old, new = before[name], getattr(self, name, None)
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and new.dtype.itemsize < narrowest.itemsize:
+                # Cast by way of the narrow dtype they would be rounded: move the old ones instead.
+                kept = new.to(_wide(narrowest, new.device)) if old.is_meta else old.to(new.device, _wide(narrowest, new.device))
+                setattr(self, name, kept)
+        return self
+
+    def _widen_statistics(self) -> None:
+        for name, narrowest in self.statistics():
+            buffer = getattr(self, name, None)
+            if isinstance(buffer, Tensor) and buffer.dtype.itemsize < narrowest.itemsize:
+                setattr(self, name, buffer.to(_wide(narrowest, buffer.device)))
+
+
+class PastStatistics:
+    """What recent batches were normalized with, for layers whose statistics depend on earlier batches.
+
+    Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its own
+    mean, and gets what it had.
+
+    Args:
+        length: How many batches to remember.
+    """
+
+    def __init__(self, length: int = 16) -> None:
+        self._length = length
+        self._past: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=length)
+
+    def remember(self, batch: Moments, used: tuple[Tensor, ...]) -> None:
+        """Keep what a batch is normalized with."""
+        self._past.append((batch.mean, used))
+
+    def recall(self, batch: Moments) -> tuple[Tensor, ...] | None:
+        """Return what the batch with this mean was normalized with; None if no batch of its shape is remembered."""
+        alike = [(mean, used) for mean, used in self._past if mean.shape == batch.mean.shape]
+        if not alike:
+            return None
+        distances = torch.stack([(mean - batch.mean).abs().sum() for mean, _ in alike])
+        nearest = distances.argmin()
+        return tuple(torch.stack(column)[nearest] for column in zip(*(used for _, used in alike), strict=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PastStatistics:
+        return PastStatistics(self._length)
+
+    def __reduce__(self) -> tuple[type[PastStatistics], tuple[int]]:
+        return PastStatistics, (self._length,)
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise a ValueError unless a value is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else dtype
+
+
+def _merge_over_ranks(moments: Moments, ranks: Ranks) -> Moments:
+    """Return the moments of all ranks' batches together; an empty batch counts for nothing."""
+    count = torch.full((1,), float(moments.count), dtype=moments.mean.dtype, device=moments.mean.device)
+    gathered = ranks.gather(torch.cat([moments.mean, moments.var, count]))
+    mean, var = gathered[:, :-1].chunk(2, dim=1)
+    return merge_unequal(Moments(mean, var, gathered[:, -1:]))
+
+

@@ -1,0 +1,184 @@
+"""Momentum Batch Normalization (thesis ch. 2): training, too, normalizes with a moving average of the batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wellcond.moments import Moments
+from wellcond.nn.base import PastStatistics, StatisticsNorm, check_positive
+from wellcond.normalize import normalize
+
+
+class _MomentumBatchNorm(StatisticsNorm):
+    train_mean: Tensor
+    train_var: Tensor
+    train_momentum: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        base_batch_size: int = 32,
+        base_inference_decay: float = 0.85,
+        *,
+        group_size: int | None = None,
+        synchronize: bool | dist.ProcessGroup = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_positive("base_batch_size", base_batch_size)
+        if not 0 <= base_inference_decay < 1:
+            raise ValueError(f"base_inference_decay must lie in [0, 1), got {base_inference_decay!r}")
+        super().__init__(
+            num_features,
+            eps,
+            1.0 - base_inference_decay,
+            affine,
+            group_size=group_size,
+            synchronize=synchronize,
+            device=device,
+            dtype=dtype,
+        )
+        self.base_batch_size = base_batch_size
+        self.base_inference_decay = base_inference_decay
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.register_buffer("train_mean", torch.zeros_like(self.running_mean))
+        self.register_buffer("train_var", torch.ones_like(self.running_var))
+        # A tensor, so that compiled code does not depend on its value.
+        self.register_buffer("train_momentum", torch.zeros((), dtype=torch.float32, device=device))
+        self._past = PastStatistics()
+
+    @property
+    def stat_momentum(self) -> float:
+        """λ: how much of the statistics that train comes from earlier batches; 0 is batch normalization, 1 a frozen one."""
+        return float(self.train_momentum)
+
+    @stat_momentum.setter
+    def stat_momentum(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"stat_momentum must lie in [0, 1], got {value!r}")
+        self.train_momentum.fill_(value)
+
+    def normalize_batch(self, input: Tensor) -> Tensor:
+        """Normalize with λ·history + (1 − λ)·batch (2.9), which becomes the history."""
+        batch = self.observe(input)
+        own = batch.moments
+        past = self._past.recall(own) if self.recomputing else None
+        if past is None:
+            momentum = self.train_momentum.to(own.mean.dtype)
+            past = (
+                torch.lerp(own.mean, self.train_mean.to(own.mean.dtype), momentum),
+                torch.lerp(own.var, self.train_var.to(own.mean.dtype), momentum),
+                1.0 - momentum,
+            )
+            if self.training and not self.recomputing and input.shape[0]:
+                self._keep(own, past)
+        mean, var, share = past
+        self.track(own, self._inference_factor(input, batch.sizes))
+        return normalize(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            self.eps,
+            batch=own,
+            batch_weight=share,
+            sizes=batch.sizes,
+            all_reduce=batch.all_reduce,
+        )
+
+    def _keep(self, own: Moments, used: tuple[Tensor, ...]) -> None:
+        """Make what trains this batch the history; of ghost groups the first, as data parallelism keeps its buffers."""
+        mean, var, _ = used
+        if not torch.compiler.is_compiling():
+            self._past.remember(own, used)
+        self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
+        self.train_var.copy_(var if var.dim() == 1 else var[0])
+
+    def _inference_factor(self, input: Tensor, sizes: tuple[int, ...] | None) -> float | None:
+        """Return 1 − τ, with τ = τ₀^(m/m₀) (2.13)."""
+        if self.momentum is None:
+            return None
+        samples = sizes[0] if sizes is not None else input.shape[0]
+        return 1.0 - self.base_inference_decay ** (samples / self.base_batch_size)
+
+    def reset_parameters(self) -> None:
+        """Reset γ, β and all statistics; λ stays."""
+        super().reset_parameters()
+        if "train_mean" in self._buffers:
+            self.train_mean.zero_()
+            self.train_var.fill_(1.0)
+
+    def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
+        """Name the buffers that hold statistics."""
+        yield from super().statistics()
+        for name in ("train_mean", "train_var", "train_momentum"):
+            yield name, torch.float32
+
+    def described(self) -> dict[str, object]:
+        """Return the arguments that `repr` shows."""
+        arguments = super().described()
+        if self.momentum is not None:
+            del arguments["momentum"]
+        arguments |= {"base_batch_size": self.base_batch_size, "base_inference_decay": self.base_inference_decay}
+        return arguments
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A plain BatchNorm's checkpoint: its running statistics are the history, and training begins as its own would.
+        for name, source in (("train_mean", "running_mean"), ("train_var", "running_var")):
+            if prefix + name not in state_dict and prefix + source in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + source]
+        if prefix + "train_momentum" not in state_dict and prefix + "running_mean" in state_dict:
+            state_dict[prefix + "train_momentum"] = self.train_momentum
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
+    """Momentum Batch Normalization of [N, C] or [N, C, L], for training with small batches (thesis ch. 2).
+
+    Training normalizes with μ ← λμ + (1 − λ)μ_B and σ² ← λσ² + (1 − λ)σ²_B (2.9), differentiated through the batch's part
+    (2.14). λ is `stat_momentum`, 0 at first; let a `MomentumScheduler` raise it. Evaluation normalizes with running
+    statistics of decay τ = τ₀^(m/m₀) (2.13), and is then exactly `nn.BatchNorm1d`.
+
+    Args:
+        num_features: C.
+        eps: ε, added to the variance.
+        affine: Learn γ and β.
+        base_batch_size: m₀, the batch size whose noise a smaller batch is to have in the end.
+        base_inference_decay: τ₀, the running statistics' decay at a batch of m₀.
+        group_size: Normalize ghost groups of so many samples; the first group's statistics are the history.
+        synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        device: Of the parameters and statistics.
+        dtype: Of the parameters; statistics are float32 or wider.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> layer = MomentumBatchNorm1d(3)
+        >>> layer.stat_momentum = 0.5
+        >>> _ = layer(torch.ones(4, 3) * torch.tensor([[0.0], [0.0], [2.0], [2.0]]))
+        >>> layer.train_mean  # halfway from 0 to the batch's mean
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+
+class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
+    """`MomentumBatchNorm1d` of [N, C, H, W].
+
+    Example:
+        >>> MomentumBatchNorm2d(8)
+        MomentumBatchNorm2d(8, eps=1e-05, affine=True, base_batch_size=32, base_inference_decay=0.85)
+    """
+
+
+class MomentumBatchNorm3d(_MomentumBatchNorm, nn.BatchNorm3d):
+    """`MomentumBatchNorm1d` of [N, C, D, H, W]."""
