@@ -1,4 +1,4 @@
-"""Means and variances of features: of each instance from one pass over them, and of batches, layers and groups from those."""
+"""Means and variances of features: of each instance from one pass, and of batches, layers and groups from those."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: Any shape, float32 or wider.
-        var: The same shape, biased (divided by `count`), never negative.
-        count: Elements behind each entry; a tensor that broadcasts with `mean` where it differs between entries.
+        var: The same shape, biased (divided by `elements`), never negative.
+        elements: How many values are behind each entry; a tensor that broadcasts with `mean` where it differs between
+            entries.
     """
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    elements: int | Tensor
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +63,7 @@ def instance_moments(inputs: Tensor) -> Moments:
 
     Example:
         >>> moments = instance_moments(torch.tensor([[[1.0, 3.0], [5.0, 5.0]]]))
-        >>> moments.mean.tolist(), moments.var.tolist(), moments.count
+        >>> moments.mean.tolist(), moments.var.tolist(), moments.elements
         ([[2.0, 5.0]], [[1.0, 0.0]], 2)
     """
     return instance_and_ghost_moments(inputs, None)[0]
@@ -121,7 +122,7 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
     No squares of means are subtracted, so nothing cancels.
 
     Args:
-        moments: Of the parts, all of the same count.
+        moments: Of the parts, all of the same size.
         dim: Over which dimensions the parts lie.
         keepdim: Keep those dimensions, with size 1.
 
@@ -131,7 +132,7 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
     Example:
         >>> parts = Moments(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 3.0]), 10)
         >>> merge(parts, dim=0)
-        Moments(mean=tensor(2.), var=tensor(6.), count=20)
+        Moments(mean=tensor(2.), var=tensor(6.), elements=20)
     """
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     parts = math.prod(moments.mean.shape[d] for d in dims)
@@ -142,25 +143,25 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
     var = moments.var.mean(dims, keepdim=True) + (moments.mean - mean).square().mean(dims, keepdim=True)
     if not keepdim:
         mean, var = mean.squeeze(dims), var.squeeze(dims)
-    return Moments(mean, var, moments.count * parts)
+    return Moments(mean, var, moments.elements * parts)
 
 
 def merge_unequal(moments: Moments, dim: int = 0) -> Moments:
     """Combine the moments of parts of different sizes.
 
     Args:
-        moments: Of the parts; their count is a tensor that broadcasts with the means and is not all zero.
+        moments: Of the parts; `elements` is a tensor that broadcasts with the means and is not all zero.
         dim: Along which dimension the parts lie.
 
     Returns:
-        The moments of the union; its count is a tensor.
+        The moments of the union; its `elements` are a tensor.
 
     Example:
         >>> parts = Moments(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 0.0]), torch.tensor([2.0, 1.0]))
         >>> merge_unequal(parts)
-        Moments(mean=tensor(1.), var=tensor(2.), count=tensor(3.))
+        Moments(mean=tensor(1.), var=tensor(2.), elements=tensor(3.))
     """
-    count = torch.as_tensor(moments.count, dtype=moments.mean.dtype, device=moments.mean.device)
+    count = torch.as_tensor(moments.elements, dtype=moments.mean.dtype, device=moments.mean.device)
     total = count.sum(dim, keepdim=True)
     share = count / total
     mean = (share * moments.mean).sum(dim, keepdim=True)
@@ -233,18 +234,18 @@ def merge_samples(instances: Moments, sizes: Sequence[int] | None) -> Moments:
     """Combine instance moments into those of consecutive groups of samples.
 
     Args:
-        instances: Shape [N, C], all of the same count.
+        instances: Shape [N, C], all of the same size.
         sizes: Of the groups, in order; all equal but the last, as `ghost_sizes` gives them; None for one group.
 
     Returns:
-        Shape [groups, C], or [C] for one group; the count is a tensor [groups, 1] if the last group differs.
+        Shape [groups, C], or [C] for one group; `elements` are a tensor [groups, 1] if the last group differs.
 
     Example:
         >>> instances = Moments(torch.tensor([[0.0], [2.0], [9.0]]), torch.zeros(3, 1), 5)
         >>> merge_samples(instances, (2, 1))
         Moments(mean=tensor([[1.],
                 [9.]]), var=tensor([[1.],
-                [0.]]), count=tensor([[10.],
+                [0.]]), elements=tensor([[10.],
                 [ 5.]]))
     """
     mean, var, count = instances
@@ -269,7 +270,7 @@ def sum_samples(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
     if sizes is None:
         return values.sum(0)
     if sizes[-1] == sizes[0]:
-        return values.unflatten(0, (len(sizes), sizes[0])).sum(1)
+        return values.reshape(len(sizes), sizes[0], -1).sum(1)
     last = values.shape[0] - sizes[-1]
     return torch.cat([sum_samples(values[:last], sizes[:-1]), values[last:].sum(0, keepdim=True)])
 
@@ -289,12 +290,12 @@ def spread_samples(values: Tensor, sizes: Sequence[int] | None) -> Tensor:
 
 
 def unbiased(moments: Moments) -> Tensor:
-    """Return the unbiased variance, as `nn.BatchNorm*` keeps it in `running_var`; where the count is 1, zero.
+    """Return the unbiased variance, as `nn.BatchNorm*` keeps it in `running_var`; where there is one element, zero.
 
     >>> unbiased(Moments(torch.tensor(0.0), torch.tensor(3.0), 4))
     tensor(4.)
     """
-    count = moments.count
+    count = moments.elements
     if isinstance(count, Tensor):
         return moments.var * (count / (count - 1).clamp_min(1))
     return moments.var * (count / max(count - 1, 1))

@@ -28,9 +28,9 @@ def normalize(
 ) -> Tensor:
     """Return (x − μ)/√(σ² + ε)·γ + β, differentiated through the part of μ and σ² that comes from this batch.
 
-    μ = w·μ_B + constant and σ² = w·σ²_B + constant. With w = 1 this is batch normalization, with w = 0 a frozen one, with
-    w = 1 − λ Momentum Batch Normalization, whose analytic backward (2.14 of the thesis) serves all of them. It can be
-    differentiated twice, by way of the plain formula, unless it is synchronized over ranks.
+    μ = w·μ_B + constant and σ² = w·σ²_B + constant. With w = 1 this is batch normalization, with w = 0 a frozen one,
+    with w = 1 − λ Momentum Batch Normalization, whose analytic backward (2.14 of the thesis) serves all of them. It can
+    be differentiated twice, by way of the plain formula, unless it is synchronized over ranks.
 
     Args:
         inputs: Shape [N, C, *positions], any floating-point dtype and memory format; both are kept.
@@ -58,7 +58,7 @@ def normalize(
     if batch is None:
         batch, batch_weight = Moments(mean, var, 1), 0.0
     output: Tensor = Normalize.apply(
-        inputs, weight, bias, mean, var, batch.mean, batch.var, batch.count, batch_weight, eps, sizes, all_reduce
+        inputs, weight, bias, mean, var, batch.mean, batch.var, batch.elements, batch_weight, eps, sizes, all_reduce
     )
     return output
 
@@ -87,10 +87,10 @@ class Normalize(torch.autograd.Function):
         if sizes is None:
             return _native(inputs, mean, var, weight, bias, eps)
         mean, var = spread_samples(mean, sizes), spread_samples(var, sizes)
-        weight, bias = _spread_affine(weight, sizes), _spread_affine(bias, sizes)
         if inputs.is_contiguous():
-            flat = _native(_one_instance(inputs), _flat(mean), _flat(var), _flat(weight), _flat(bias), eps)
-            return flat.view_as(inputs)
+            gamma, beta = _flat_affine(weight, sizes), _flat_affine(bias, sizes)
+            return _native(_one_instance(inputs), mean.flatten(), var.flatten(), gamma, beta, eps).view_as(inputs)
+        weight, bias = _spread_affine(weight, sizes), _spread_affine(bias, sizes)
         scale = torch.rsqrt(var + eps)
         scale = scale if weight is None else scale * weight
         offset = -mean * scale
@@ -167,7 +167,7 @@ def _gradients(grad: Tensor, saved: _Saved, all_reduce: AllReduce | None) -> Gra
     if all_reduce is not None:
         product, total = all_reduce(torch.stack([product, total])).unbind()
     # ∂L/∂x = scale·(∂L/∂y − w/m·Σ ∂L/∂y − w/m·(x − μ_B)/√(σ² + ε)·Σ ∂L/∂y·x̂)
-    part = scale * (share / batch.count) if isinstance(share, float) else scale * share / batch.count
+    part = scale * (share / batch.elements) if isinstance(share, float) else scale * share / batch.elements
     return _combine(grad, scale, saved, part * product, part * total), grad_weight, grad_bias
 
 
@@ -202,9 +202,7 @@ def _sums(
     if sizes is None:
         return _native_sums(grad, x, mean, var, eps)
     if x.is_contiguous():
-        means, variances = _flat(spread_samples(mean, sizes)), _flat(spread_samples(var, sizes))
-        assert means is not None
-        assert variances is not None
+        means, variances = spread_samples(mean, sizes).flatten(), spread_samples(var, sizes).flatten()
         product, total = _native_sums(_one_instance(grad.contiguous()), _one_instance(x), means, variances, eps)
         shape = x.shape[:2]
         return sum_samples(product.view(shape), sizes), sum_samples(total.view(shape), sizes)
@@ -264,13 +262,13 @@ def _differentiable_gradients(grad: Tensor, saved: _Saved) -> Gradients:
     mean = mean + share * (own.mean - batch.mean)
     var = var + share * (own.var - batch.var)
     y = _formula(x, mean, var, weight, bias, eps, sizes)
-    wanted = [tensor for tensor, wants in zip((x, weight, bias), needed, strict=True) if wants]
+    wanted = [tensor for tensor, wants in zip((x, weight, bias), needed, strict=True) if wants and tensor is not None]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     grad_x, grad_weight, grad_bias = (next(found) if wants else None for wants in needed)
     return grad_x, grad_weight, grad_bias
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _gradients_on_ranks(ctx: Any, grad: Tensor, saved: _Saved) -> Gradients:
     """Return the gradients; differentiating them again is refused, since sums over ranks are not differentiable."""
     return _gradients(grad, saved, ctx.all_reduce)
@@ -291,8 +289,10 @@ def _one_instance(x: Tensor) -> Tensor:
     return x.view(1, -1, positions(x))
 
 
-def _flat(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.reshape(-1)
+def _flat_affine(affine: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
+    """Return [N·C] of [C] or [groups, C]."""
+    spread = _spread_affine(affine, sizes)
+    return None if spread is None else spread.reshape(-1)
 
 
 def _spread_affine(affine: Tensor | None, sizes: Sequence[int]) -> Tensor | None:

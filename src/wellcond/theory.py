@@ -10,8 +10,6 @@ so that x = μ + σ x̃ becomes x̂ = (x̃ + ξ_μ) / √ξ_σ (2.3). Where the 
 follows from these definitions, ``formula="derived"`` is ours and ``formula="thesis"`` is the printed one.
 """
 
-# ruff: noqa: RUF002, RUF003 -- formulas are written as in the source, with σ, γ and ρ
-
 from __future__ import annotations
 
 import math
@@ -195,8 +193,9 @@ def normalized_mean(x: _Number, batch_size: int, *, formula: Formula = "derived"
 
         E[x̂] = x̃ √(m/2) Γ((m−2)/2) / Γ((m−1)/2).
 
-    Thesis 2.4 has √((m−1)/2) in place of √(m/2). The batch is taken as independent of x̃, as in the thesis: a sample
-    that is itself in the batch shifts the batch's statistics, and there |x̂| is at most √(m−1).
+    Thesis 2.4 has √((m−1)/2) in place of √(m/2). The batch is taken as independent of x̃, as in the thesis. A sample
+    that is itself in the batch, as in training, pulls the statistics towards itself: |x̂| is then at most √(m−1), and
+    its mean and variance are smaller (drawn for m = 8 and x̃ = 1: 1.007 and 0.172 instead of 1.204 and 0.351).
 
     Args:
         x: x̃, the sample in population units (x−μ)/σ: a number, or a tensor of any shape and floating-point dtype.

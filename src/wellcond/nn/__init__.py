@@ -1,13 +1,33 @@
 """Layers that stand in for `nn.BatchNorm*`, their schedules, and the conversion of whole models."""
 
+from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
+from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler
 
 __all__ = [
+    "BSRBatchNorm1d",
+    "BSRBatchNorm2d",
+    "BSRBatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchRenormScheduler",
+    "EvalNorm1d",
+    "EvalNorm2d",
+    "EvalNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
+    "MomentumScheduler",
+    "PopulationNorm1d",
+    "PopulationNorm2d",
+    "PopulationNorm3d",
+    "gamma_decay",
 ]

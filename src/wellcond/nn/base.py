@@ -1,4 +1,4 @@
-"""What every layer here that stands in for `nn.BatchNorm*` shares: which statistics a batch has and what is kept of them."""
+"""What the layers that stand in for `nn.BatchNorm*` share: which statistics a batch has, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.moments import (
@@ -47,10 +47,10 @@ class StatisticsNorm(_BatchNorm):
     Subclasses say how a training batch is normalized (`normalize_batch`) and, where it is not as in batch
     normalization, how evaluation is done (`normalize_with_estimates`).
 
-    Running statistics, their names and their meaning are those of `nn.BatchNorm*`: `momentum` weighs the new value, None
-    averages all batches equally, `running_var` is unbiased. All statistics stay in float32 or wider when the module is
-    cast to half precision. A forward pass that activation checkpointing repeats uses the same statistics as the first
-    one and updates nothing.
+    Running statistics, their names and their meaning are those of `nn.BatchNorm*`: `momentum` weighs the new value,
+    None averages all batches equally, `running_var` is unbiased. All statistics stay in float32 or wider when the
+    module is cast to half precision. A forward pass that activation checkpointing repeats uses the same statistics as
+    the first one and updates nothing.
 
     Args:
         num_features: C.
@@ -108,7 +108,7 @@ class StatisticsNorm(_BatchNorm):
         Raises:
             ValueError: If the shape does not fit, or a training batch (or group) has one value per channel.
         """
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input of size {list(input.shape)}")
         if self.uses_batch:
@@ -174,7 +174,7 @@ class StatisticsNorm(_BatchNorm):
             moments: Shape [C] or [groups, C].
             factor: Weight of the new value; None for what `momentum` says.
         """
-        empty = not isinstance(moments.count, Tensor) and moments.count == 0
+        empty = not isinstance(moments.elements, Tensor) and moments.elements == 0
         if not self.training or self.running_mean is None or self.recomputing or empty:
             return
         assert self.running_var is not None
@@ -244,12 +244,16 @@ class StatisticsNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticsNorm:
         before = {name: getattr(self, name, None) for name, _ in self.statistics()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, narrowest in self.statistics():
             old, new = before[name], getattr(self, name, None)
             if isinstance(old, Tensor) and isinstance(new, Tensor) and new.dtype.itemsize < narrowest.itemsize:
                 # Cast by way of the narrow dtype they would be rounded: move the old ones instead.
-                kept = new.to(_wide(narrowest, new.device)) if old.is_meta else old.to(new.device, _wide(narrowest, new.device))
+                kept = (
+                    new.to(_wide(narrowest, new.device))
+                    if old.is_meta
+                    else old.to(new.device, _wide(narrowest, new.device))
+                )
                 setattr(self, name, kept)
         return self
 
@@ -263,8 +267,8 @@ class StatisticsNorm(_BatchNorm):
 class PastStatistics:
     """What recent batches were normalized with, for layers whose statistics depend on earlier batches.
 
-    Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its own
-    mean, and gets what it had.
+    Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its
+    own mean, and gets what it had.
 
     Args:
         length: How many batches to remember.
@@ -307,9 +311,7 @@ def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _merge_over_ranks(moments: Moments, ranks: Ranks) -> Moments:
     """Return the moments of all ranks' batches together; an empty batch counts for nothing."""
-    count = torch.full((1,), float(moments.count), dtype=moments.mean.dtype, device=moments.mean.device)
+    count = torch.full((1,), float(moments.elements), dtype=moments.mean.dtype, device=moments.mean.device)
     gathered = ranks.gather(torch.cat([moments.mean, moments.var, count]))
     mean, var = gathered[:, :-1].chunk(2, dim=1)
     return merge_unequal(Moments(mean, var, gathered[:, -1:]))
-
-

@@ -1,4 +1,4 @@
-"""Momentum Batch Normalization (thesis ch. 2): training, too, normalizes with a moving average of the batch statistics."""
+"""Momentum Batch Normalization (thesis ch. 2): training, too, normalizes with a moving average of statistics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond import theory
 from wellcond.moments import Moments
 from wellcond.nn.base import PastStatistics, StatisticsNorm, check_positive
 from wellcond.normalize import normalize
@@ -57,7 +58,7 @@ class _MomentumBatchNorm(StatisticsNorm):
 
     @property
     def stat_momentum(self) -> float:
-        """λ: how much of the statistics that train comes from earlier batches; 0 is batch normalization, 1 a frozen one."""
+        """λ, the share of earlier batches in the statistics that train: 0 is batch normalization, 1 a frozen one."""
         return float(self.train_momentum)
 
     @stat_momentum.setter
@@ -108,7 +109,7 @@ class _MomentumBatchNorm(StatisticsNorm):
         if self.momentum is None:
             return None
         samples = sizes[0] if sizes is not None else input.shape[0]
-        return 1.0 - self.base_inference_decay ** (samples / self.base_batch_size)
+        return 1.0 - theory.inference_decay(samples, self.base_batch_size, self.base_inference_decay)
 
     def reset_parameters(self) -> None:
         """Reset γ, β and all statistics; λ stays."""
@@ -144,9 +145,9 @@ class _MomentumBatchNorm(StatisticsNorm):
 class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
     """Momentum Batch Normalization of [N, C] or [N, C, L], for training with small batches (thesis ch. 2).
 
-    Training normalizes with μ ← λμ + (1 − λ)μ_B and σ² ← λσ² + (1 − λ)σ²_B (2.9), differentiated through the batch's part
-    (2.14). λ is `stat_momentum`, 0 at first; let a `MomentumScheduler` raise it. Evaluation normalizes with running
-    statistics of decay τ = τ₀^(m/m₀) (2.13), and is then exactly `nn.BatchNorm1d`.
+    Training normalizes with μ ← λμ + (1 − λ)μ_B and σ² ← λσ² + (1 − λ)σ²_B (2.9), differentiated through the batch's
+    part (2.14). λ is `stat_momentum`, 0 at first; let a `MomentumScheduler` raise it. Evaluation normalizes with
+    running statistics of decay τ = τ₀^(m/m₀) (2.13), and is then exactly `nn.BatchNorm1d`.
 
     Args:
         num_features: C.

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, find_layers
+from wellcond.ranks import Ranks
 from wellcond.transforms.base import (
     GradientTransform,
     Slot,
@@ -29,7 +30,6 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
-from wellcond.ranks import Ranks
 from wellcond.transforms.report import coverage_lines
 from wellcond.transforms.state import read_state, state_key, take_out
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wellcond.layouts import Layer, LinearLayout
 from wellcond.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
+from wellcond.ranks import Ranks
 from wellcond.transforms.base import (
     Coverage,
     GradientTransform,
@@ -30,7 +31,6 @@ from wellcond.transforms.base import (
 from wellcond.transforms.factors import Power
 from wellcond.transforms.forms import Form, Scratch, SecondMoment, choose_form
 from wellcond.transforms.precision import PRECISIONS, Precision, product_dtype, statistics_dtype, tensor_cores
-from wellcond.ranks import Ranks
 from wellcond.transforms.recovery import Product, joint_norm, norm_ratios
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 
