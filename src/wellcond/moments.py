@@ -135,7 +135,7 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
         Moments(mean=tensor(2.), var=tensor(6.), elements=20)
     """
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    parts = math.prod(moments.mean.shape[d] for d in dims)
+    parts = math.prod([moments.mean.shape[d] for d in dims])
     if parts == 0:
         mean = moments.mean.sum(dims, keepdim=keepdim)
         return Moments(mean, torch.zeros_like(mean), 0)
@@ -221,7 +221,7 @@ def ghost_sizes(samples: int, group_size: int | None) -> tuple[int, ...] | None:
     """
     if group_size is None or samples <= group_size:
         return None
-    whole, rest = divmod(samples, group_size)
+    whole, rest = samples // group_size, samples % group_size  # The compiler has no divmod.
     sizes = [group_size] * whole
     if 2 * rest > group_size:
         sizes.append(rest)

@@ -57,8 +57,10 @@ def normalize(
     """
     if batch is None:
         batch, batch_weight = Moments(mean, var, 1), 0.0
+    # The compiler takes no tensor twice.
+    own = (None, None) if batch.mean is mean else (batch.mean, batch.var)
     output: Tensor = Normalize.apply(
-        inputs, weight, bias, mean, var, batch.mean, batch.var, batch.elements, batch_weight, eps, sizes, all_reduce
+        inputs, weight, bias, mean, var, *own, batch.elements, batch_weight, eps, sizes, all_reduce
     )
     return output
 
@@ -73,8 +75,8 @@ class Normalize(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         var: Tensor,
-        batch_mean: Tensor,
-        batch_var: Tensor,
+        batch_mean: Tensor | None,
+        batch_var: Tensor | None,
         count: int | Tensor,
         batch_weight: float | Tensor,
         eps: float,
@@ -116,7 +118,11 @@ class Normalize(torch.autograd.Function):
             bias,
             mean,
             var,
-            Moments(batch_mean, batch_var, ctx.elements if elements is None else elements),
+            Moments(
+                mean if batch_mean is None else batch_mean,
+                var if batch_var is None else batch_var,
+                ctx.elements if elements is None else elements,
+            ),
             ctx.share if share is None else share,
             ctx.eps,
             ctx.sizes,

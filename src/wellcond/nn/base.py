@@ -31,12 +31,14 @@ class Batch(NamedTuple):
     Attributes:
         moments: Of each channel over the batch, [C], or over each ghost group, [groups, C].
         sizes: Samples of each group; None for one group of all.
+        samples: m, how many samples are behind one set of statistics (ranks are taken to have equal shares).
         all_reduce: Sums over the ranks that share the batch; None where each has its own.
         instances: Moments of each instance, [N, C], where the layer asked for them.
     """
 
     moments: Moments
     sizes: tuple[int, ...] | None
+    samples: int
     all_reduce: Callable[[Tensor], Tensor] | None
     instances: Moments | None
 
@@ -92,8 +94,6 @@ class StatisticsNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.group_size = group_size
         self.synchronize = synchronize
-        # The largest training batch since a scheduler last asked; None before the first.
-        self.seen_batch_size: int | None = None
         self._widen_statistics()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -112,7 +112,6 @@ class StatisticsNorm(_BatchNorm):
         if input.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input of size {list(input.shape)}")
         if self.uses_batch:
-            self._check_enough(input)
             return self.normalize_batch(input)
         return self.normalize_with_estimates(input)
 
@@ -151,21 +150,23 @@ class StatisticsNorm(_BatchNorm):
             with_instances: Return each instance's moments, too; the pass over the input is the same.
         """
         sizes = ghost_sizes(input.shape[0], self.group_size)
-        instances = None
+        if self.synchronize is False:
+            self._check_enough(input, sizes)
+        instances = all_reduce = None
+        ranks = 1
         with torch.no_grad():
             if with_instances:
                 instances, moments = instance_and_ghost_moments(input, sizes)
             else:
                 moments = ghost_moments(input, sizes)
-            ranks = Ranks(self.synchronize)
-            all_reduce = None
-            if ranks.size > 1:
-                moments = _merge_over_ranks(moments, ranks)
-                all_reduce = ranks.total
-        if not self.recomputing:
-            samples = sizes[0] if sizes is not None else input.shape[0] * ranks.size
-            self.seen_batch_size = max(samples, self.seen_batch_size or 0)
-        return Batch(moments, sizes, all_reduce, instances)
+            if self.synchronize is not False:
+                group = Ranks(self.synchronize)
+                ranks = group.size
+                if ranks > 1:
+                    moments = _merge_over_ranks(moments, group)
+                    all_reduce = group.total
+        samples = sizes[0] if sizes is not None else input.shape[0] * ranks
+        return Batch(moments, sizes, samples, all_reduce, instances)
 
     def track(self, moments: Moments, factor: float | Tensor | None = None) -> None:
         """Take a batch's moments into the running statistics, those of ghost groups as their average.
@@ -223,10 +224,7 @@ class StatisticsNorm(_BatchNorm):
         """Say what the layer was made with."""
         return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in self.described().items())])
 
-    def _check_enough(self, input: Tensor) -> None:
-        if self.synchronize is not False:
-            return
-        sizes = ghost_sizes(input.shape[0], self.group_size)
+    def _check_enough(self, input: Tensor, sizes: tuple[int, ...] | None) -> None:
         smallest = input.shape[0] if sizes is None else min(sizes)
         if smallest * positions(input) == 1:
             where = "" if sizes is None else f" in a group of {smallest} sample"
@@ -296,6 +294,29 @@ class PastStatistics:
 
     def __reduce__(self) -> tuple[type[PastStatistics], tuple[int]]:
         return PastStatistics, (self._length,)
+
+
+@torch.library.custom_op("wellcond::snapshot", mutates_args=())
+def _snapshot(buffer: Tensor) -> Tensor:
+    return buffer.clone()
+
+
+@_snapshot.register_fake
+def _(buffer: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
+def before_update(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a buffer's value of now, for a computation whose backward comes after the buffer's next update.
+
+    The compiler recomputes cheap operations in the backward, from inputs that the forward has changed by then; it does
+    not see into a custom operator, and keeps what that returned.
+
+    Args:
+        buffer: That this forward pass will change.
+        dtype: Of the value.
+    """
+    return (_snapshot(buffer) if torch.compiler.is_compiling() else buffer).to(dtype)
 
 
 def check_positive(name: str, value: object) -> None:

@@ -69,9 +69,8 @@ class _EvalNorm(InstanceInference):
         assert self.running_var is not None
         with torch.no_grad():
             if not self.learn:
-                members = batch.sizes[0] if batch.sizes is not None else self.seen_in(batch)
-                self.mean_mixture.fill_(1.0 / members)
-                self.var_mixture.fill_(1.0 / members)
+                self.mean_mixture.fill_(1.0 / batch.samples)
+                self.var_mixture.fill_(1.0 / batch.samples)
                 return
             mean, var = batch.instances[:2]
             own_mean, own_var = (spread_samples(part, batch.sizes) for part in batch.moments[:2])
@@ -98,15 +97,6 @@ class _EvalNorm(InstanceInference):
             for buffer, slope, curvature in ((self.mean_mixture, *sums[:2]), (self.var_mixture, *sums[2:])):
                 step = torch.where(curvature > 0, slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny), 0.0)
                 buffer.add_((rate * step.nan_to_num(0.0, 0.0, 0.0)).to(buffer.dtype)).clamp_(0.0, 1.0)
-
-    def seen_in(self, batch: Batch) -> float:
-        """Return how many samples a batch without groups has, over all ranks."""
-        assert batch.instances is not None
-        samples = batch.instances.mean.shape[0]
-        if isinstance(batch.moments.elements, Tensor):
-            assert isinstance(batch.instances.elements, int)
-            return float(batch.moments.elements) / batch.instances.elements
-        return samples
 
     def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Mix: f_μ = αμ_s + (1 − α)μ, f_σ = βσ²_s + (1 − β)σ² + β(1 − β)(μ_s − μ)² (3.6, 3.7)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wellcond import theory
 from wellcond.moments import Moments
-from wellcond.nn.base import PastStatistics, StatisticsNorm, check_positive
+from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update, check_positive
 from wellcond.normalize import normalize
 
 
@@ -19,6 +19,7 @@ class _MomentumBatchNorm(StatisticsNorm):
     train_mean: Tensor
     train_var: Tensor
     train_momentum: Tensor
+    _largest_batch: Tensor
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class _MomentumBatchNorm(StatisticsNorm):
         self.register_buffer("train_var", torch.ones_like(self.running_var))
         # A tensor, so that compiled code does not depend on its value.
         self.register_buffer("train_momentum", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("_largest_batch", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._past = PastStatistics()
 
     @property
@@ -67,6 +69,15 @@ class _MomentumBatchNorm(StatisticsNorm):
             raise ValueError(f"stat_momentum must lie in [0, 1], got {value!r}")
         self.train_momentum.fill_(value)
 
+    @property
+    def seen_batch_size(self) -> int | None:
+        """The largest training batch (or ghost group) since this was last set to None."""
+        return int(self._largest_batch) or None
+
+    @seen_batch_size.setter
+    def seen_batch_size(self, value: int | None) -> None:
+        self._largest_batch.fill_(value or 0)
+
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize with λ·history + (1 − λ)·batch (2.9), which becomes the history."""
         batch = self.observe(input)
@@ -75,14 +86,15 @@ class _MomentumBatchNorm(StatisticsNorm):
         if past is None:
             momentum = self.train_momentum.to(own.mean.dtype)
             past = (
-                torch.lerp(own.mean, self.train_mean.to(own.mean.dtype), momentum),
-                torch.lerp(own.var, self.train_var.to(own.mean.dtype), momentum),
+                torch.lerp(own.mean, before_update(self.train_mean, own.mean.dtype), momentum),
+                torch.lerp(own.var, before_update(self.train_var, own.mean.dtype), momentum),
                 1.0 - momentum,
             )
             if self.training and not self.recomputing and input.shape[0]:
                 self._keep(own, past)
+                self._largest_batch.clamp_min_(batch.samples)
         mean, var, share = past
-        self.track(own, self._inference_factor(input, batch.sizes))
+        self.track(own, self._inference_factor(batch.samples))
         return normalize(
             input,
             mean,
@@ -104,11 +116,10 @@ class _MomentumBatchNorm(StatisticsNorm):
         self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
         self.train_var.copy_(var if var.dim() == 1 else var[0])
 
-    def _inference_factor(self, input: Tensor, sizes: tuple[int, ...] | None) -> float | None:
+    def _inference_factor(self, samples: int) -> float | None:
         """Return 1 − τ, with τ = τ₀^(m/m₀) (2.13)."""
         if self.momentum is None:
             return None
-        samples = sizes[0] if sizes is not None else input.shape[0]
         return 1.0 - theory.inference_decay(samples, self.base_batch_size, self.base_inference_decay)
 
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.moments import Moments
-from wellcond.nn.base import PastStatistics, StatisticsNorm
+from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
 
@@ -58,10 +58,10 @@ class _PopulationNorm(StatisticsNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         dtype = own.mean.dtype
-        factor = torch.as_tensor(self._weight_of(self.num_batches_tracked + 1), dtype=dtype, device=own.mean.device)
-        mean = torch.lerp(self.running_mean.to(dtype), own.mean, factor)
+        factor = self._weight_of(before_update(self.num_batches_tracked, torch.int64) + 1).to(dtype)
+        mean = torch.lerp(before_update(self.running_mean, dtype), own.mean, factor)
         # The batch's own variance enters biased, as it normalizes; the average of the past is unbiased.
-        return mean, torch.lerp(self.running_var.to(dtype), own.var, factor), factor
+        return mean, torch.lerp(before_update(self.running_var, dtype), own.var, factor), factor
 
     def factor(self) -> float | Tensor:
         """Return the weight of the newest batch: equal weights until that would be less than `momentum`."""

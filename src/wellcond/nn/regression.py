@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.moments import Moments, spread_samples
+from wellcond.moments import Moments, sum_samples
 
 # A feature that varies less than this, relative to its size, is constant: its slope would be noise divided by noise.
 _CONSTANT = 1e-10
@@ -47,16 +47,24 @@ def normal_equations(
         The sums.
     """
     mean, var = instances.mean.to(dtype), instances.var.to(dtype)
-    own_mean, own_var = (spread_samples(part.to(dtype), sizes).expand_as(mean) for part in batch[:2])
-    distance = (mean - center.to(dtype)).square()
-    one = torch.ones_like(mean)
-    phi = torch.stack([mean, one], dim=-1)
-    varphi = torch.stack([var, distance, one], dim=-1)
+    distance = (mean - center.to(dtype)).square_()
+    # Of each group: its instances share the target. A row [1, C] for a single group.
+    own_mean, own_var = (torch.atleast_2d(part.to(dtype)) for part in batch[:2])
+    means, variances, distances = (torch.atleast_2d(sum_samples(part, sizes)) for part in (mean, var, distance))
+    samples = mean.shape[0] if sizes is None else torch.tensor(sizes, dtype=dtype, device=mean.device).unsqueeze(1)
+    total_mean, total_var, total_distance = means.sum(0), variances.sum(0), distances.sum(0)
+    count = torch.full_like(total_mean, mean.shape[0])
+    crossed = (var * distance).sum(0)
+    mean_gram = [(mean * mean).sum(0), total_mean, total_mean, count]
+    var_gram = [(var * var).sum(0), crossed, total_var, crossed, (distance * distance).sum(0), total_distance]
+    var_gram += [total_var, total_distance, count]
+    mean_target = [(means * own_mean).sum(0), (samples * own_mean).sum(0)]
+    var_target = [(variances * own_var).sum(0), (distances * own_var).sum(0), (samples * own_var).sum(0)]
     return NormalEquations(
-        torch.einsum("nci,ncj->cij", phi, phi),
-        torch.einsum("nci,nc->ci", phi, own_mean),
-        torch.einsum("nci,ncj->cij", varphi, varphi),
-        torch.einsum("nci,nc->ci", varphi, own_var),
+        torch.stack(mean_gram, dim=-1).view(-1, 2, 2),
+        torch.stack(mean_target, dim=-1),
+        torch.stack(var_gram, dim=-1).view(-1, 3, 3),
+        torch.stack(var_target, dim=-1),
     )
 
 

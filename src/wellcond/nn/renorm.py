@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.nn.base import PastStatistics, StatisticsNorm
+from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
 
@@ -92,11 +92,11 @@ class _BatchRenorm(StatisticsNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         with torch.no_grad():
-            inverse = torch.rsqrt(self.running_var.to(mean.dtype) + self.eps)
+            inverse = torch.rsqrt(before_update(self.running_var, mean.dtype) + self.eps)
             upper = self.scale_bound.to(mean.dtype)
             bound = self.shift_bound.to(mean.dtype)
             scale = ((var + self.eps).sqrt() * inverse).clamp(upper.reciprocal(), upper)
-            shift = ((mean - self.running_mean.to(mean.dtype)) * inverse).clamp(-bound, bound)
+            shift = ((mean - before_update(self.running_mean, mean.dtype)) * inverse).clamp(-bound, bound)
         return scale, shift
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:

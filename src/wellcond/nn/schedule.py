@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from wellcond import theory
-from wellcond.nn.base import StatisticsNorm, check_positive
+from wellcond.nn.base import check_positive
 from wellcond.nn.momentum import _MomentumBatchNorm
 from wellcond.nn.renorm import _BatchRenorm
 
@@ -125,7 +125,8 @@ class MomentumScheduler(_LayerScheduler):
         samples = self._seen
         if self.count % (self.steps_per_epoch or 1) == 0:
             # The next epoch may come with other batches; a short last batch must not decide.
-            forget_seen(self.layers)
+            for layer in self.layers:
+                layer.seen_batch_size = None
             self._seen = None if self.steps_per_epoch is None else self._seen
         return samples
 
@@ -221,8 +222,3 @@ class BatchRenormScheduler(_LayerScheduler):
         self.ends = ends
         super().load_state_dict(state_dict)
 
-
-def forget_seen(layers: list[_MomentumBatchNorm] | list[StatisticsNorm]) -> None:
-    """Let the layers find their largest batch anew."""
-    for layer in layers:
-        layer.seen_batch_size = None
