@@ -74,9 +74,7 @@ def setting(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "command": shlex.join(["python", *sys.argv]),
         "torch": torch.__version__,
         "machine": f"{processor}, {torch.get_num_threads()} threads, {where}{capability}",
-        "batch": options.batch,
-        "model": options.model,
-        "rounds": options.rounds,
+        **{name: getattr(options, name) for name in ("batch", "model", "rounds") if hasattr(options, name)},
     }
 
 

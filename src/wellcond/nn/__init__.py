@@ -1,6 +1,7 @@
 """Layers that stand in for `nn.BatchNorm*`, their schedules, and the conversion of whole models."""
 
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.convert import convert_norm
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
@@ -29,5 +30,6 @@ __all__ = [
     "PopulationNorm1d",
     "PopulationNorm2d",
     "PopulationNorm3d",
+    "convert_norm",
     "gamma_decay",
 ]

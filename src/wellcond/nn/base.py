@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.moments import (
@@ -31,14 +32,14 @@ class Batch(NamedTuple):
     Attributes:
         moments: Of each channel over the batch, [C], or over each ghost group, [groups, C].
         sizes: Samples of each group; None for one group of all.
-        samples: m, how many samples are behind one set of statistics (ranks are taken to have equal shares).
+        samples: m, how many samples are behind one set of statistics; over several ranks a scalar tensor.
         all_reduce: Sums over the ranks that share the batch; None where each has its own.
         instances: Moments of each instance, [N, C], where the layer asked for them.
     """
 
     moments: Moments
     sizes: tuple[int, ...] | None
-    samples: int
+    samples: int | Tensor
     all_reduce: Callable[[Tensor], Tensor] | None
     instances: Moments | None
 
@@ -108,6 +109,10 @@ class StatisticsNorm(_BatchNorm):
         Raises:
             ValueError: If the shape does not fit, or a training batch (or group) has one value per channel.
         """
+        if isinstance(input, Proxy):
+            # A leaf of symbolic traces, as the layers that it stands in for are.
+            path = input.tracer.path_of_module(self)
+            return cast(Tensor, input.tracer.create_proxy("call_module", path, (input,), {}))
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input of size {list(input.shape)}")
@@ -153,19 +158,18 @@ class StatisticsNorm(_BatchNorm):
         if self.synchronize is False:
             self._check_enough(input, sizes)
         instances = all_reduce = None
-        ranks = 1
+        samples: int | Tensor = input.shape[0] if sizes is None else sizes[0]
         with torch.no_grad():
             if with_instances:
                 instances, moments = instance_and_ghost_moments(input, sizes)
             else:
                 moments = ghost_moments(input, sizes)
             if self.synchronize is not False:
-                group = Ranks(self.synchronize)
-                ranks = group.size
-                if ranks > 1:
-                    moments = _merge_over_ranks(moments, group)
-                    all_reduce = group.total
-        samples = sizes[0] if sizes is not None else input.shape[0] * ranks
+                ranks = Ranks(self.synchronize)
+                if ranks.size > 1:
+                    moments = _merge_over_ranks(moments, ranks)
+                    all_reduce = ranks.total
+                    samples = torch.as_tensor(moments.elements).squeeze() / max(positions(input), 1)
         return Batch(moments, sizes, samples, all_reduce, instances)
 
     def track(self, moments: Moments, factor: float | Tensor | None = None) -> None:

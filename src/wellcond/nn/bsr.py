@@ -97,7 +97,7 @@ class _BSRBatchNorm(InstanceInference):
         return output
 
     def _can_be_exact(self) -> bool:
-        """Whether torch's kernel computes what is asked for; with equal weights the compiler cannot look at its factor."""
+        """Whether torch's kernel does what is asked for; the compiler cannot look at the factor of equal weights."""
         if torch.compiler.is_compiling() and self.momentum is None:
             return False
         return self.exact and self.group_size is None and self.synchronize is False

@@ -75,7 +75,7 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     - ``"mbn"``: `MomentumBatchNorm*`; its history begins as the running statistics;
     - ``"bsr"``, ``"evalnorm"``: `BSRBatchNorm*`, `EvalNorm*`; evaluate as before until they have seen training batches;
     - ``"brn"``: `BatchRenorm*`;
-    - ``"pn"``: `PopulationNorm*`; consider ``momentum=0.01``, its own default;
+    - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
     - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,
       `nn.InstanceNorm*` (1d for [N, C, L] only). These have no running statistics, which are dropped: only γ, β and ε
       stay, evaluation changes, and there is no way back.
@@ -84,14 +84,14 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     which an optimizer may hold), running statistics, device, mode, hooks and their handles, tied uses, references to it
     from elsewhere, and attributes, buffers and submodules that were added to it. A `wellcond.attach` made before stays
     right, too, but for ``"gn"``, ``"ln"`` and ``"in"``, whose normalized features correlate differently: attach after
-    those. Wrap in `DistributedDataParallel`, which lists buffers once, after converting. If anything is refused, nothing
-    has changed.
+    those. Wrap in `DistributedDataParallel`, which lists buffers once, after converting. If anything is refused,
+    nothing has changed.
 
-    eps, momentum, affine and track_running_stats are the layer's unless given; so are group_size and synchronize where
-    both kinds have them. Momentum Batch Norm keeps `momentum` for the way back only: its decay follows from the batch
-    size. What the new kind has no place for is dropped: MBN's history, BSR's sums, EvalNorm's mixture, ghost groups,
-    synchronization over ranks (in ``"bn"``; there is `nn.SyncBatchNorm.convert_sync_batchnorm`). A layer that is of the
-    kind already is left alone without options, else made anew with them and with its buffers.
+    eps, momentum (but for ``"pn"``), affine and track_running_stats are the layer's unless given; so are group_size and
+    synchronize where both kinds have them. Momentum Batch Norm keeps `momentum` for the way back only: its decay
+    follows from the batch size. What the new kind has no place for is dropped: MBN's history, BSR's sums, EvalNorm's
+    mixture, ghost groups, synchronization over ranks (in ``"bn"``; there is `nn.SyncBatchNorm.convert_sync_batchnorm`).
+    A layer that is of the kind already is left alone without options, else made anew with them and with its buffers.
 
     Statistics of this library's layers are float32 or wider. Torch's evaluation needs those of a half-precision layer
     in the parameters' dtype, so ``"bn"`` rounds them to that.
@@ -117,10 +117,10 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert_norm(model, to="mbn", base_batch_size=64)[1]
         MomentumBatchNorm2d(8, eps=1e-05, affine=True, base_batch_size=64, base_inference_decay=0.85)
-        >>> convert_norm(model, to="bn")[1]
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
-        >>> convert_norm(model, to="gn", where=lambda name, module: name == "1", num_groups=4)[1]
-        GroupNorm(4, 8, eps=1e-05, affine=True, bias=True)
+        >>> type(convert_norm(model, to="bn")[1]).__name__
+        'BatchNorm2d'
+        >>> convert_norm(model, to="gn", where=lambda name, module: name == "1", num_groups=4)[1].num_groups
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -205,7 +205,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
 def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
     """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
     kind = type(layer)
-    if isinstance(layer, _ThenActivation):
+    if isinstance(layer, _ThenActivation) and kind is _FUSED.get((layer.normalization, layer.original)):
         return layer.normalization, layer.original
     if kind in _DIMENSIONS:
         return kind, None
@@ -260,7 +260,8 @@ def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mappi
     """Make a layer of the target type with the arguments that the given layer was made with, and the options."""
     ours = isinstance(layer, StatisticsNorm)
     accepted = _arguments(target)
-    kept = ["eps", "momentum"]
+    # A population is averaged far longer than a moving average that is only evaluated with.
+    kept = ["eps"] if to == "pn" else ["eps", "momentum"]
     if ours:
         kept += accepted if target is plain else ["group_size", "synchronize"]
     arguments: dict[str, Any] = _DEFAULTS.get(to, {}) | {

@@ -69,8 +69,8 @@ class _EvalNorm(InstanceInference):
         assert self.running_var is not None
         with torch.no_grad():
             if not self.learn:
-                self.mean_mixture.fill_(1.0 / batch.samples)
-                self.var_mixture.fill_(1.0 / batch.samples)
+                for buffer in (self.mean_mixture, self.var_mixture):
+                    buffer.fill_(1.0 / batch.samples)
                 return
             mean, var = batch.instances[:2]
             own_mean, own_var = (spread_samples(part, batch.sizes) for part in batch.moments[:2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wellcond.nn.base import StatisticsNorm
+from wellcond.nn.base import StatisticsNorm, check_positive
 
 
 class _GhostBatchNorm(StatisticsNorm):
@@ -21,6 +21,7 @@ class _GhostBatchNorm(StatisticsNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive("group_size", group_size)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, group_size=group_size, device=device, dtype=dtype
         )

@@ -92,7 +92,7 @@ class _MomentumBatchNorm(StatisticsNorm):
             )
             if self.training and not self.recomputing and input.shape[0]:
                 self._keep(own, past)
-                self._largest_batch.clamp_min_(batch.samples)
+                self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
         mean, var, share = past
         self.track(own, self._inference_factor(batch.samples))
         return normalize(
@@ -116,10 +116,12 @@ class _MomentumBatchNorm(StatisticsNorm):
         self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
         self.train_var.copy_(var if var.dim() == 1 else var[0])
 
-    def _inference_factor(self, samples: int) -> float | None:
+    def _inference_factor(self, samples: int | Tensor) -> float | Tensor | None:
         """Return 1 − τ, with τ = τ₀^(m/m₀) (2.13)."""
         if self.momentum is None:
             return None
+        if isinstance(samples, Tensor):
+            return 1.0 - torch.pow(self.base_inference_decay, samples / self.base_batch_size)
         return 1.0 - theory.inference_decay(samples, self.base_batch_size, self.base_inference_decay)
 
     def reset_parameters(self) -> None:

@@ -19,7 +19,7 @@ class _PopulationNorm(StatisticsNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.01,
+        momentum: float | None = 0.01,
         affine: bool = True,
         *,
         group_size: int | None = None,
@@ -84,7 +84,7 @@ class PopulationNorm1d(_PopulationNorm, nn.BatchNorm1d):
     Args:
         num_features: C.
         eps: ε, added to the variance.
-        momentum: Weight of a new batch in the running statistics.
+        momentum: Weight of a new batch in the running statistics; None for equal weights of all batches.
         affine: Learn γ and β.
         group_size: Take statistics in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).

@@ -45,8 +45,7 @@ class MomentumScheduler(_LayerScheduler):
 
     λ(t) = ρ^(T/(T−1)·max(T−t, 0)) − ρ^T with ρ = min(m/m₀, 1)^(1/T), m the training batch, m₀ each layer's
     `base_batch_size`: 0 for m ≥ m₀, else ending at 1 − m/m₀. Call `step()` after each epoch, as with torch's learning
-        rate
-    schedulers, or after each step if `steps_per_epoch` is given.
+    rate schedulers, or after each step if `steps_per_epoch` is given.
 
     Args:
         model: With `MomentumBatchNorm*` layers.
@@ -221,4 +220,3 @@ class BatchRenormScheduler(_LayerScheduler):
             raise ValueError(f"the state is of {len(ends)} Batch Renorms, the model has {len(self.layers)}")
         self.ends = ends
         super().load_state_dict(state_dict)
-

@@ -1,0 +1,86 @@
+"""One rank of `test_sync_norms.py`: ``python sync_norm_worker.py RANK WORLD FOLDER`` trains each layer."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import wellcond.nn as wnn
+
+CHANNELS, STEPS = 3, 4
+SIZES = {1: [7], 2: [5, 2]}  # samples of each rank, unequal
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mbn": lambda **options: momentum_layer(**options),
+    "mbn1d": lambda **options: wnn.MomentumBatchNorm1d(CHANNELS, **options),
+    "bsr": lambda **options: wnn.BSRBatchNorm2d(CHANNELS, **options),
+    "brn": lambda **options: wnn.BatchRenorm2d(CHANNELS, r_max=1.5, d_max=0.5, **options),
+    "evalnorm": lambda **options: wnn.EvalNorm2d(CHANNELS, **options),
+    "evalnorm_fixed": lambda **options: wnn.EvalNorm2d(CHANNELS, learn=False, **options),
+    "pn": lambda **options: wnn.PopulationNorm2d(CHANNELS, **options),
+}
+
+
+def momentum_layer(**options: Any) -> nn.Module:
+    layer = wnn.MomentumBatchNorm2d(CHANNELS, **options)
+    layer.stat_momentum = 0.6
+    return layer
+
+
+def part(step: int, seed: int, rank: int, world: int, *positions: int) -> Tensor:
+    """Return this rank's samples of a step."""
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    whole = torch.randn(7, CHANNELS, *positions, generator=generator, dtype=torch.float64) * (1 + step) + 2
+    return whole.split(SIZES[world])[rank]
+
+
+def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
+    """Return outputs, gradients and buffers of some steps, and an evaluation."""
+    layer = LAYERS[name](synchronize=world > 1).double()
+    positions = () if name.endswith("1d") else (4, 5)
+    found: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        x = part(step, 0, rank, world, *positions).requires_grad_()
+        layer.zero_grad()
+        output = layer(x)
+        output.backward(part(step, 1, rank, world, *positions))
+        assert x.grad is not None
+        found |= {f"out{step}": output.detach(), f"grad{step}": x.grad}
+        found |= {f"{key}_grad{step}": parameter.grad for key, parameter in layer.named_parameters()}
+    found |= {f"state.{key}": value for key, value in layer.state_dict().items()}
+    layer.eval()
+    found["eval"] = layer(part(9, 0, rank, world, *positions)).detach()
+    return found
+
+
+def empty_rank(rank: int, world: int) -> dict[str, Tensor]:
+    """Normalize a joined batch of which the second rank has nothing."""
+    layer = momentum_layer(synchronize=True).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4 if rank == 0 else 0, CHANNELS, 3, 3, dtype=torch.float64, generator=generator)
+    x.requires_grad_()
+    output = layer(x)
+    output.square().sum().backward()
+    assert x.grad is not None
+    return {"out": output.detach(), "grad": x.grad, "mean": layer.running_mean}
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
+    found: dict[str, Any] = {name: train(name, rank, world) for name in LAYERS}
+    found["empty"] = empty_rank(rank, world)
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
