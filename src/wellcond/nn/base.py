@@ -116,6 +116,8 @@ class StatisticsNorm(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if input.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input of size {list(input.shape)}")
+        if input.numel() == 0 and (not self.uses_batch or self.synchronize is False):
+            return self._affine_of_nothing(input)
         if self.uses_batch:
             return self.normalize_batch(input)
         return self.normalize_with_estimates(input)
@@ -236,6 +238,16 @@ class StatisticsNorm(_BatchNorm):
                 f"expected more than 1 value per channel when training{where}, got input size {list(input.shape)}"
             )
 
+    def _affine_of_nothing(self, input: Tensor) -> Tensor:
+        """Return an empty batch with γ and β in its graph, so that their gradients are zeros, not missing."""
+        output = input.clone()
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        if self.weight is not None:
+            output = output * self.weight.view(shape)
+        if self.bias is not None:
+            output = output + self.bias.view(shape)
+        return output.to(input.dtype)
+
     def _weight(self) -> Tensor | None:
         """Return γ in the statistics' dtype."""
         return self.weight if self.weight is None or self.running_mean is None else self.weight.to(self.running_mean)
@@ -270,28 +282,38 @@ class PastStatistics:
     """What recent batches were normalized with, for layers whose statistics depend on earlier batches.
 
     Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its
-    own mean, and gets what it had.
+    own mean, and gets what it had. Of several batches with equal means, the latest is taken first, as a backward pass
+    comes to them.
 
     Args:
-        length: How many batches to remember.
+        length: How many batches to remember: those between a forward pass and its backward.
     """
 
-    def __init__(self, length: int = 16) -> None:
+    def __init__(self, length: int = 128) -> None:
         self._length = length
         self._past: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=length)
 
     def remember(self, batch: Moments, used: tuple[Tensor, ...]) -> None:
-        """Keep what a batch is normalized with."""
-        self._past.append((batch.mean, used))
+        """Keep what a batch is normalized with, if its forward pass may be run again."""
+        if torch.compiler.is_compiling():
+            return
+        # Checkpointing runs the first time without gradients (reentrant) or under hooks on what autograd saves.
+        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            self._past.append((batch.mean, used))
 
     def recall(self, batch: Moments) -> tuple[Tensor, ...] | None:
         """Return what the batch with this mean was normalized with; None if no batch of its shape is remembered."""
-        alike = [(mean, used) for mean, used in self._past if mean.shape == batch.mean.shape]
+        alike = [index for index, (mean, _) in enumerate(self._past) if mean.shape == batch.mean.shape]
         if not alike:
             return None
-        distances = torch.stack([(mean - batch.mean).abs().sum() for mean, _ in alike])
-        nearest = distances.argmin()
-        return tuple(torch.stack(column)[nearest] for column in zip(*(used for _, used in alike), strict=True))
+        latest_first = alike[::-1]
+        distances = torch.stack([(self._past[index][0] - batch.mean).abs().sum() for index in latest_first]).tolist()
+        index = latest_first[distances.index(min(distances))]
+        found = self._past[index]
+        # The next one with the same mean is the one before; a second backward pass finds them in the same order.
+        del self._past[index]
+        self._past.appendleft(found)
+        return found[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PastStatistics:
         return PastStatistics(self._length)

@@ -111,8 +111,7 @@ class _MomentumBatchNorm(StatisticsNorm):
     def _keep(self, own: Moments, used: tuple[Tensor, ...]) -> None:
         """Make what trains this batch the history; of ghost groups the first, as data parallelism keeps its buffers."""
         mean, var, _ = used
-        if not torch.compiler.is_compiling():
-            self._past.remember(own, used)
+        self._past.remember(own, used)
         self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
         self.train_var.copy_(var if var.dim() == 1 else var[0])
 

@@ -46,7 +46,7 @@ class _PopulationNorm(StatisticsNorm):
         past = self._past.recall(own) if self.recomputing else None
         if past is None:
             past = self._population(own)
-            if self.training and not self.recomputing and not torch.compiler.is_compiling():
+            if self.training and not self.recomputing:
                 self._past.remember(own, past)
         self.track(own)
         mean, var, share = past
@@ -58,7 +58,7 @@ class _PopulationNorm(StatisticsNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         dtype = own.mean.dtype
-        factor = self._weight_of(before_update(self.num_batches_tracked, torch.int64) + 1).to(dtype)
+        factor = self._weight_of(before_update(self.num_batches_tracked, torch.int64) + 1, dtype)
         mean = torch.lerp(before_update(self.running_mean, dtype), own.mean, factor)
         # The batch's own variance enters biased, as it normalizes; the average of the past is unbiased.
         return mean, torch.lerp(before_update(self.running_var, dtype), own.var, factor), factor
@@ -66,10 +66,11 @@ class _PopulationNorm(StatisticsNorm):
     def factor(self) -> float | Tensor:
         """Return the weight of the newest batch: equal weights until that would be less than `momentum`."""
         assert self.num_batches_tracked is not None
-        return self._weight_of(self.num_batches_tracked)
+        assert self.running_mean is not None
+        return self._weight_of(self.num_batches_tracked, self.running_mean.dtype)
 
-    def _weight_of(self, batches: Tensor) -> Tensor:
-        equal = batches.to(torch.float32).clamp_min(1).reciprocal()
+    def _weight_of(self, batches: Tensor, dtype: torch.dtype) -> Tensor:
+        equal = batches.to(dtype).clamp_min(1).reciprocal()
         return equal if self.momentum is None else equal.clamp_min(self.momentum)
 
 

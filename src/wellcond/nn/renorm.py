@@ -77,7 +77,7 @@ class _BatchRenorm(StatisticsNorm):
         past = self._past.recall(own) if self.recomputing else None
         if past is None:
             past = self._corrections(own.mean, own.var)
-            if self.training and not self.recomputing and not torch.compiler.is_compiling():
+            if self.training and not self.recomputing:
                 self._past.remember(own, past)
         self.track(own)
         scale, shift = past
