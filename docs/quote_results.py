@@ -26,13 +26,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def comparison_table(results: dict[str, Any]) -> str:
     """Return a comparison as a Markdown table with the command and the machine that made it."""
     early, last = results["early_epoch"], results["epochs"]
+    columns = ["method", f"epoch {early}", f"epoch {last}", f"difference, epoch {early}", f"difference, epoch {last}"]
+    columns += ["time per step", "difference at equal time"]
+    # Results from before normalization layers were compared have no time of evaluation.
+    evaluation = any(method.get("evaluation_ratio") is not None for method in results["methods"])
+    if evaluation:
+        columns += ["time per evaluated image", "training loss"]
     lines = [
         f"{results['title']}; {results['seeds']} paired seeds. Test accuracy in %, mean ± std; differences to the "
         "baseline with a 95 % interval.",
         "",
-        f"| method | epoch {early} | epoch {last} | difference, epoch {early} | difference, epoch {last} "
-        "| time per step | difference at equal time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join(['---'] * len(columns))} |",
     ]
     for method in results["methods"]:
         accuracy = method["accuracy"]
@@ -46,6 +51,9 @@ def comparison_table(results: dict[str, Any]) -> str:
                 f"× {method['time_ratio']:.2f}",
                 _difference(method["equal_time"]["difference"]),
             ]
+        if evaluation:
+            ratio = method["evaluation_ratio"]
+            cells += ["" if ratio is None else f"× {ratio:.2f}", f"{_training_loss(method):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", _run_by(results)])
@@ -69,7 +77,7 @@ def forms_table(results: dict[str, Any]) -> str:
         if dense is not None and dense is not method:
             other = [curve["test_accuracy"][-1] for curve in dense["curves"]]
             difference = _difference(asdict(paired_difference(ends, other)))
-        loss = fmean(curve["train_loss"][-1] for curve in method["curves"])
+        loss = _training_loss(method)
         time = f"{method['milliseconds_per_step']:.1f} ms"
         if name != method["baseline"]:
             time = f"× {method['time_ratio']:.2f}"
@@ -114,6 +122,11 @@ def cost_table(results: dict[str, Any]) -> str:
     steps = [row["sgdm_ms"] for row in results["results"].values()]
     base = f"SGDM's step: {min(steps):.0f} to {max(steps):.0f} ms beside the variants."
     return "\n".join([*lines, "", base, "", _made_by(results)])
+
+
+def _training_loss(method: dict[str, Any]) -> float:
+    """Return the mean training loss of the last epoch."""
+    return fmean(curve["train_loss"][-1] for curve in method["curves"])
 
 
 def _run_by(results: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Make neural networks train better from the statistics of their features and gradients."""
 
-from wellcond import optim
+from wellcond import diagnostics, nn, optim, theory
+from wellcond.calibrate import calibrate
 from wellcond.layouts import Layout, register_layout
 from wellcond.transforms import (
     Attachment,
@@ -23,6 +24,10 @@ __all__ = [
     "WellcondWarning",
     "__version__",
     "attach",
+    "calibrate",
+    "diagnostics",
+    "nn",
     "optim",
     "register_layout",
+    "theory",
 ]

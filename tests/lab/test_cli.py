@@ -50,6 +50,10 @@ def error(capsys, *arguments: str) -> str:
             ["--batch-size", "64", "--train-images", "50"],
             "--batch-size must be at most the number of training images (50), got 64",
         ),
+        (["--ghost-batch", "0"], "--ghost-batch must be a positive integer, got 0"),
+        (["--ghost-batch", "two"], "argument --ghost-batch: invalid int value: 'two'"),
+        (["--ghost-batch", "33"], "--ghost-batch must be at most the batch size (32), got 33"),
+        (["--ghost-batch", "9", "--batch-size", "8"], "--ghost-batch must be at most the batch size (8), got 9"),
         (["--stats-every", "0"], "--stats-every must be a positive integer, got 0"),
         (["--val-images", "0"], "--val-images must be a positive integer, got 0"),
         (["--target", "101"], "--target must be a percentage above 0 and at most 100, got 101"),
@@ -137,6 +141,19 @@ def test_an_option_that_a_transform_refuses(capsys, monkeypatch):
     broken = replace(METHODS["FSGD"], transforms=(TransformSpec("FeatureDescent", (("damping", -1.0),)),))
     monkeypatch.setitem(METHODS, "FSGD", broken)
     assert error(capsys, "--methods", "FSGD").startswith("method FSGD: damping must be")
+
+
+def test_an_option_that_a_layer_refuses(capsys, monkeypatch):
+    from dataclasses import replace
+
+    from wellcond.lab.norms import NormSpec
+
+    broken = replace(METHODS["BSR"], norm=NormSpec("bsr", (("nonneg", "perhaps"),)))
+    monkeypatch.setitem(METHODS, "BSR", broken)
+    assert main(["compare", "--methods", "BSR", "--ghost-batch", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("wellcond: error: method BSR: ")
+    assert "nonneg must be" in said
 
 
 def test_no_command_is_a_mistake_too(capsys):

@@ -202,7 +202,14 @@ def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
 
 def test_every_field_of_a_run_is_in_its_file_name(plan):
     spec = plan.spec(METHODS["SGDM"], 0.1, 0)
-    changed = {"stats_every": 9, "model": "resnet8", "data": "other", "environment": "other", "batch_size": 9}
+    changed = {
+        "stats_every": 9,
+        "model": "resnet8",
+        "data": "other",
+        "environment": "other",
+        "batch_size": 9,
+        "ghost_batch": 2,
+    }
     names = {RunStore(Path()).path(replace(spec, **{field: value})).name for field, value in changed.items()}
     names.add(RunStore(Path()).path(spec).name)
     assert len(names) == len(changed) + 1

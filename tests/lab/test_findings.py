@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from wellcond.lab.findings import findings, notes
-from wellcond.lab.formats import difference_text, lr_text, spread_text, target_text, time_text
+from wellcond.lab.formats import difference_text, evaluation_text, lr_text, spread_text, target_text, time_text
 from wellcond.lab.statistics import Difference, Spread
 from wellcond.lab.summary import Curve, EqualTime, GridPoint, MethodSummary, Summary
 
@@ -30,6 +30,7 @@ def method(name: str, baseline: str, early=UNCLEAR, final=UNCLEAR, equal=UNCLEAR
         final_difference=None if own else final,
         milliseconds_per_step=3.0,
         time_ratio=1.0 if own else ratio,
+        evaluation_ratio=None,
         equal_time=None if own else EqualTime(124, Spread(98.0, 0.5, 5), equal),
         diverged_runs=0,
         warnings=(),
@@ -47,6 +48,7 @@ def summary(*methods: MethodSummary, **changes) -> Summary:
         target=95.0,
         chance=10.0,
         jobs=1,
+        ghost_batch=None,
         methods=methods,
     )
     return replace(whole, **changes)
@@ -110,6 +112,10 @@ def test_notes_say_what_weakens_the_numbers():
     assert lines[3].startswith("Times were measured with 2 runs at once")
     assert len(lines) == 4
     assert notes(summary(method("SGDM", "SGDM"))) == []
+    assert notes(summary(method("SGDM", "SGDM"), ghost_batch=2)) == [
+        "Batch statistics in training are those of groups of 2, as if each group were on a device of its own; "
+        "times are those of one device that does so for all groups."
+    ]
 
 
 def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
@@ -131,6 +137,14 @@ def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
     )
 
 
+def test_what_evaluation_costs_is_said_of_methods_with_other_layers():
+    slower, as_fast = (replace(method(name, "SGDM"), evaluation_ratio=x) for name, x in (("BSR", 1.31), ("MBN", 1.0)))
+    assert findings(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"), slower, as_fast))[-1] == (
+        "Evaluating an image takes 1.31 times (BSR) and 1.00 times (MBN) as long as with SGDM."
+    )
+    assert not any("Evaluating" in line for line in findings(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"))))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -143,6 +157,8 @@ def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
         (target_text(replace(method("FSGD", "SGDM"), reached_target=0, epochs_to_target=None), summary()), "never"),
         (time_text(method("SGDM", "SGDM")), "3.00 ms"),
         (time_text(method("FSGD", "SGDM")), "x 1.50"),
+        (evaluation_text(method("FSGD", "SGDM")), "–"),
+        (evaluation_text(replace(method("BSR", "SGDM"), evaluation_ratio=1.314)), "x 1.31"),
     ],
 )
 def test_numbers_are_written_with_one_digit_that_matters(text, expected):

@@ -12,7 +12,7 @@ from wellcond.lab.models import initial_model
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_builds_its_optimizer_with_its_options(name):
     method = METHODS[name]
-    model = initial_model("convnet", 1, 10, seed=0)
+    model = method.with_layers(initial_model("convnet", 1, 10, seed=0))
     optimizer, handle = method.build(model, 0.02, Refresh(5, 25))
     assert type(optimizer) is getattr(torch.optim, method.optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.02

@@ -71,6 +71,8 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
     assert set(content["versions"]) == {"python", "torch", "lightning", "wellcond"}
     assert {"processor", "cores", "platform"} <= set(content["machine"])
     assert content["settings"] | {"train_images": 96, "seeds": 2, "epochs": 3, "stats_every": 1} == content["settings"]
+    assert content["settings"]["ghost_batch"] is None
+    assert "ghost" not in content["title"]
     assert (content["seeds"], content["steps"], content["early_epoch"], content["target"]) == (2, 9, 2, 95.0)
     assert content["findings"]
     assert [method["name"] for method in content["methods"]] == ["SGDM", "W-SGDM", "AdamW", "FAdam"]
@@ -86,6 +88,7 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
         assert final["mean"] == pytest.approx(sum(curve["test_accuracy"][2] for curve in method["curves"]) / 2, 1e-5)
         if method["name"] == method["baseline"]:
             assert method["time_ratio"] == 1.0
+            assert method["evaluation_ratio"] is None
             assert method["equal_time"] is None
         else:
             assert method["equal_time"]["steps"] == max(1, round(9 / method["time_ratio"]))

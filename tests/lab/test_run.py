@@ -24,7 +24,8 @@ def runner(plan):
 
 
 def without_seconds(record):
-    return replace(record, epochs=tuple(replace(epoch, seconds=0.0) for epoch in record.epochs))
+    epochs = tuple(replace(epoch, seconds=0.0) for epoch in record.epochs)
+    return replace(record, epochs=epochs, evaluation_seconds=None)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -35,6 +36,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(plan, runner, name):
     assert without_seconds(first) == without_seconds(again)
     assert [epoch.steps for epoch in first.epochs] == [6, 12]
     assert first.epochs[1].seconds > first.epochs[0].seconds > 0
+    assert first.evaluation_seconds > 0
 
 
 def test_methods_of_a_seed_share_weights_and_batches(plan, runner, monkeypatch):
@@ -86,6 +88,7 @@ def test_a_diverged_run_is_recorded_and_ends_early(plan, runner, name):
     record = runner.run(plan.spec(METHODS[name], 1e30, seed=0))
     assert record.diverged
     assert len(record.epochs) < 2
+    assert (record.evaluation_seconds is None) == (not record.epochs)
     assert record.test_accuracy(2, chance=10.0) == 10.0
 
 

@@ -43,6 +43,8 @@ examples:
       5,000 images of a parquet file in the Hugging Face layout, average-pooled to 16x16, with a ResNet-8
   wellcond compare --data cifar10/ --model resnet18 --epochs 30 --batch-size 128
       a folder with *train*.parquet and *test*.parquet files
+  wellcond compare --methods SGDM,MBN,EvalNorm,BSR,GN --ghost-batch 2 --data cifar10/
+      normalization layers where batch normalization suffers: statistics of 2 images, in batches of the usual size
 
 `wellcond list` shows the methods, models and data that can be named."""
 
@@ -131,6 +133,13 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: 6 for digits, else 8)")
     what.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: 32 for digits, else 64)")
     what.add_argument(
+        "--ghost-batch",
+        type=int,
+        metavar="M",
+        help="take batch statistics in training over groups of M images, as if each were on a device of its own; "
+        "methods without batch statistics (GN) stay as they are (default: over the whole batch)",
+    )
+    what.add_argument(
         "--stats-every",
         type=int,
         metavar="N",
@@ -191,6 +200,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
         image_size=arguments.image_size,
         augmentation=arguments.augment,
         batch_size=arguments.batch_size,
+        ghost_batch=arguments.ghost_batch,
         stats_every=arguments.stats_every,
         solve_every=arguments.solve_every,
         target=arguments.target,
@@ -255,5 +265,5 @@ def _list(what: str | None) -> int:
         if not what:
             print(f"{kind}:")
         for name, description in listed[kind]:
-            print(f"  {name:<14}{description}")
+            print(f"  {name:<16}{description}")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wellcond.lab.lr_choice import choose_lr
@@ -23,6 +23,7 @@ class Comparison:
         records: Every run.
         chosen: The lr chosen for each method.
         time_ratios: Each method's time per step over its baseline's; None where no pair of runs has times.
+        evaluation_ratios: Each method's time to evaluate an image over its baseline's; None where no pair has times.
         equal_time_steps: Steps that each method but the baselines can take in its baseline's wall time.
     """
 
@@ -30,6 +31,7 @@ class Comparison:
     records: dict[RunSpec, RunRecord]
     chosen: dict[str, float]
     time_ratios: dict[str, float | None]
+    evaluation_ratios: dict[str, float | None]
     equal_time_steps: dict[str, int]
 
     def runs(self, method: Method, lr: float | None = None, steps: int | None = None) -> list[RunRecord]:
@@ -62,6 +64,10 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Compar
         for method in plan.methods
     }
     ratios = {method.name: time_ratio(plan, method, records) for method in plan.methods}
+    evaluation = {
+        method.name: time_ratio(plan, method, records, lambda record: record.evaluation_seconds)
+        for method in plan.methods
+    }
     budgets = {
         method.name: max(1, round(plan.steps / ratio))
         for method in with_baseline
@@ -76,7 +82,7 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Compar
     # A budget of exactly a full run is that full run, which is there already.
     equal = [spec for spec in equal if spec not in records]
     _complete(plan, equal, store, records, progress, later=0)
-    return Comparison(plan, records, chosen, ratios, budgets)
+    return Comparison(plan, records, chosen, ratios, evaluation, budgets)
 
 
 def _complete(
@@ -98,11 +104,26 @@ def _complete(
         progress.advance(spec.method.name)
 
 
-def time_ratio(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float | None:
-    """Return the median, over (seed, lr) pairs, of the method's seconds per step over its baseline's."""
+def time_ratio(
+    plan: Plan,
+    method: Method,
+    records: dict[RunSpec, RunRecord],
+    seconds: Callable[[RunRecord], float | None] = lambda record: record.seconds_per_step,
+) -> float | None:
+    """Return the median, over (seed, lr) pairs, of the method's seconds over its baseline's.
+
+    Args:
+        plan: What was compared.
+        method: The method.
+        records: All runs of all epochs.
+        seconds: What to take of a run: by default, those of a training step.
+
+    Returns:
+        The ratio; None where no pair has both.
+    """
     baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
     pairs = [
-        (mine.seconds_per_step, theirs.seconds_per_step)
+        (seconds(mine), seconds(theirs))
         for seed in range(plan.settings.seeds)
         for mine, theirs in (
             (records[plan.spec(method, lr, seed)], records[plan.spec(baseline, reference_lr, seed)])

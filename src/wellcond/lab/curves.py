@@ -41,6 +41,15 @@ _BY_TECHNIQUE = {
     ("GradientCentralization", "FeatureWhitening"): Style("#009e73", "#2fc79c", "v"),
     ("GradientCentralization", "FeatureDescent"): Style("#b8609a", "#dd8fc0", "P"),
 }
+# The same colours with other markers: a panel that mixes layers and transforms still tells them apart.
+_BY_LAYERS = {
+    "mbn": Style("#0072b2", "#4aa8e0", "<"),
+    "bsr": Style("#d55e00", "#ff7f2a", ">"),
+    "evalnorm": Style("#c98500", "#e69f00", "X"),
+    "brn": Style("#009e73", "#2fc79c", "p"),
+    "pn": Style("#b8609a", "#dd8fc0", "h"),
+    "gn": Style("#7a6a00", "#c9b93a", "*"),
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,8 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     for baseline, methods in summary.families().items():
         drawn: list[Series] = []
         for method in methods:
-            style = BASELINE if method.is_baseline else _BY_TECHNIQUE[_technique(method.name)]
-            # A technique that comes twice in a panel, on different optimizers, is dotted the second time.
+            style = BASELINE if method.is_baseline else _style(method.name)
+            # A technique that comes twice in a panel, on another optimizer or in another form, is dotted from then on.
             again = any(series.style == style for series in drawn)
             dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
             drawn.append(_series(method, axis, style, dash))
@@ -87,8 +96,11 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     return panels
 
 
-def _technique(name: str) -> tuple[str, ...]:
-    return tuple(transform.name for transform in METHODS[name].transforms)
+def _style(name: str) -> Style:
+    method = METHODS[name]
+    if method.norm is not None:
+        return _BY_LAYERS[method.norm.kind]
+    return _BY_TECHNIQUE[tuple(transform.name for transform in method.transforms)]
 
 
 def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Series:
@@ -150,7 +162,8 @@ def draw_png(summary: Summary, axis: Axis, path: Path) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
+        columns = 1 if len(panel.series) <= 6 else 2
+        axes.legend(loc="lower right", fontsize=9 if columns == 1 else 8, framealpha=0.9, ncols=columns)
     if summary.seeds > 1:
         figure.supxlabel(f"mean over {summary.seeds} seeds, band: ± 1 standard deviation", fontsize=8, color="#555555")
     canvas.print_figure(path, dpi=150)

@@ -12,13 +12,13 @@ Compared = list[tuple[MethodSummary, Difference]]
 
 
 def findings(summary: Summary) -> list[str]:
-    """Return what the numbers say: early, at the end, and at equal wall time, each against the baselines.
+    """Return what the numbers say: early, at the end, at equal wall time and in evaluation, each against the baselines.
 
     Args:
         summary: The comparison in numbers.
 
     Returns:
-        Up to three findings for each baseline; one that says so if there is nothing to compare.
+        A few findings for each baseline; one that says so if there is nothing to compare.
     """
     if all(method.is_baseline for method in summary.methods):
         return ["Only baselines were run, so there is nothing to compare them with."]
@@ -26,7 +26,7 @@ def findings(summary: Summary) -> list[str]:
     if summary.early_epoch is not None:
         said += _at_epoch(summary, summary.early_epoch, lambda method: method.early_difference)
     said += _at_epoch(summary, summary.epochs, lambda method: method.final_difference)
-    return said + _at_equal_time(summary)
+    return said + _at_equal_time(summary) + _in_evaluation(summary)
 
 
 def notes(summary: Summary) -> list[str]:
@@ -46,6 +46,11 @@ def notes(summary: Summary) -> list[str]:
         said += [f"{method.name} warned: {warning}" for warning in method.warnings]
     if summary.seeds == 1:
         said.append("One seed: no standard deviation, no interval; a difference may be chance.")
+    if summary.ghost_batch is not None:
+        said.append(
+            f"Batch statistics in training are those of groups of {summary.ghost_batch}, as if each group were on a "
+            "device of its own; times are those of one device that does so for all groups."
+        )
     if summary.jobs > 1:
         said.append(
             f"Times were measured with {summary.jobs} runs at once, which share the machine's memory bandwidth: "
@@ -87,6 +92,19 @@ def _at_equal_time(summary: Summary) -> list[str]:
         ]
         if against:
             lines.append(f"In equal time, beside {rival}: {_said(rival, against)}")
+    return lines
+
+
+def _in_evaluation(summary: Summary) -> list[str]:
+    lines = []
+    for baseline, methods in summary.families().items():
+        ratios = [
+            f"{method.evaluation_ratio:.2f} times ({method.name})"
+            for method in methods
+            if method.evaluation_ratio is not None
+        ]
+        if ratios:
+            lines.append(f"Evaluating an image takes {_join(ratios)} as long as with {baseline}.")
     return lines
 
 

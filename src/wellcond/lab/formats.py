@@ -53,3 +53,8 @@ def time_text(method: MethodSummary) -> str:
     if method.is_baseline and method.milliseconds_per_step is not None:
         return f"{method.milliseconds_per_step:.2f} ms"
     return NOTHING if method.time_ratio is None or method.is_baseline else f"x {method.time_ratio:.2f}"
+
+
+def evaluation_text(method: MethodSummary) -> str:
+    """Return the time to evaluate an image as a ratio to the baseline's, where that is another network."""
+    return NOTHING if method.evaluation_ratio is None else f"x {method.evaluation_ratio:.2f}"

@@ -1,4 +1,4 @@
-"""The methods that can be compared, named as data: an optimizer, the transforms attached to it, and an lr grid."""
+"""The methods that can be compared, named as data: an optimizer, its transforms, normalization layers, an lr grid."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import wellcond
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.norms import NormSpec, trained_norm
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: a torch optimizer, the transforms attached to it from left to right, and the lrs to try.
+    """One way to train: a torch optimizer, the transforms attached to it from left to right, layers, and an lr grid.
 
     Attributes:
         name: What it is called on the command line and in the report.
@@ -71,6 +72,7 @@ class Method:
         lrs: The lr grid, ascending; every method tries the same number.
         baseline: The method that its gains and costs are measured against.
         transforms: What is attached.
+        norm: The layers that take the place of batch normalization; None leaves it.
     """
 
     name: str
@@ -80,6 +82,17 @@ class Method:
     lrs: tuple[float, ...]
     baseline: str
     transforms: tuple[TransformSpec, ...] = ()
+    norm: NormSpec | None = None
+
+    def with_layers(self, model: torch.nn.Module, ghost_batch: int | None = None) -> torch.nn.Module:
+        """Return the network with the layers that this method trains with.
+
+        Args:
+            model: A network with batch normalization.
+            ghost_batch: Images of the groups that batch statistics are taken over; None for the whole batch.
+        """
+        norm = trained_norm(self.norm, ghost_batch)
+        return model if norm is None else norm.convert(model)
 
     def build(
         self, model: torch.nn.Module, lr: float, refresh: Refresh
@@ -108,6 +121,10 @@ def _sgdm(name: str, description: str, *transforms: TransformSpec) -> Method:
     return Method(name, description, "SGD", options, (0.03, 0.1, 0.3), "SGDM", transforms)
 
 
+def _norm(name: str, description: str, norm: NormSpec) -> Method:
+    return replace(_sgdm(name, description), norm=norm)
+
+
 def _adamw(name: str, description: str, *transforms: TransformSpec) -> Method:
     return Method(name, description, "AdamW", (("weight_decay", 0.05),), (3e-3, 1e-2, 3e-2), "AdamW", transforms)
 
@@ -130,6 +147,27 @@ METHODS = {
         _sgdm("W-SGDM-rank4", "W-SGDM with factors of rank 4", _form(_WHITEN, rank=4)),
         _sgdm("W-SGDM-bf16", "W-SGDM with products in bfloat16", _form(_WHITEN, precision="bfloat16")),
         _sgdm("FSGD-dense", "FSGD with whole second moments", _form(_DESCEND, second_moment="dense")),
+        _norm("MBN", "SGDM with Momentum Batch Normalization", NormSpec("mbn")),
+        _norm(
+            "MBN-derived",
+            "MBN whose momentum ends at (32 - m) / (32 + m), m the batch, not at 1 - m / 32",
+            NormSpec("mbn", schedule=(("target", "derived"),)),
+        ),
+        _norm("BSR", "SGDM's training, inference by Batch Statistics Regression", NormSpec("bsr")),
+        _norm("BSR-nnls", "BSR by exact non-negative least squares", NormSpec("bsr", (("nonneg", "nnls"),))),
+        _norm("EvalNorm", "SGDM's training, inference by EvalNorm with learned weights", NormSpec("evalnorm")),
+        _norm(
+            "EvalNorm-fixed",
+            "SGDM's training, inference by EvalNorm with weights of 1 / batch size",
+            NormSpec("evalnorm", (("learn", False),)),
+        ),
+        _norm("BRN", "SGDM with Batch Renormalization", NormSpec("brn")),
+        _norm("PN", "SGDM with population normalization", NormSpec("pn", (("momentum", 0.01),))),
+        _norm(
+            "GN",
+            "SGDM with group normalization (8 groups), which has no batch statistics",
+            NormSpec("gn", (("num_groups", 8),)),
+        ),
     )
 }
 """Every method, in the order in which reports list them."""

@@ -36,6 +36,7 @@ class Settings:
         image_size: Height and width to average-pool the images to.
         augmentation: A name in `AUGMENTATIONS`.
         batch_size: Images of a batch.
+        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
         stats_every: Steps between two gatherings of second moments.
         solve_every: Steps between two solves.
         target: Test accuracy, in percent, to count the epochs to.
@@ -54,6 +55,7 @@ class Settings:
     image_size: int | None = None
     augmentation: str | None = None
     batch_size: int | None = None
+    ghost_batch: int | None = None
     stats_every: int | None = None
     solve_every: int | None = None
     target: float | None = None
@@ -62,7 +64,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
-        for name in ("batch_size", "stats_every", "solve_every", "jobs"):
+        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs"):
             self._check_positive(name)
         if self.target is not None and not 0 < self.target <= 100:
             raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
@@ -168,11 +170,13 @@ def make_plan(settings: Settings) -> Plan:
         raise LabError(f"--batch-size must be at most the number of training images ({train_images}), got {batch_size}")
     if batch_size == 1:
         raise LabError("--batch-size must be at least 2, because the networks use batch normalization, got 1")
+    if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
+        raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
     epochs = settings.epochs or (6 if is_digits else 8)
     steps = epochs * (train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
-    _check_methods(methods, data, model.name, refresh)
+    _check_methods(methods, data, model.name, settings.ghost_batch, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
     return Plan(
         settings=settings,
@@ -197,6 +201,7 @@ def make_plan(settings: Settings) -> Plan:
             solve_every=refresh.solve_every,
             model=model.name,
             batch_size=batch_size,
+            ghost_batch=settings.ghost_batch,
             augmentation=augmentation,
             train_images=train_images,
             validation_images=validation_images,
@@ -247,10 +252,13 @@ def _counts(settings: Settings, pool: int) -> tuple[int, int]:
     return train, validation
 
 
-def _check_methods(methods: Sequence[Method], data: ImageData, model: str, refresh: Refresh) -> None:
-    """Build every method once, so that options that a transform refuses are told now."""
+def _check_methods(
+    methods: Sequence[Method], data: ImageData, model: str, ghost_batch: int | None, refresh: Refresh
+) -> None:
+    """Build every method once, so that options that a transform or a layer refuses are told now."""
     for method in methods:
+        network = initial_model(model, data.channels, len(data.pool.classes), seed=0)
         try:
-            method.build(initial_model(model, data.channels, len(data.pool.classes), seed=0), method.lrs[0], refresh)
+            method.build(method.with_layers(network, ghost_batch), method.lrs[0], refresh)
         except ValueError as error:
             raise LabError(f"method {method.name}: {error}") from error

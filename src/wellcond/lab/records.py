@@ -26,6 +26,7 @@ class RunSpec:
         solve_every: Steps between two solves.
         model: A name in `MODELS`.
         batch_size: Images of a batch.
+        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
         augmentation: A name in `AUGMENTATIONS`.
         train_images: Images that train.
         validation_images: Images that validate.
@@ -41,11 +42,17 @@ class RunSpec:
     solve_every: int
     model: str
     batch_size: int
+    ghost_batch: int | None
     augmentation: str
     train_images: int
     validation_images: int
     data: str
     environment: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training images."""
+        return self.train_images // self.batch_size
 
     @property
     def name(self) -> str:
@@ -89,7 +96,9 @@ class RunRecord:
         diverged: Whether the run ended early with a NaN or infinite loss.
         threads: Torch's threads during the run.
         transforms: What the transforms counted.
-        warnings: What the transforms warned of.
+        warnings: What the transforms and layers warned of.
+        evaluation_seconds: Seconds that the network takes to evaluate an image; None if no epoch ended with finite
+            losses.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -97,6 +106,7 @@ class RunRecord:
     threads: int
     transforms: dict[str, Any]
     warnings: tuple[str, ...]
+    evaluation_seconds: float | None = None
 
     @property
     def seconds_per_step(self) -> float | None:

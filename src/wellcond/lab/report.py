@@ -10,6 +10,7 @@ from wellcond.lab import formats
 from wellcond.lab.curves import Axis, Panel, make_panels
 from wellcond.lab.findings import findings, notes
 from wellcond.lab.methods import METHODS
+from wellcond.lab.norms import trained_norm
 from wellcond.lab.summary import Summary
 from wellcond.lab.svg import css_class, draw_key, draw_svg
 
@@ -45,6 +46,7 @@ def render_report(
         "difference": formats.difference_text,
         "lr": formats.lr_text,
         "time": formats.time_text,
+        "evaluation": formats.evaluation_text,
         "label": lambda key: key.replace("_", " "),
     }
     panels = {axis: make_panels(summary, axis) for axis in _AXES}
@@ -61,7 +63,7 @@ def render_report(
         target_text=formats.target_text,
         charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
         colours={css_class(series): series.style for panel in panels["epochs"] for series in panel.series},
-        optimizers={method.name: _optimizer_text(method.name) for method in summary.methods},
+        recipes={method.name: _recipe(method.name, settings["ghost_batch"]) for method in summary.methods},
     )
 
 
@@ -74,8 +76,11 @@ def _chart(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _optimizer_text(name: str) -> str:
+def _recipe(name: str, ghost_batch: int | None) -> str:
+    """Return what a method trains with, as it would be written."""
     method = METHODS[name]
     options = ", ".join(f"{key}={value:g}" for key, value in method.options)
     attached = "".join(f" + {transform.name}" for transform in method.transforms)
-    return f"torch.optim.{method.optimizer}({options}){attached}"
+    norm = trained_norm(method.norm, ghost_batch)
+    layers = "" if norm is None else f" + {norm.text}"
+    return f"torch.optim.{method.optimizer}({options}){attached}{layers}"

@@ -42,9 +42,10 @@ class Results:
     def title(self) -> str:
         """What was compared, in one line."""
         s = self.settings
+        ghost = "" if s["ghost_batch"] is None else f", ghost groups of {s['ghost_batch']}"
         return (
             f"{Path(s['data']).name}: {s['train_images']} training images of {s['image_size']}, {s['model']}, "
-            f"{s['epochs']} epochs of {s['steps_per_epoch']} steps"
+            f"{s['epochs']} epochs of {s['steps_per_epoch']} steps{ghost}"
         )
 
 
@@ -130,6 +131,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "seeds": plan.settings.seeds,
         "epochs": plan.epochs,
         "batch_size": plan.batch_size,
+        "ghost_batch": plan.settings.ghost_batch,
         "steps_per_epoch": plan.steps_per_epoch,
         "stats_every": plan.refresh.stats_every,
         "solve_every": plan.refresh.solve_every,

@@ -24,6 +24,7 @@ from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, evalua
 from wellcond.lab.images import ImageData
 from wellcond.lab.methods import Refresh
 from wellcond.lab.models import initial_model
+from wellcond.lab.norms import NormSchedule, trained_norm
 from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
 from wellcond.lab.splits import derived_seed, draw_split
 
@@ -96,7 +97,8 @@ class Runner:
         model = initial_model(
             spec.model, self.data.channels, len(self.data.pool.classes), derived_seed("weights", spec.seed)
         )
-        training = Training(spec, model)
+        # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
+        training = Training(spec, spec.method.with_layers(model, spec.ghost_batch))
         measure = Measure(data, len(self.data.pool.classes), Stopwatch(self.device))
         batches = TrainingBatches(
             data.train.images, data.train.labels, data.moments, spec.batch_size, spec.augmentation, spec.seed
@@ -119,6 +121,7 @@ class Runner:
             warnings=tuple(
                 sorted({str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)})
             ),
+            evaluation_seconds=measure.evaluation_seconds(),
         )
 
     def _draw(self, seed: int, train: int, validation: int) -> SeedData:
@@ -144,6 +147,7 @@ class Training(pl.LightningModule):
         self.model = model
         self.losses: list[Tensor] = []
         self.handle: wellcond.Attachment | None = None
+        self.norm_schedule: NormSchedule | None = None
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the batch's cross-entropy, kept for the epoch's mean."""
@@ -154,11 +158,25 @@ class Training(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the method's optimizer, its transforms attached, and the schedule."""
+        """Build the method's optimizer, its transforms attached, and the schedules of the lr and of the layers."""
         spec = self.spec
+        norm = trained_norm(spec.method.norm, spec.ghost_batch)
+        if norm is not None:
+            members = spec.batch_size if spec.ghost_batch is None else spec.ghost_batch
+            self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=spec.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        """Let the layers' schedule go on, if it counts steps."""
+        if self.norm_schedule is not None and self.norm_schedule.every_step:
+            self.norm_schedule.scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        """Let the layers' schedule go on, if it counts epochs."""
+        if self.norm_schedule is not None and not self.norm_schedule.every_step:
+            self.norm_schedule.scheduler.step()
 
     def transform_stats(self) -> dict[str, Any]:
         """Return what the transforms count; empty without transforms."""
@@ -177,6 +195,8 @@ class Measure(pl.Callback):
     def __init__(self, data: SeedData, classes: int, stopwatch: Stopwatch) -> None:
         self.data = data
         self.stopwatch = stopwatch
+        self.evaluation = Stopwatch(stopwatch.device)
+        self.evaluated = 0
         self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro").to(data.test.labels.device)
         self.epochs: list[EpochRecord] = []
         self.diverged = False
@@ -209,17 +229,27 @@ class Measure(pl.Callback):
             )
         )
 
+    def evaluation_seconds(self) -> float | None:
+        """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""
+        return self.evaluation.seconds / self.evaluated if self.epochs else None
+
     def _evaluate(self, model: nn.Module, part: Part) -> tuple[float, float]:
         """Return accuracy in percent and mean cross-entropy."""
         self.accuracy.reset()
         loss = torch.zeros((), device=part.labels.device)
+        # Some layers prepare for evaluation when they are told of it; that is part of its cost.
+        self.evaluation.start()
         model.eval()
+        self.evaluation.stop()
         with torch.no_grad():
             for images, labels in evaluation_batches(part.images, part.labels, self.data.moments):
+                self.evaluation.start()
                 logits = model(images)
+                self.evaluation.stop()
                 loss += F.cross_entropy(logits, labels, reduction="sum")
                 self.accuracy.update(logits, labels)
         model.train()
+        self.evaluated += len(part.labels)
         return 100.0 * float(self.accuracy.compute()), float(loss) / len(part.labels)
 
 

@@ -73,9 +73,11 @@ class MethodSummary:
         final_difference: Paired difference after the last epoch; None for a baseline.
         milliseconds_per_step: Median over all runs; None if every run diverged at once.
         time_ratio: Time per step over the baseline's.
+        evaluation_ratio: Time to evaluate an image over the baseline's; None where it is the same network: for a
+            baseline, and for a method with its baseline's layers.
         equal_time: The method at equal wall time; None for a baseline.
         diverged_runs: Runs, of all lrs and budgets, that ended with a NaN or infinite loss.
-        warnings: What the transforms warned of.
+        warnings: What the transforms and layers warned of.
         curves: The runs at the chosen lr.
     """
 
@@ -92,6 +94,7 @@ class MethodSummary:
     final_difference: Difference | None
     milliseconds_per_step: float | None
     time_ratio: float | None
+    evaluation_ratio: float | None
     equal_time: EqualTime | None
     diverged_runs: int
     warnings: tuple[str, ...]
@@ -116,6 +119,7 @@ class Summary:
         target: The test accuracy to which epochs are counted.
         chance: The accuracy of guessing.
         jobs: Runs at the same time.
+        ghost_batch: Images of the groups that batch statistics were taken over in training; None for the whole batch.
         methods: In the order of the comparison.
     """
 
@@ -127,7 +131,13 @@ class Summary:
     target: float
     chance: float
     jobs: int
+    ghost_batch: int | None
     methods: tuple[MethodSummary, ...]
+
+    @property
+    def compares_evaluation(self) -> bool:
+        """Whether some method evaluates with other layers than its baseline."""
+        return any(method.evaluation_ratio is not None for method in self.methods)
 
     def families(self) -> dict[str, tuple[MethodSummary, ...]]:
         """Return, for each baseline, itself and the methods that are measured against it."""
@@ -154,6 +164,7 @@ def summarize(comparison: Comparison) -> Summary:
         target=target,
         chance=plan.chance,
         jobs=plan.settings.jobs,
+        ghost_batch=plan.settings.ghost_batch,
         methods=tuple(_summarize_method(comparison, method, shown, early, target) for method in plan.methods),
     )
 
@@ -211,6 +222,7 @@ def _summarize_method(
         final_difference=difference(plan.epochs),
         milliseconds_per_step=1000 * median(times) if times else None,
         time_ratio=comparison.time_ratios[method.name],
+        evaluation_ratio=None if method.norm == baseline.norm else comparison.evaluation_ratios[method.name],
         equal_time=equal_time,
         diverged_runs=sum(run.diverged for run in (*all_runs, *extra)),
         warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from wellcond.lab.findings import findings, notes
-from wellcond.lab.formats import NOTHING, difference_text, lr_text, spread_text, target_text, time_text
+from wellcond.lab.formats import NOTHING, difference_text, evaluation_text, lr_text, spread_text, target_text, time_text
 from wellcond.lab.summary import MethodSummary, Summary
 
 
@@ -43,12 +43,15 @@ def _sections(summary: Summary, table: Table, row: list[tuple[MethodSummary, lis
 
 def _accuracy_table(summary: Summary) -> Table:
     deviation = f", mean ± std over {summary.seeds} seeds" if summary.seeds > 1 else ", one seed"
-    table = _table(f"Test accuracy in % after each epoch{deviation}")
+    cost = "; and what evaluating an image costs" if summary.compares_evaluation else ""
+    table = _table(f"Test accuracy in % after each epoch{deviation}{cost}")
     table.add_column("method", no_wrap=True)
     table.add_column("lr", justify="right", no_wrap=True)
     for epoch in summary.shown_epochs:
         table.add_column(f"epoch {epoch}", justify="right", no_wrap=True)
     table.add_column(f"epochs to {summary.target:g} %", justify="right", no_wrap=True)
+    if summary.compares_evaluation:
+        table.add_column("time/image", justify="right", no_wrap=True)
     rows = [
         (
             method,
@@ -56,6 +59,7 @@ def _accuracy_table(summary: Summary) -> Table:
                 lr_text(method),
                 *(spread_text(method.accuracy[epoch]) for epoch in summary.shown_epochs),
                 target_text(method, summary),
+                *([evaluation_text(method)] if summary.compares_evaluation else []),
             ],
         )
         for method in summary.methods

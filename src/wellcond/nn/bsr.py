@@ -82,14 +82,17 @@ class _BSRBatchNorm(InstanceInference):
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        running = (self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None
+        assert var is not None
         if self.recomputing:
             # What is saved must look as it did the first time, so there are statistics to update, but not these.
-            running = tuple(buffer if buffer is None else buffer.clone() for buffer in running)
+            mean, var = mean.clone(), var.clone()
         # Torch's own kernel, so that training is what it was, bit for bit.
         output = F.batch_norm(
             input,
-            *running,
+            mean,
+            var,
             self._weight(),
             self._bias(),
             True,

@@ -94,7 +94,9 @@ class _MomentumBatchNorm(StatisticsNorm):
                 self._keep(own, past)
                 self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
         mean, var, share = past
-        self.track(own, self._inference_factor(batch.samples))
+        # Of ghost groups all samples enter the running statistics, whose decay is one for each sample.
+        samples = batch.samples if batch.sizes is None else input.shape[0]
+        self.track(own, self._inference_factor(samples))
         return normalize(
             input,
             mean,
@@ -167,7 +169,8 @@ class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
         affine: Learn γ and β.
         base_batch_size: m₀, the batch size whose noise a smaller batch is to have in the end.
         base_inference_decay: τ₀, the running statistics' decay at a batch of m₀.
-        group_size: Normalize ghost groups of so many samples; the first group's statistics are the history.
+        group_size: Normalize ghost groups of so many samples; the first group's statistics are the history, as data
+            parallelism keeps its buffers. All samples enter the running statistics, with the decay τ₀^(N/m₀).
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.

@@ -1,0 +1,179 @@
+"""One rank of the normalizations' distributed tests: ``python norm_worker.py RANK WORLD FOLDER`` runs every check.
+
+A check is a function of (rank, world) that returns tensors; run without a process group, with world 1, it is the
+one-process result that the test compares with. A check that raises is recorded and the next one runs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from wellcond.calibrate import calibrate
+from wellcond.nn import BSRBatchNorm2d, MomentumBatchNorm2d
+from wellcond.transforms.base import WellcondWarning
+
+Result = dict[str, Any]
+M = 2
+# Samples of each of a rank's batches: different numbers of batches, of different sizes, some with something left over.
+SIZES = {1: [[6, 4, 2, 3, 8]], 2: [[6, 4, 2], [3, 8]]}
+
+
+class Net(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = norm(3)
+        self.other = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def model_of(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Net:
+    torch.manual_seed(0)
+    model = Net(norm).double()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def batches(rank: int, world: int) -> list[Tensor]:
+    """Return this rank's batches; those of all ranks, one after the other, are the one process's."""
+    generator = torch.Generator().manual_seed(5)
+    found = [
+        [torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64) + size for size in sizes]
+        for sizes in SIZES[world]
+    ]
+    return found[rank]
+
+
+def state_of(model: nn.Module) -> Result:
+    return {name.removeprefix("module."): value.clone() for name, value in model.state_dict().items()}
+
+
+def wrapped(model: nn.Module, world: int) -> nn.Module:
+    return DistributedDataParallel(model) if world > 1 else model
+
+
+def calibrated(
+    rank: int,
+    world: int,
+    what: str,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    loader: Callable[[int, int], Any] = batches,
+    inside: bool = False,
+    **options: Any,
+) -> Result:
+    """Calibrate a wrapped model, or one that has a wrapped part inside."""
+    model = model_of(norm)
+    outer = nn.Sequential(wrapped(model, world)) if inside else wrapped(model, world)
+    result = calibrate(outer, loader(rank, world), M, what, **options)
+    assert result is outer
+    return state_of(model)
+
+
+def only_on_rank_0(rank: int, world: int) -> list[Tensor]:
+    return batches(0, 2) if rank == 0 else []
+
+
+def failing_on_rank_1(rank: int, world: int) -> Any:
+    for index, batch in enumerate(batches(rank, world)):
+        if rank == 1 and index == 1:
+            raise OSError("the disk is gone")
+        yield batch
+
+
+def after_failure(rank: int, world: int, norm: Callable[[int], nn.Module]) -> Result:
+    """Let the loader of one rank fail; return what each rank said and what became of its model."""
+    model = wrapped(model_of(norm), world)
+    before, kinds = state_of(model), [type(module) for module in model.modules()]
+    try:
+        calibrate(model, failing_on_rank_1(rank, world), M, "bsr")
+        said = "nothing"
+    except (RuntimeError, OSError) as error:
+        said = f"{type(error).__name__}: {error}"
+    after = state_of(model)
+    same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return {"said": said, "same": same and kinds == [type(module) for module in model.modules()]}
+
+
+def moving_averages(rank: int, world: int) -> Result:
+    """Return the two ranks' moving averages, each found alone, next to what calibration makes of them."""
+    alone = []
+    for part in (batches(0, 2), batches(1, 2)):
+        model = model_of().eval()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = 0.2
+                module.train()
+        with torch.no_grad():
+            for batch in part:
+                for group in batch[: len(batch) // M * M].split(M):
+                    model(group)
+        alone.append(state_of(model))
+    together = calibrated(rank, world, "bn", momentum=0.2)
+    return {"alone": alone, "together": together}
+
+
+def checks() -> dict[str, Callable[[int, int], Result]]:
+    """Return every check by name."""
+    found: dict[str, Callable[[int, int], Result]] = {}
+    for what in ("bsr", "evalnorm", "bn"):
+        found[f"calibrate {what}"] = lambda rank, world, w=what: calibrated(rank, world, w)
+    found["calibrate mbn"] = lambda rank, world: calibrated(rank, world, "bn", MomentumBatchNorm2d)
+    found["calibrate synchronized"] = lambda rank, world: calibrated(
+        rank, world, "bsr", lambda c: BSRBatchNorm2d(c, synchronize=True)
+    )
+    found["calibrate inside"] = lambda rank, world: calibrated(rank, world, "bn", inside=True)
+    found["one rank's data"] = lambda rank, world: calibrated(rank, world, "bsr", loader=only_on_rank_0)
+    found["failure"] = lambda rank, world: after_failure(rank, world, nn.BatchNorm2d)
+    found["failure bsr"] = lambda rank, world: after_failure(rank, world, BSRBatchNorm2d)
+    found["nothing anywhere"] = lambda rank, world: calibrated(rank, world, "bn", loader=lambda rank, world: [])
+    found["short everywhere"] = lambda rank, world: calibrated(
+        rank, world, "bn", loader=lambda rank, world: [x[:1] for x in batches(rank, world)]
+    )
+    found["moving averages"] = moving_averages
+    return found
+
+
+def run_check(check: Callable[[int, int], Result], rank: int, world: int) -> Result:
+    try:
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            result = check(rank, world)
+        said = [str(w.message) for w in record if issubclass(w.category, WellcondWarning)]
+        return {"result": result, "error": None, "warnings": said}
+    except Exception:
+        return {"result": None, "error": traceback.format_exc(), "warnings": []}
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    torch.save({name: run_check(check, rank, world) for name, check in checks().items()}, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
