@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from wellcond.lab.statistics import paired_difference
@@ -124,6 +124,61 @@ def cost_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", base, "", _made_by(results)])
 
 
+def layers_table(results: dict[str, Any]) -> str:
+    """Return a benchmark of normalization layers as Markdown tables, with the command and the machine that made it."""
+    shapes = results["shapes"]
+    lines = []
+    for what, base, title in (
+        ("training", "nn.BatchNorm2d", "forward and backward"),
+        ("evaluation", "nn.InstanceNorm2d", "evaluation, forward"),
+    ):
+        heads = [f"{title}, as a ratio to {base}", *(" × ".join(str(n) for n in shape["shape"]) for shape in shapes)]
+        lines += [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+        for name in shapes[0][what]:
+            rows = [shape[what][name] for shape in shapes]
+            if name == base:
+                cells = [f"{row['ms']:.2f} ms" for row in rows]
+            else:
+                cells = [f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" for row in rows]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    most = max(
+        extra for shape in shapes for name, extra in shape["peak_extra_nc"].items() if not name.startswith("nn.")
+    )
+    lines.append(
+        "Medians with quartiles of ratios in the same round. Peak memory of a forward and backward pass above that of "
+        f"nn.BatchNorm2d: at most {max(most, 0.0):.1f} floats for each sample and channel."
+    )
+    made = f"`{results['command']}` ({results['rounds']} rounds, torch {results['torch']}, {results['machine']})"
+    return "\n".join([*lines, "", made])
+
+
+def inference_table(results: dict[str, Any]) -> str:
+    """Return how ways to evaluate one network compare, with the command and the machine that made it."""
+    groups = list(results["results"])
+    heads = ["evaluation", *(f"{what}, m = {m}" for m in groups for what in ("disparity", "accuracy"))]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    for name in results["results"][groups[0]]:
+        cells = [name]
+        for m in groups:
+            row, ema = results["results"][m][name], results["results"][m]["EMA"]
+            cells.append(f"{fmean(row['disparity']):.3f} ± {stdev(row['disparity']):.3f}")
+            if row is ema:
+                cells.append(f"{fmean(row['accuracy']):.1f} ± {stdev(row['accuracy']):.1f} %")
+            else:
+                cells.append(_difference(asdict(paired_difference(row["accuracy"], ema["accuracy"]))))
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds, options = len(results["results"][groups[0]]["EMA"]["accuracy"]), results["options"]
+    trained = f"{options['train_images']} training images, ResNet-8, {options['epochs']} epochs at lr {options['lr']}"
+    lines += [
+        "",
+        f"{Path(options['data']).name}: {trained}, ghost groups of m; {seeds} seeds, every way with the same weights. "
+        "Disparity: mean ± std. Accuracy: EMA's mean ± std, then differences to it with a 95 % interval.",
+    ]
+    made = f"`{results['command']}` (torch {results['torch']}, {results['machine']})"
+    return "\n".join([*lines, "", made])
+
+
 def _training_loss(method: dict[str, Any]) -> float:
     """Return the mean training loss of the last epoch."""
     return fmean(curve["train_loss"][-1] for curve in method["curves"])
@@ -156,6 +211,10 @@ def quoted(page: str) -> str:
         results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
         if "methods" in results:
             body = forms_table(results) if name.endswith("-forms") else comparison_table(results)
+        elif "shapes" in results:
+            body = layers_table(results)
+        elif "options" in results:
+            body = inference_table(results)
         else:
             body = step_table(results) if "plain SGD" in results["results"] else cost_table(results)
         return f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"

@@ -89,7 +89,7 @@ def test_mixtures_converge_to_least_squares(m: int, own_means: float, group_size
     """On stationary data; for independent instances α is 1/m, as E[μ_B | μ_s] = μ + (μ_s − μ)/m."""
     samples = 3 * m if group_size else m
     layer = EvalNorm1d(4, momentum=None, group_size=m if group_size else None).double()
-    batches = [batch(step, samples, own_means=own_means) for step in range(500)]
+    batches = [batch(step, samples, own_means=own_means) for step in range(800)]
     for x in batches:
         layer(x)
     groups = [group for x in batches for group in x.split(m)]

@@ -172,6 +172,19 @@ def test_nothing_known_falls_back(broken: float) -> None:
     assert found[1].tolist() == [0, 6]
 
 
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3])
+def test_nearly_equal_features_are_told_apart(apart: float) -> None:
+    """A ridge that is too strong would blur them: their correlation is 1 − apart²/2, the weights are exact."""
+    rng = np.random.default_rng(6)
+    column = rng.gamma(1, 1, 50)
+    features = np.stack([column, column + apart * rng.gamma(1, 1, 50), np.ones(50)], 1)
+    weights = np.array([0.5, 0.2, 0.3])
+    for nonneg in ("clamp", "nnls"):
+        np.testing.assert_allclose(solve(features, features @ weights, nonneg), weights, rtol=1e-3)
+    means = np.stack([5 + apart * rng.standard_normal(50), np.ones(50)], 1)
+    np.testing.assert_allclose(solve(means, means @ [0.5, 2.0]), [0.5, 2.0], rtol=1e-3)
+
+
 def test_rounding_is_not_a_feature() -> None:
     """Two features that differ by rounding only are one; the weights stay of the size of the problem."""
     rng = np.random.default_rng(5)
