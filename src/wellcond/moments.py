@@ -316,7 +316,13 @@ def _prepare(inputs: Tensor) -> tuple[Tensor, tuple[int, ...], torch.dtype]:
 
 def _has_fast_sums(inputs: Tensor) -> bool:
     """Whether a sum and a norm beat `torch.var_mean`, and can be looked at: on the CPU, not compiled."""
-    return inputs.device.type == "cpu" and inputs.dim() > 2 and inputs.numel() > 0 and not torch.compiler.is_compiling()
+    return (
+        inputs.device.type == "cpu"
+        and inputs.numel() > 0
+        and positions(inputs) > 1
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _sums(inputs: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

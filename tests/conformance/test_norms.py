@@ -78,19 +78,19 @@ def mixed(state: dict[str, Tensor], mean: Tensor, var: Tensor) -> tuple[Tensor, 
     return f_mean, beta * var + (1 - beta) * state["running_var"] + beta * (1 - beta) * off  # (3.7)
 
 
-# The weight of a batch of groups of m samples in the running statistics; `state` counts the batches before it.
+# The weight of a batch of so many samples in the running statistics; `state` counts the batches before it.
 Factor = Callable[[nn.Module, dict[str, Tensor], int], float]
 
 
-def torch_factor(layer: nn.Module, state: dict[str, Tensor], size: int) -> float:
+def torch_factor(layer: nn.Module, state: dict[str, Tensor], samples: int) -> float:
     return 1 / (int(state["num_batches_tracked"]) + 1) if layer.momentum is None else layer.momentum
 
 
-def momentum_factor(layer: nn.Module, state: dict[str, Tensor], size: int) -> float:
-    return 1 - 0.85 ** (size / 32)  # (2.13)
+def momentum_factor(layer: nn.Module, state: dict[str, Tensor], samples: int) -> float:
+    return 1 - 0.85 ** (samples / 32)  # (2.13)
 
 
-def population_factor(layer: nn.Module, state: dict[str, Tensor], size: int) -> float:
+def population_factor(layer: nn.Module, state: dict[str, Tensor], samples: int) -> float:
     return max(1 / (int(state["num_batches_tracked"]) + 1), layer.momentum)
 
 
@@ -192,7 +192,7 @@ def reference(kind: Kind, layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str
         if layer.affine:
             column = column * layer.weight[channel].double() + layer.bias[channel].double()
         columns.append(column)
-    factor = kind.factor(layer, before, bounds[0][1])
+    factor = kind.factor(layer, before, x.shape[0])
     shape = (x.shape[1], len(bounds))
     after = {
         "running_mean": (1 - factor) * before["running_mean"] + factor * torch.stack(means).view(shape).mean(1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -308,6 +309,14 @@ class PastStatistics:
             return None
         latest_first = alike[::-1]
         distances = torch.stack([(self._past[index][0] - batch.mean).abs().sum() for index in latest_first]).tolist()
+        if min(distances) > 1e-3 * float(batch.var.sqrt().sum()):
+            warnings.warn(
+                f"a forward pass inside a backward pass is none of the last {self._length} that activation "
+                "checkpointing could repeat: it is normalized with the statistics of now",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
         index = latest_first[distances.index(min(distances))]
         found = self._past[index]
         # The next one with the same mean is the one before; a second backward pass finds them in the same order.

@@ -69,8 +69,11 @@ class _EvalNorm(InstanceInference):
         assert self.running_var is not None
         with torch.no_grad():
             if not self.learn:
+                # Averaged, so that one short batch at the end does not decide.
+                share = torch.ones_like(self.mean_mixture) / batch.samples
+                newest = torch.as_tensor(self.factor(), dtype=share.dtype, device=share.device)
                 for buffer in (self.mean_mixture, self.var_mixture):
-                    buffer.fill_(1.0 / batch.samples)
+                    buffer.copy_(torch.where(buffer > 0, torch.lerp(buffer, share, newest), share))
                 return
             mean, var = batch.instances[:2]
             own_mean, own_var = (spread_samples(part, batch.sizes) for part in batch.moments[:2])
@@ -146,7 +149,7 @@ class EvalNorm1d(_EvalNorm, nn.BatchNorm1d):
         eps: ε, added to the variance.
         momentum: Weight of a new batch in the running statistics; None for equal weights, also of the steps of α and β.
         affine: Learn γ and β.
-        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5).
+        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5), averaged like the statistics.
         mixture_lr: Rate of α's and β's descent: 1 would fit each batch alone.
         group_size: Train in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class _MomentumBatchNorm(StatisticsNorm):
 
     @stat_momentum.setter
     def stat_momentum(self, value: float) -> None:
-        if not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"stat_momentum must lie in [0, 1], got {value!r}")
         self.train_momentum.fill_(value)
 
@@ -126,11 +127,13 @@ class _MomentumBatchNorm(StatisticsNorm):
         return 1.0 - theory.inference_decay(samples, self.base_batch_size, self.base_inference_decay)
 
     def reset_parameters(self) -> None:
-        """Reset γ, β and all statistics; λ stays."""
+        """Reset γ, β, all statistics, and λ to 0."""
         super().reset_parameters()
-        if "train_mean" in self._buffers:
+        if "_largest_batch" in self._buffers:
             self.train_mean.zero_()
             self.train_var.fill_(1.0)
+            self.train_momentum.zero_()
+            self._largest_batch.zero_()
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics."""

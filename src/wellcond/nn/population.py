@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.moments import Moments
+from wellcond.moments import Moments, statistics_dtype
 from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
@@ -136,14 +136,14 @@ def gamma_decay(
         >>> gamma_decay(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), 0.1)
         tensor(0.3000, grad_fn=<SumBackward0>)
     """
-    if not callable(coefficient) and not coefficient >= 0:
-        raise ValueError(f"coefficient must not be negative, got {coefficient!r}")
     penalties = []
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or module.weight is None or (where and not where(name, module)):
             continue
         zeta = coefficient(name, module) if callable(coefficient) else coefficient
-        penalties.append((zeta * module.weight.square()).sum())
+        if not isinstance(zeta, Tensor) and not zeta >= 0:
+            raise ValueError(f"coefficient must not be negative, got {zeta!r} for {name!r}")
+        penalties.append((zeta * module.weight.to(statistics_dtype(module.weight.dtype)).square()).sum())
     if not penalties:
         raise ValueError("gamma_decay found no batch normalization with a scale in the model")
     return torch.stack([penalty.to(penalties[0]) for penalty in penalties]).sum()

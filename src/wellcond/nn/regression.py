@@ -11,6 +11,8 @@ from wellcond.moments import Moments, sum_samples
 
 # A feature that varies less than this, relative to its size, is constant: its slope would be noise divided by noise.
 _CONSTANT = 1e-10
+# So is one that is as small as this beside the variances that are predicted: it is what rounding left of zero.
+_NEGLIGIBLE = 1e-6
 # Two features whose correlation leaves less than this unexplained are one feature.
 _COLLINEAR = 1e-10
 
@@ -178,8 +180,8 @@ def _subset_solutions(gram: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor
     centred = squares - means[:, :, None] * means[:, None, :]
     centred_target = target[:, :2] - means * batch[:, None]
     size = squares.diagonal(dim1=-2, dim2=-1)
-    varies = centred.diagonal(dim1=-2, dim2=-1) > _CONSTANT * size
-    present = size > 0
+    present = size > (_NEGLIGIBLE * batch[:, None]).square()
+    varies = present & (centred.diagonal(dim1=-2, dim2=-1) > _CONSTANT * size)
     solutions = []
     for matrix, vector, usable, intercept in (
         (centred, centred_target, varies, True),

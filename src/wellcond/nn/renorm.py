@@ -45,7 +45,7 @@ class _BatchRenorm(StatisticsNorm):
         # Tensors, so that compiled code does not depend on their values.
         self.register_buffer("scale_bound", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("shift_bound", torch.zeros((), dtype=torch.float32, device=device))
-        self.r_max, self.d_max = r_max, d_max
+        self.r_max, self.d_max = self._bounds = r_max, d_max
         self._past = PastStatistics()
 
     @property
@@ -98,6 +98,12 @@ class _BatchRenorm(StatisticsNorm):
             scale = ((var + self.eps).sqrt() * inverse).clamp(upper.reciprocal(), upper)
             shift = ((mean - before_update(self.running_mean, mean.dtype)) * inverse).clamp(-bound, bound)
         return scale, shift
+
+    def reset_parameters(self) -> None:
+        """Reset γ, β, all statistics, and the bounds to what the layer was made with."""
+        super().reset_parameters()
+        if "shift_bound" in self._buffers:
+            self.r_max, self.d_max = self._bounds
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics."""
