@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.moments import Moments, unbiased
-from wellcond.nn.bsr import _SUMS, _BSRBatchNorm
-from wellcond.nn.evalnorm import _EvalNorm
+from wellcond.nn.bsr import REGRESSION_SUMS, BSRBatchNorm
+from wellcond.nn.evalnorm import EvalNorm
 from wellcond.nn.regression import normal_equations
 from wellcond.stand_in import Seen
 
@@ -111,7 +111,7 @@ class RunningStatistics:
         if layer.num_batches_tracked is not None:
             earlier = 0 if average.momentum is None else layer.num_batches_tracked
             layer.num_batches_tracked.copy_(earlier + average._batches.squeeze())
-        if isinstance(layer, _BSRBatchNorm):
+        if isinstance(layer, BSRBatchNorm):
             layer.solve()  # Falls back to the running statistics where there are no sums.
 
 
@@ -120,7 +120,7 @@ class RegressionSums:
 
     def present(self, layer: _BatchNorm) -> list[Tensor]:
         """Return A_μ, B_μ, A_σ, B_σ."""
-        return [layer.get_buffer(name).to(_wide(layer)) for name in _SUMS]
+        return [layer.get_buffer(name).to(_wide(layer)) for name in REGRESSION_SUMS]
 
     def values(self, layer: _BatchNorm, seen: Seen) -> list[Tensor]:
         """Return each batch's sums, around the running mean, which evaluation subtracts, too."""
@@ -138,8 +138,8 @@ class RegressionSums:
 
     def replace(self, layer: _BatchNorm, average: Average) -> None:
         """Replace the sums, and solve them."""
-        assert isinstance(layer, _BSRBatchNorm)
-        for name, value in zip(_SUMS, average.values, strict=True):
+        assert isinstance(layer, BSRBatchNorm)
+        for name, value in zip(REGRESSION_SUMS, average.values, strict=True):
             layer.get_buffer(name).copy_(value)
         layer.solve()
 
@@ -174,7 +174,7 @@ class Mixture:
 
     def replace(self, layer: _BatchNorm, average: Average) -> None:
         """Replace α and β by the minimum, or by 1/m in a layer that does not learn them."""
-        assert isinstance(layer, _EvalNorm)
+        assert isinstance(layer, EvalNorm)
         ut, uu, rp, pp, rq, pq, qq, fixed = average.values[0].tolist()
         if not layer.learn:
             layer.mean_mixture.fill_(fixed)

@@ -6,23 +6,17 @@ one-process result that the test compares with. A check that raises is recorded 
 
 from __future__ import annotations
 
-import datetime
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from launch_ranks import serve
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.calibrate import calibrate
 from wellcond.nn import BSRBatchNorm2d, MomentumBatchNorm2d
-from wellcond.transforms.base import WellcondWarning
 
 Result = dict[str, Any]
 M = 2
@@ -150,30 +144,5 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
     return found
 
 
-def run_check(check: Callable[[int, int], Result], rank: int, world: int) -> Result:
-    try:
-        with warnings.catch_warnings(record=True) as record:
-            warnings.simplefilter("always")
-            result = check(rank, world)
-        said = [str(w.message) for w in record if issubclass(w.category, WellcondWarning)]
-        return {"result": result, "error": None, "warnings": said}
-    except Exception:
-        return {"result": None, "error": traceback.format_exc(), "warnings": []}
-
-
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    torch.save({name: run_check(check, rank, world) for name, check in checks().items()}, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    serve(checks())

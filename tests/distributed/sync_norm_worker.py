@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from launch_ranks import serve
 from torch import Tensor, nn
 
 import wellcond.nn as wnn
@@ -71,16 +69,10 @@ def empty_rank(rank: int, world: int) -> dict[str, Tensor]:
     return {"out": output.detach(), "grad": x.grad, "mean": layer.running_mean}
 
 
-def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
-    found: dict[str, Any] = {name: train(name, rank, world) for name in LAYERS}
-    found["empty"] = empty_rank(rank, world)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+def checks() -> dict[str, Callable[[int, int], dict[str, Tensor]]]:
+    """Return every check by name."""
+    return {name: partial(train, name) for name in LAYERS} | {"empty": empty_rank}
 
 
 if __name__ == "__main__":
-    main()
+    serve(checks())

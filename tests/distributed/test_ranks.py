@@ -2,75 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import worker
+from launch_ranks import Ranks, assert_ranks_identical, results_of, run_ranks
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT = 150
-Ranks = list[dict[str, Any]]
-
-
-def _load_worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wellcond_test_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load_worker()
-
-
-def run_ranks(world: int, folder: Path) -> Ranks:
-    """Start the ranks, insist on exit code 0 from each within the time, and return what each of them saved."""
-    logs = [(folder / f"log{rank}.txt").open("w+") for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), str(folder)], stdout=log, stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes: list[int | str] = []
-        for process in processes:
-            try:
-                codes.append(process.wait(TIMEOUT))
-            except subprocess.TimeoutExpired:
-                codes.append("timed out")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    output = ""
-    for log in logs:
-        log.seek(0)
-        output += log.read()[-3000:]
-        log.close()
-    assert codes == [0] * world, f"exit codes {codes}\n{output}"
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
-
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(2, tmp_path_factory.mktemp("two"))
+    return run_ranks(worker, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(3, tmp_path_factory.mktemp("three"))
+    return run_ranks(worker, 3, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +35,6 @@ def one_process() -> Callable[[str], dict[str, Any]]:
         return found[name]
 
     return result
-
-
-def results_of(ranks: Ranks, name: str) -> list[dict[str, Any]]:
-    for rank, found in enumerate(ranks):
-        assert found[name]["error"] is None, f"rank {rank}:\n{found[name]['error']}"
-        # A check of one awkward layer may find it left alone, which it then says.
-        assert [said for said in found[name]["warnings"] if "covers none of the weights" not in said] == []
-    return [found[name]["result"] for found in ranks]
-
-
-def assert_ranks_identical(results: list[dict[str, Any]]) -> None:
-    for other in results[1:]:
-        assert other.keys() == results[0].keys()
-        for key, value in results[0].items():
-            same = torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
-            assert same, key
 
 
 def assert_close_to(result: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -7,17 +7,14 @@ one-process result that the test compares with. A check that raises is recorded 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from launch_ranks import serve
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -481,31 +478,6 @@ def runs_on_three_ranks(name: str) -> bool:
     return name == "counted solves" or (name.startswith("ddp") and "everything descent" not in name)
 
 
-def run_check(check: Callable[[int, int], Result], rank: int, world: int) -> Result:
-    try:
-        with warnings.catch_warnings(record=True) as record:
-            warnings.simplefilter("always")
-            result = check(rank, world)
-        said = [str(w.message) for w in record if issubclass(w.category, wellcond.WellcondWarning)]
-        return {"result": result, "error": None, "warnings": said}
-    except Exception:
-        return {"result": None, "error": traceback.format_exc(), "warnings": []}
-
-
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    names = [name for name in checks() if world == 2 or runs_on_three_ranks(name)]
-    torch.save({name: run_check(checks()[name], rank, world) for name in names}, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    world_size = int(sys.argv[2])
+    serve({name: check for name, check in checks().items() if world_size == 2 or runs_on_three_ranks(name)})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.nn.base import check_positive
-from wellcond.nn.bsr import _BSRBatchNorm
+from wellcond.nn.bsr import BSRBatchNorm
 from wellcond.nn.instance import InstanceInference
 from wellcond.stand_in import Seen, double_of
 from wellcond.training_pass import Call, named_batch_norms, training_pass, unwrapped
@@ -286,6 +286,6 @@ class _Sums:
             "evalnorm_fixed": (torch.lerp(long_mean, mean, share), torch.lerp(long_var, var, share) + between),
         }
         if isinstance(layer, InstanceInference):
-            kind = "bsr" if isinstance(layer, _BSRBatchNorm) else "evalnorm"
+            kind = "bsr" if isinstance(layer, BSRBatchNorm) else "evalnorm"
             found[kind] = layer.predict(mean, var)
         return found

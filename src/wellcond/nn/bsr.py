@@ -16,10 +16,13 @@ from wellcond.nn.regression import NormalEquations, check_nonneg, normal_equatio
 from wellcond.normalize import normalize
 from wellcond.ranks import Ranks
 
-_SUMS = ("mean_gram", "mean_target", "var_gram", "var_target")
+REGRESSION_SUMS = ("mean_gram", "mean_target", "var_gram", "var_target")
+"""The buffers of the regressions' sums, in the order of `NormalEquations`."""
 
 
-class _BSRBatchNorm(InstanceInference):
+class BSRBatchNorm(InstanceInference):
+    """Batch Statistics Regression of inputs of any number of dimensions; use `BSRBatchNorm1d`, `2d` or `3d`."""
+
     mean_gram: Tensor
     mean_target: Tensor
     var_gram: Tensor
@@ -56,7 +59,7 @@ class _BSRBatchNorm(InstanceInference):
         self.exact = exact
         assert self.running_mean is not None
         sums = torch.float32 if self.running_mean.device.type == "mps" else torch.float64
-        for name, shape in zip(_SUMS, ((2, 2), (2,), (3, 3), (3,)), strict=True):
+        for name, shape in zip(REGRESSION_SUMS, ((2, 2), (2,), (3, 3), (3,)), strict=True):
             zeros = torch.zeros(num_features, *shape, dtype=sums, device=self.running_mean.device)
             self.register_buffer(name, zeros)
         # Solved from the sums, so they need no place in a checkpoint.
@@ -118,7 +121,7 @@ class _BSRBatchNorm(InstanceInference):
             if batch.all_reduce is not None:
                 Ranks(self.synchronize).add(list(new))
             factor = self.factor()
-            for name, value in zip(_SUMS, new, strict=True):
+            for name, value in zip(REGRESSION_SUMS, new, strict=True):
                 buffer = getattr(self, name)
                 buffer.lerp_(value, factor.to(buffer.dtype) if isinstance(factor, Tensor) else factor)
 
@@ -127,7 +130,7 @@ class _BSRBatchNorm(InstanceInference):
         assert self.running_mean is not None
         assert self.running_var is not None
         with torch.no_grad():
-            sums = NormalEquations(*(getattr(self, name) for name in _SUMS))
+            sums = NormalEquations(*(getattr(self, name) for name in REGRESSION_SUMS))
             mean, var = (part.to(sums.mean_gram.dtype) for part in (self.running_mean, self.running_var))
             self.mean_weights.copy_(solve_mean(sums.mean_gram, sums.mean_target, mean))
             self.var_weights.copy_(solve_var(sums.var_gram, sums.var_target, var, self.nonneg))
@@ -143,7 +146,7 @@ class _BSRBatchNorm(InstanceInference):
         distance = (mean - self.running_mean.to(mean.dtype)).square()
         return slope * mean + intercept, of_var * var + of_distance * distance + constant
 
-    def train(self, mode: bool = True) -> _BSRBatchNorm:
+    def train(self, mode: bool = True) -> BSRBatchNorm:
         """Set the mode; going to evaluation solves the regressions."""
         super().train(mode)
         if not mode and not self._solved and not self.mean_gram.is_meta:
@@ -153,7 +156,7 @@ class _BSRBatchNorm(InstanceInference):
     def reset_running_stats(self) -> None:
         """Forget all statistics."""
         super().reset_running_stats()
-        for name in _SUMS:
+        for name in REGRESSION_SUMS:
             if name in self._buffers:
                 getattr(self, name).zero_()
         self._solved = False
@@ -161,7 +164,7 @@ class _BSRBatchNorm(InstanceInference):
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics."""
         yield from super().statistics()
-        for name in _SUMS:
+        for name in REGRESSION_SUMS:
             yield name, torch.float64
         for name in ("mean_weights", "var_weights"):
             yield name, torch.float32
@@ -172,8 +175,8 @@ class _BSRBatchNorm(InstanceInference):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A plain BatchNorm's checkpoint has no sums: then evaluation is batch normalization's, until there are some.
-        if prefix + "running_mean" in state_dict and not any(prefix + name in state_dict for name in _SUMS):
-            for name in _SUMS:
+        if prefix + "running_mean" in state_dict and not any(prefix + name in state_dict for name in REGRESSION_SUMS):
+            for name in REGRESSION_SUMS:
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._solved = False
@@ -181,7 +184,7 @@ class _BSRBatchNorm(InstanceInference):
             self.solve()
 
 
-class BSRBatchNorm1d(_BSRBatchNorm, nn.BatchNorm1d):
+class BSRBatchNorm1d(BSRBatchNorm, nn.BatchNorm1d):
     """Batch normalization of [N, C] or [N, C, L] whose evaluation fits small training batches (thesis ch. 3).
 
     Training is that of `nn.BatchNorm1d`. Beside it, two small regressions for each channel learn, from each instance's
@@ -220,7 +223,7 @@ class BSRBatchNorm1d(_BSRBatchNorm, nn.BatchNorm1d):
     """
 
 
-class BSRBatchNorm2d(_BSRBatchNorm, nn.BatchNorm2d):
+class BSRBatchNorm2d(BSRBatchNorm, nn.BatchNorm2d):
     """`BSRBatchNorm1d` of [N, C, H, W].
 
     Example:
@@ -229,5 +232,5 @@ class BSRBatchNorm2d(_BSRBatchNorm, nn.BatchNorm2d):
     """
 
 
-class BSRBatchNorm3d(_BSRBatchNorm, nn.BatchNorm3d):
+class BSRBatchNorm3d(BSRBatchNorm, nn.BatchNorm3d):
     """`BSRBatchNorm1d` of [N, C, D, H, W]."""

@@ -15,7 +15,9 @@ from wellcond.nn.instance import InstanceInference
 from wellcond.normalize import normalize
 
 
-class _EvalNorm(InstanceInference):
+class EvalNorm(InstanceInference):
+    """EvalNorm of inputs of any number of dimensions; use `EvalNorm1d`, `2d` or `3d`."""
+
     mean_mixture: Tensor
     var_mixture: Tensor
 
@@ -135,7 +137,7 @@ class _EvalNorm(InstanceInference):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class EvalNorm1d(_EvalNorm, nn.BatchNorm1d):
+class EvalNorm1d(EvalNorm, nn.BatchNorm1d):
     """Batch normalization of [N, C] or [N, C, L] that is evaluated with a mixture of statistics.
 
     Training is batch normalization. Evaluation normalizes an instance with f_μ = αμ_s + (1 − α)μ and
@@ -167,9 +169,9 @@ class EvalNorm1d(_EvalNorm, nn.BatchNorm1d):
     """
 
 
-class EvalNorm2d(_EvalNorm, nn.BatchNorm2d):
+class EvalNorm2d(EvalNorm, nn.BatchNorm2d):
     """`EvalNorm1d` of [N, C, H, W]."""
 
 
-class EvalNorm3d(_EvalNorm, nn.BatchNorm3d):
+class EvalNorm3d(EvalNorm, nn.BatchNorm3d):
     """`EvalNorm1d` of [N, C, D, H, W]."""

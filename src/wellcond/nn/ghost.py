@@ -8,7 +8,9 @@ from torch import nn
 from wellcond.nn.base import StatisticsNorm, check_positive
 
 
-class _GhostBatchNorm(StatisticsNorm):
+class GhostBatchNorm(StatisticsNorm):
+    """Ghost Batch Normalization of inputs of any number of dimensions; use `GhostBatchNorm1d`, `2d` or `3d`."""
+
     def __init__(
         self,
         num_features: int,
@@ -27,7 +29,7 @@ class _GhostBatchNorm(StatisticsNorm):
         )
 
 
-class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
+class GhostBatchNorm1d(GhostBatchNorm, nn.BatchNorm1d):
     """Batch normalization of [N, C] or [N, C, L] in groups of `group_size` samples (Hoffer et al., 2017).
 
     Each group, consecutive samples of the batch, is normalized with its own mean and variance; the running statistics
@@ -55,7 +57,7 @@ class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
     """
 
 
-class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
+class GhostBatchNorm2d(GhostBatchNorm, nn.BatchNorm2d):
     """`GhostBatchNorm1d` of [N, C, H, W].
 
     Example:
@@ -64,5 +66,5 @@ class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
     """
 
 
-class GhostBatchNorm3d(_GhostBatchNorm, nn.BatchNorm3d):
+class GhostBatchNorm3d(GhostBatchNorm, nn.BatchNorm3d):
     """`GhostBatchNorm1d` of [N, C, D, H, W]."""

@@ -16,7 +16,9 @@ from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update, chec
 from wellcond.normalize import normalize
 
 
-class _MomentumBatchNorm(StatisticsNorm):
+class MomentumBatchNorm(StatisticsNorm):
+    """Momentum Batch Normalization of inputs of any number of dimensions; use `MomentumBatchNorm1d`, `2d` or `3d`."""
+
     train_mean: Tensor
     train_var: Tensor
     train_momentum: Tensor
@@ -159,7 +161,7 @@ class _MomentumBatchNorm(StatisticsNorm):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
+class MomentumBatchNorm1d(MomentumBatchNorm, nn.BatchNorm1d):
     """Momentum Batch Normalization of [N, C] or [N, C, L], for training with small batches (thesis ch. 2).
 
     Training normalizes with μ ← λμ + (1 − λ)μ_B and σ² ← λσ² + (1 − λ)σ²_B (2.9), differentiated through the batch's
@@ -190,7 +192,7 @@ class MomentumBatchNorm1d(_MomentumBatchNorm, nn.BatchNorm1d):
     """
 
 
-class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
+class MomentumBatchNorm2d(MomentumBatchNorm, nn.BatchNorm2d):
     """`MomentumBatchNorm1d` of [N, C, H, W].
 
     Example:
@@ -199,5 +201,5 @@ class MomentumBatchNorm2d(_MomentumBatchNorm, nn.BatchNorm2d):
     """
 
 
-class MomentumBatchNorm3d(_MomentumBatchNorm, nn.BatchNorm3d):
+class MomentumBatchNorm3d(MomentumBatchNorm, nn.BatchNorm3d):
     """`MomentumBatchNorm1d` of [N, C, D, H, W]."""

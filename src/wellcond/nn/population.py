@@ -14,7 +14,9 @@ from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
 
-class _PopulationNorm(StatisticsNorm):
+class PopulationNorm(StatisticsNorm):
+    """Population normalization of inputs of any number of dimensions; use `PopulationNorm1d`, `2d` or `3d`."""
+
     def __init__(
         self,
         num_features: int,
@@ -74,7 +76,7 @@ class _PopulationNorm(StatisticsNorm):
         return equal if self.momentum is None else equal.clamp_min(self.momentum)
 
 
-class PopulationNorm1d(_PopulationNorm, nn.BatchNorm1d):
+class PopulationNorm1d(PopulationNorm, nn.BatchNorm1d):
     """Normalization of [N, C] or [N, C, L] with the statistics of the whole data, by a long average (slides).
 
     Training normalizes as evaluation does, with running statistics; the batch has the weight `momentum` in them, or
@@ -102,11 +104,11 @@ class PopulationNorm1d(_PopulationNorm, nn.BatchNorm1d):
     """
 
 
-class PopulationNorm2d(_PopulationNorm, nn.BatchNorm2d):
+class PopulationNorm2d(PopulationNorm, nn.BatchNorm2d):
     """`PopulationNorm1d` of [N, C, H, W]."""
 
 
-class PopulationNorm3d(_PopulationNorm, nn.BatchNorm3d):
+class PopulationNorm3d(PopulationNorm, nn.BatchNorm3d):
     """`PopulationNorm1d` of [N, C, D, H, W]."""
 
 

@@ -14,7 +14,9 @@ from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
 
-class _BatchRenorm(StatisticsNorm):
+class BatchRenorm(StatisticsNorm):
+    """Batch Renormalization of inputs of any number of dimensions; use `BatchRenorm1d`, `2d` or `3d`."""
+
     scale_bound: Tensor
     shift_bound: Tensor
 
@@ -123,7 +125,7 @@ class _BatchRenorm(StatisticsNorm):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
+class BatchRenorm1d(BatchRenorm, nn.BatchNorm1d):
     """Batch Renormalization of [N, C] or [N, C, L] (Ioffe, 2017).
 
     Training gives (x − μ_B)/σ_B·r + d with r = clip(σ_B/σ, 1/r_max, r_max) and d = clip((μ_B − μ)/σ, −d_max, d_max), no
@@ -154,9 +156,9 @@ class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
     """
 
 
-class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
+class BatchRenorm2d(BatchRenorm, nn.BatchNorm2d):
     """`BatchRenorm1d` of [N, C, H, W]."""
 
 
-class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
+class BatchRenorm3d(BatchRenorm, nn.BatchNorm3d):
     """`BatchRenorm1d` of [N, C, D, H, W]."""

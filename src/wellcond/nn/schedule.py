@@ -8,8 +8,8 @@ from torch import nn
 
 from wellcond import theory
 from wellcond.nn.base import check_positive
-from wellcond.nn.momentum import _MomentumBatchNorm
-from wellcond.nn.renorm import _BatchRenorm
+from wellcond.nn.momentum import MomentumBatchNorm
+from wellcond.nn.renorm import BatchRenorm
 
 
 class _LayerScheduler:
@@ -87,7 +87,7 @@ class MomentumScheduler(_LayerScheduler):
             check_positive("steps_per_epoch", steps_per_epoch)
         # Refuses an unknown target here rather than in the first step.
         theory.stat_momentum(1, total_epochs, 1, target=target)
-        self.layers = [module for module in model.modules() if isinstance(module, _MomentumBatchNorm)]
+        self.layers = [module for module in model.modules() if isinstance(module, MomentumBatchNorm)]
         if not self.layers:
             raise ValueError("MomentumScheduler found no MomentumBatchNorm1d, 2d or 3d in the model")
         self.total_epochs = total_epochs
@@ -189,7 +189,7 @@ class BatchRenormScheduler(_LayerScheduler):
             check_positive(name, value)
             if value <= warmup_steps:
                 raise ValueError(f"{name} must be larger than warmup_steps ({warmup_steps}), got {value}")
-        self.layers = [module for module in model.modules() if isinstance(module, _BatchRenorm)]
+        self.layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
         if not self.layers:
             raise ValueError("BatchRenormScheduler found no BatchRenorm1d, 2d or 3d in the model")
         self.warmup_steps, self.r_steps, self.d_steps = warmup_steps, r_steps, d_steps
