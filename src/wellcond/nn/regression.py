@@ -53,7 +53,9 @@ def normal_equations(
     # Of each group: its instances share the target. A row [1, C] for a single group.
     own_mean, own_var = (torch.atleast_2d(part.to(dtype)) for part in batch[:2])
     means, variances, distances = (torch.atleast_2d(sum_samples(part, sizes)) for part in (mean, var, distance))
-    samples = mean.shape[0] if sizes is None else torch.tensor(sizes, dtype=dtype, device=mean.device).unsqueeze(1)
+    samples: int | Tensor = mean.shape[0] if sizes is None else sizes[0]
+    if sizes is not None and sizes[-1] != sizes[0]:
+        samples = torch.tensor(sizes, dtype=dtype, device=mean.device).unsqueeze(1)
     total_mean, total_var, total_distance = means.sum(0), variances.sum(0), distances.sum(0)
     count = torch.full_like(total_mean, mean.shape[0])
     crossed = (var * distance).sum(0)
