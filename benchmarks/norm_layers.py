@@ -1,8 +1,8 @@
 """Speed and memory of the normalization layers, as ratios to torch's in the same run.
 
-For each shape: forward and backward of every layer in training against ``nn.BatchNorm2d``, in rounds that turn; forward
-in evaluation against ``nn.InstanceNorm2d`` (there ``nn.BatchNorm2d`` is one pass, which nothing that looks at the
-input first can match; its ratio is shown too); and the most memory that a forward and backward pass holds above its
+For each shape: forward and backward of every layer in training against ``nn.BatchNorm2d``, in rounds of random order;
+forward in evaluation against ``nn.InstanceNorm2d`` (there ``nn.BatchNorm2d`` is one pass, which nothing that looks at
+the input first can match; its ratio is shown too); and the most memory that a forward and backward pass holds above its
 inputs.
 
     python benchmarks/norm_layers.py --json docs/results/norm-layers.json
@@ -11,6 +11,7 @@ inputs.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -88,15 +89,15 @@ def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
 
 
 def time_calls(calls: dict[str, Callable[[], object]], rounds: int, cuda: bool) -> dict[str, list[float]]:
-    """Call each once a round, in an order that turns; return the seconds of each."""
+    """Call each once a round, in an order drawn anew each time (each leaves its mark on the next one's memory)."""
     for call in calls.values():
         call()
         call()
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             if cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()

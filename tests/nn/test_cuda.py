@@ -1,4 +1,4 @@
-"""The layers on a GPU: the same numbers as on the CPU, the same dtypes under autocast, and no waiting for the device."""
+"""The layers on a GPU: the numbers of the CPU, the same dtypes under autocast, and no waiting for the device."""
 
 from __future__ import annotations
 
