@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.checks import check_positive_integer
 from wellcond.estimates import Average, Kind, Mixture, RegressionSums, RunningStatistics
-from wellcond.nn.base import check_positive
 from wellcond.nn.convert import convert_norm
 from wellcond.ranks import Ranks
 from wellcond.stand_in import Seen
@@ -94,13 +94,13 @@ def calibrate(
         >>> int(model[1].num_batches_tracked)
         40
     """
-    check_positive("batch_size", batch_size)
+    check_positive_integer("batch_size", batch_size)
     if what not in _KINDS:
         raise ValueError(f"what must be one of {', '.join(map(repr, _KINDS))}, got {what!r}")
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"momentum must lie in (0, 1] or be None, got {momentum!r}")
     if max_batches is not None:
-        check_positive("max_batches", max_batches)
+        check_positive_integer("max_batches", max_batches)
     if what == "bn" and options:
         raise TypeError(f"what='bn' converts nothing and takes no options, got {', '.join(map(repr, options))}")
     inner = unwrapped(model)

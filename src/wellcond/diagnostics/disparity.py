@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.nn.base import check_positive
+from wellcond.checks import check_positive_integer
 from wellcond.nn.bsr import BSRBatchNorm
 from wellcond.nn.instance import InstanceInference
 from wellcond.stand_in import Seen, double_of
@@ -199,9 +199,9 @@ def disparity(
         (16.0, 16)
     """
     if batch_size is not None:
-        check_positive("batch_size", batch_size)
+        check_positive_integer("batch_size", batch_size)
     if max_batches is not None:
-        check_positive("max_batches", max_batches)
+        check_positive_integer("max_batches", max_batches)
     inner = unwrapped(model)
     layers, of_any_kind = named_batch_norms(inner)
     if not layers:

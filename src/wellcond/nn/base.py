@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.checks import check_positive_integer
 from wellcond.moments import (
     Moments,
     ghost_moments,
@@ -84,13 +85,13 @@ class StatisticsNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive("num_features", num_features)
+        check_positive_integer("num_features", num_features)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps!r}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1] or be None, got {momentum!r}")
         if group_size is not None:
-            check_positive("group_size", group_size)
+            check_positive_integer("group_size", group_size)
             if synchronize is not False:
                 raise ValueError("group_size and synchronize contradict each other: groups lie within a rank's batch")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
@@ -302,6 +303,17 @@ class PastStatistics:
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             self._past.append((batch.mean, used))
 
+    def of(
+        self, layer: StatisticsNorm, batch: Moments, make: Callable[[Moments], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return what a layer normalizes a batch with: what it had, if the pass is repeated, or what `make` gives."""
+        used = self.recall(batch) if layer.recomputing else None
+        if used is None:
+            used = make(batch)
+            if layer.training and not layer.recomputing:
+                self.remember(batch, used)
+        return used
+
     def recall(self, batch: Moments) -> tuple[Tensor, ...] | None:
         """Return what the batch with this mean was normalized with; None if no batch of its shape is remembered."""
         alike = [index for index, (mean, _) in enumerate(self._past) if mean.shape == batch.mean.shape]
@@ -352,12 +364,6 @@ def before_update(buffer: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Of the value.
     """
     return (_snapshot(buffer) if torch.compiler.is_compiling() else buffer).to(dtype)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise a ValueError unless a value is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:

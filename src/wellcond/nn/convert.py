@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from wellcond.nn.base import StatisticsNorm, check_positive
+from wellcond.checks import check_positive_integer
+from wellcond.nn.base import StatisticsNorm
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -279,7 +280,7 @@ def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mappi
     if tensors:
         arguments |= {"device": tensors[0].device, "dtype": tensors[0 if ours else -1].dtype}
     if issubclass(target, nn.GroupNorm):
-        check_positive("num_groups", arguments["num_groups"])
+        check_positive_integer("num_groups", arguments["num_groups"])
         if layer.num_features % arguments["num_groups"]:
             raise ValueError(f"num_groups={arguments['num_groups']} does not divide {layer.num_features} channels")
         return target(num_channels=layer.num_features, **arguments)

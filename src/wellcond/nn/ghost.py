@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wellcond.nn.base import StatisticsNorm, check_positive
+from wellcond.checks import check_positive_integer
+from wellcond.nn.base import StatisticsNorm
 
 
 class GhostBatchNorm(StatisticsNorm):
@@ -23,7 +24,7 @@ class GhostBatchNorm(StatisticsNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive("group_size", group_size)
+        check_positive_integer("group_size", group_size)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, group_size=group_size, device=device, dtype=dtype
         )

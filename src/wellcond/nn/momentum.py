@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond import theory
+from wellcond.checks import check_positive_integer
 from wellcond.moments import Moments
-from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update, check_positive
+from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
 
@@ -37,7 +38,7 @@ class MomentumBatchNorm(StatisticsNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive("base_batch_size", base_batch_size)
+        check_positive_integer("base_batch_size", base_batch_size)
         if not 0 <= base_inference_decay < 1:
             raise ValueError(f"base_inference_decay must lie in [0, 1), got {base_inference_decay!r}")
         super().__init__(
@@ -85,18 +86,12 @@ class MomentumBatchNorm(StatisticsNorm):
         """Normalize with λ·history + (1 − λ)·batch (2.9), which becomes the history."""
         batch = self.observe(input)
         own = batch.moments
-        past = self._past.recall(own) if self.recomputing else None
-        if past is None:
-            momentum = self.train_momentum.to(own.mean.dtype)
-            past = (
-                torch.lerp(own.mean, before_update(self.train_mean, own.mean.dtype), momentum),
-                torch.lerp(own.var, before_update(self.train_var, own.mean.dtype), momentum),
-                1.0 - momentum,
-            )
-            if self.training and not self.recomputing and input.shape[0]:
-                self._keep(own, past)
-                self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
-        mean, var, share = past
+        mean, var, share = self._past.of(self, own, self._averaged)
+        if self.training and not self.recomputing:
+            # The history; of ghost groups the first, as data parallelism keeps its buffers.
+            self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
+            self.train_var.copy_(var if var.dim() == 1 else var[0])
+            self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
         # Of ghost groups all samples enter the running statistics, whose decay is one for each sample.
         samples = batch.samples if batch.sizes is None else input.shape[0]
         self.track(own, self._inference_factor(samples))
@@ -113,12 +108,12 @@ class MomentumBatchNorm(StatisticsNorm):
             all_reduce=batch.all_reduce,
         )
 
-    def _keep(self, own: Moments, used: tuple[Tensor, ...]) -> None:
-        """Make what trains this batch the history; of ghost groups the first, as data parallelism keeps its buffers."""
-        mean, var, _ = used
-        self._past.remember(own, used)
-        self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
-        self.train_var.copy_(var if var.dim() == 1 else var[0])
+    def _averaged(self, own: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the history with this batch averaged in, and the batch's weight in that."""
+        dtype = own.mean.dtype
+        momentum = self.train_momentum.to(dtype)
+        mean = torch.lerp(own.mean, before_update(self.train_mean, dtype), momentum)
+        return mean, torch.lerp(own.var, before_update(self.train_var, dtype), momentum), 1.0 - momentum
 
     def _inference_factor(self, samples: int | Tensor) -> float | Tensor | None:
         """Return 1 − τ, with τ = τ₀^(m/m₀) (2.13)."""

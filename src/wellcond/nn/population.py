@@ -45,13 +45,8 @@ class PopulationNorm(StatisticsNorm):
         """Normalize with the running statistics, this batch among them."""
         batch = self.observe(input)
         own = batch.moments
-        past = self._past.recall(own) if self.recomputing else None
-        if past is None:
-            past = self._population(own)
-            if self.training and not self.recomputing:
-                self._past.remember(own, past)
+        mean, var, share = self._past.of(self, own, self._population)
         self.track(own)
-        mean, var, share = past
         return normalize(input, mean, var, self.weight, self.bias, self.eps, own, share, batch.sizes, batch.all_reduce)
 
     def _population(self, own: Moments) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.moments import Moments
 from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
 
@@ -52,7 +53,7 @@ class BatchRenorm(StatisticsNorm):
 
     @property
     def r_max(self) -> float:
-        """R lies between 1/r_max and r_max; 1 with a d_max of 0 is batch normalization."""
+        """Bound of r: it lies between 1/r_max and r_max; 1 with a d_max of 0 is batch normalization."""
         return float(self.scale_bound)
 
     @r_max.setter
@@ -63,7 +64,7 @@ class BatchRenorm(StatisticsNorm):
 
     @property
     def d_max(self) -> float:
-        """D lies between −d_max and d_max."""
+        """Bound of d: it lies between −d_max and d_max."""
         return float(self.shift_bound)
 
     @d_max.setter
@@ -76,23 +77,19 @@ class BatchRenorm(StatisticsNorm):
         """Normalize with the batch's statistics, then correct by r and d, which are constants to the gradient."""
         batch = self.observe(input)
         own = batch.moments
-        past = self._past.recall(own) if self.recomputing else None
-        if past is None:
-            past = self._corrections(own.mean, own.var)
-            if self.training and not self.recomputing:
-                self._past.remember(own, past)
+        scale, shift = self._past.of(self, own, self._corrections)
         self.track(own)
-        scale, shift = past
         # γ(x̂·r + d) + β: an affine transformation of x̂.
         weight = scale if self.weight is None else self.weight.to(scale.dtype) * scale
         bias = shift if self.weight is None else self.weight.to(shift.dtype) * shift
         bias = bias if self.bias is None else bias + self.bias.to(bias.dtype)
         return normalize(input, own.mean, own.var, weight, bias, self.eps, own, 1.0, batch.sizes, batch.all_reduce)
 
-    def _corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrections(self, own: Moments) -> tuple[Tensor, Tensor]:
         """Return r = clip(σ_B/σ) and d = clip((μ_B − μ)/σ), of the running statistics before this batch."""
         assert self.running_mean is not None
         assert self.running_var is not None
+        mean, var, _ = own
         with torch.no_grad():
             inverse = torch.rsqrt(before_update(self.running_var, mean.dtype) + self.eps)
             upper = self.scale_bound.to(mean.dtype)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from wellcond import theory
-from wellcond.nn.base import check_positive
+from wellcond.checks import check_positive_integer
 from wellcond.nn.momentum import MomentumBatchNorm
 from wellcond.nn.renorm import BatchRenorm
 
@@ -80,11 +80,11 @@ class MomentumScheduler(_LayerScheduler):
         target: Literal["thesis", "derived"] = "thesis",
     ) -> None:
         super().__init__()
-        check_positive("total_epochs", total_epochs)
+        check_positive_integer("total_epochs", total_epochs)
         if batch_size is not None:
-            check_positive("batch_size", batch_size)
+            check_positive_integer("batch_size", batch_size)
         if steps_per_epoch is not None:
-            check_positive("steps_per_epoch", steps_per_epoch)
+            check_positive_integer("steps_per_epoch", steps_per_epoch)
         # Refuses an unknown target here rather than in the first step.
         theory.stat_momentum(1, total_epochs, 1, target=target)
         self.layers = [module for module in model.modules() if isinstance(module, MomentumBatchNorm)]
@@ -186,7 +186,7 @@ class BatchRenormScheduler(_LayerScheduler):
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"warmup_steps must be a non-negative integer, got {warmup_steps!r}")
         for name, value in (("r_steps", r_steps), ("d_steps", d_steps)):
-            check_positive(name, value)
+            check_positive_integer(name, value)
             if value <= warmup_steps:
                 raise ValueError(f"{name} must be larger than warmup_steps ({warmup_steps}), got {value}")
         self.layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]

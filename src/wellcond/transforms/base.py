@@ -221,9 +221,3 @@ def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a ValueError naming the argument unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def check_positive_integer(argument: str, value: object) -> None:
-    """Raise a ValueError naming the argument unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument} must be a positive integer, got {value!r}")

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from wellcond import moments
 from wellcond.layouts import Layer
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -17,7 +18,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 def statistics_dtype(layer: Layer) -> torch.dtype:
     """Return the precision in which a layer's statistics are kept: float32, or wider where its weight is wider."""
-    return torch.promote_types(torch.float32, layer.weight.dtype)
+    return moments.statistics_dtype(layer.weight.dtype)
 
 
 def product_dtype(layer: Layer, precision: Precision) -> torch.dtype:

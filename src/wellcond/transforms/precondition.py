@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
+from wellcond.checks import check_positive_integer
 from wellcond.layouts import Layer, LinearLayout
 from wellcond.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.ranks import Ranks
@@ -26,7 +27,6 @@ from wellcond.transforms.base import (
     State,
     WellcondWarning,
     check_choice,
-    check_positive_integer,
 )
 from wellcond.transforms.factors import Power
 from wellcond.transforms.forms import Form, Scratch, SecondMoment, choose_form
