@@ -25,6 +25,9 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+IMAGES = [name for name in LAYERS if not name.endswith("1d")]
+
+
 def momentum_layer(**options: Any) -> nn.Module:
     layer = wnn.MomentumBatchNorm2d(CHANNELS, **options)
     layer.stat_momentum = 0.6
@@ -57,21 +60,25 @@ def train(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
-def empty_rank(rank: int, world: int) -> dict[str, Tensor]:
+def empty_rank(name: str, rank: int, world: int) -> dict[str, Tensor]:
     """Normalize a joined batch of which the second rank has nothing."""
-    layer = momentum_layer(synchronize=True).double()
+    layer = LAYERS[name](synchronize=world > 1).double()
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4 if rank == 0 else 0, CHANNELS, 3, 3, dtype=torch.float64, generator=generator)
     x.requires_grad_()
     output = layer(x)
     output.square().sum().backward()
     assert x.grad is not None
-    return {"out": output.detach(), "grad": x.grad, "mean": layer.running_mean}
+    return {"out": output.detach(), "grad": x.grad} | {
+        f"state.{key}": value for key, value in layer.state_dict().items()
+    }
 
 
 def checks() -> dict[str, Callable[[int, int], dict[str, Tensor]]]:
     """Return every check by name."""
-    return {name: partial(train, name) for name in LAYERS} | {"empty": empty_rank}
+    return {name: partial(train, name) for name in LAYERS} | {
+        f"empty {name}": partial(empty_rank, name) for name in IMAGES
+    }
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class BSRBatchNorm(InstanceInference):
             return normalize(
                 input, own.mean, own.var, self.weight, self.bias, self.eps, own, 1.0, batch.sizes, batch.all_reduce
             )
-        updates = self.training and not self.recomputing and input.numel() > 0
+        updates = self.training and not self.recomputing
         factor = 0.0
         if updates:
             assert self.num_batches_tracked is not None
@@ -113,8 +113,9 @@ class BSRBatchNorm(InstanceInference):
 
     def _regress(self, batch: Batch) -> None:
         """Add a batch to the sums (3.13)."""
-        if not self.training or self.recomputing or batch.instances is None or batch.instances.mean.shape[0] == 0:
+        if not self.training or self.recomputing:
             return
+        assert batch.instances is not None
         assert self.running_mean is not None
         with torch.no_grad():
             new = normal_equations(batch.instances, batch.moments, batch.sizes, self.running_mean, self.mean_gram.dtype)

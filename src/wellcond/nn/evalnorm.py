@@ -57,7 +57,8 @@ class EvalNorm(InstanceInference):
         """Normalize as batch normalization, and move α and β."""
         batch = self.observe(input, with_instances=True)
         self.track(batch.moments)
-        if self.training and not self.recomputing and input.numel() > 0:
+        # A rank without samples takes part: the others wait for its sums.
+        if self.training and not self.recomputing:
             self._learn(batch)
         own = batch.moments
         return normalize(
