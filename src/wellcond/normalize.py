@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wellcond.kernels import gradient_sums, over, plain_gradient_sums, standardized
 from wellcond.moments import Moments, merge_samples, positions, spread_samples, sum_samples
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -88,20 +89,9 @@ class Normalize(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return _formula(inputs, mean, var, weight, bias, eps, sizes)
         if sizes is None:
-            return _native(inputs, mean, var, weight, bias, eps)
-        mean, var = spread_samples(mean, sizes), spread_samples(var, sizes)
-        if inputs.is_contiguous():
-            gamma, beta = _flat_affine(weight, sizes), _flat_affine(bias, sizes)
-            flat = _native(_one_instance(inputs), mean.flatten(), var.flatten(), gamma, beta, eps)
-            # Not `view_as`: what comes after may work in place, which autograd forbids on a view from in here.
-            output: Tensor = torch.ops.aten._unsafe_view(flat, inputs.shape)
-            return output
-        weight, bias = _spread_affine(weight, sizes), _spread_affine(bias, sizes)
-        scale = torch.rsqrt(var + eps)
-        scale = scale if weight is None else scale * weight
-        offset = -mean * scale
-        offset = offset if bias is None else offset + bias
-        return torch.addcmul(_over(offset, inputs), inputs, _over(scale, inputs)).to(inputs.dtype)
+            return standardized(inputs, mean, var, weight, bias, eps)
+        of_instances = (_spread_affine(weight, sizes), _spread_affine(bias, sizes))
+        return standardized(inputs, spread_samples(mean, sizes), spread_samples(var, sizes), *of_instances, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,7 +167,7 @@ def _gradients(grad: Tensor, saved: _Saved, all_reduce: AllReduce | None) -> Gra
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
     if not through_batch:
-        return (grad * _over(spread_samples(scale, sizes), x)).to(x.dtype), grad_weight, grad_bias
+        return (grad * over(spread_samples(scale, sizes), x)).to(x.dtype), grad_weight, grad_bias
     if all_reduce is not None:
         product, total = all_reduce(torch.stack([product, total])).unbind()
     # ∂L/∂x = scale·(∂L/∂y − w/m·Σ ∂L/∂y − w/m·(x − μ_B)/√(σ² + ε)·Σ ∂L/∂y·x̂)
@@ -190,15 +180,15 @@ def _combine(grad: Tensor, scale: Tensor, saved: _Saved, product: Tensor, total:
     x, mean, var, eps, sizes = saved.x, saved.batch.mean, saved.var, saved.eps, saved.sizes
     if torch.compiler.is_compiling():
         scale, product, total, mean, var = (
-            _over(spread_samples(part, sizes), x) for part in (scale, product, total, mean, var)
+            over(spread_samples(part, sizes), x) for part in (scale, product, total, mean, var)
         )
         return (grad * scale - (x - mean) * (torch.rsqrt(var + eps) * product) - total).to(x.dtype)
     if sizes is None and x.dtype == mean.dtype:
         # Torch's evaluation kernel is the fastest x·a + b. One buffer of x's size, as in its own backward.
-        return _native(x, mean, var, -product, -total, eps).addcmul_(grad, _over(scale, x))
+        return standardized(x, mean, var, -product, -total, eps).addcmul_(grad, over(scale, x))
     along = -product * torch.rsqrt(var + eps)
     offset = -total - along * mean
-    scale, along, offset = (_over(spread_samples(part, sizes), x) for part in (scale, along, offset))
+    scale, along, offset = (over(spread_samples(part, sizes), x) for part in (scale, along, offset))
     combined = torch.addcmul(offset, x, along)
     return combined.addcmul_(grad.to(combined.dtype), scale).to(x.dtype)
 
@@ -208,40 +198,17 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """Return Σ ∂L/∂y·(x − μ)/√(σ² + ε) and Σ ∂L/∂y of each group, shaped as the mean."""
     if torch.compiler.is_compiling():
-        wide = grad.to(mean.dtype).flatten(2) if x.dim() > 2 else grad.to(mean.dtype).unsqueeze(2)
-        centred = x.to(mean.dtype) - _over(spread_samples(mean, sizes), x)
-        centred = centred.flatten(2) if x.dim() > 2 else centred.unsqueeze(2)
-        product, total = sum_samples((wide * centred).sum(2), sizes), sum_samples(wide.sum(2), sizes)
-        return product * torch.rsqrt(var + eps), total
+        means, variances = (spread_samples(part, sizes).expand(x.shape[:2]) for part in (mean, var))
+        product, total = plain_gradient_sums(grad, x, means, variances, eps)
+        return sum_samples(product, sizes), sum_samples(total, sizes)
     if sizes is None:
-        return _native_sums(grad, x, mean, var, eps)
+        return gradient_sums(grad, x, mean, var, eps)
     if x.is_contiguous():
-        means, variances = spread_samples(mean, sizes).flatten(), spread_samples(var, sizes).flatten()
-        product, total = _native_sums(_one_instance(grad.contiguous()), _one_instance(x), means, variances, eps)
-        shape = x.shape[:2]
-        return sum_samples(product.view(shape), sizes), sum_samples(total.view(shape), sizes)
+        product, total = gradient_sums(grad, x, spread_samples(mean, sizes), spread_samples(var, sizes), eps)
+        return sum_samples(product, sizes), sum_samples(total, sizes)
     groups = zip(grad.split(sizes), x.split(sizes), mean, var, strict=True)
-    sums = [_native_sums(*group, eps) for group in groups]
+    sums = [gradient_sums(*group, eps) for group in groups]
     return torch.stack([product for product, _ in sums]), torch.stack([total for _, total in sums])
-
-
-def _native(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalize each channel by torch's own evaluation kernel, which mixes dtypes without a copy."""
-    dtype = mean.dtype
-    weight = weight if weight is None else weight.to(dtype)
-    bias = bias if bias is None else bias.to(dtype)
-    output: Tensor = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
-    return output
-
-
-def _native_sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return Σ ∂L/∂y·x̂ and Σ ∂L/∂y of each channel by torch's own backward kernel."""
-    if x.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    _, product, total = torch.ops.aten.native_batch_norm_backward(
-        grad, x, torch.ones_like(mean), mean, var, None, None, False, eps, [False, True, True]
-    )
-    return product, total
 
 
 def _formula(
@@ -256,9 +223,9 @@ def _formula(
     """Normalize as the formula is written: for the compiler, which fuses it, and for second derivatives."""
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
-    y = (x.to(mean.dtype) - _over(spread_samples(mean, sizes), x)) * _over(spread_samples(scale, sizes), x)
+    y = (x.to(mean.dtype) - over(spread_samples(mean, sizes), x)) * over(spread_samples(scale, sizes), x)
     if bias is not None:
-        y = y + _over(bias if bias.dim() == 1 else spread_samples(bias, sizes), x)
+        y = y + over(bias if bias.dim() == 1 else spread_samples(bias, sizes), x)
     return y.to(x.dtype)
 
 
@@ -291,22 +258,6 @@ def _gradients_on_ranks(ctx: Any, grad: Tensor, saved: _Saved) -> Gradients:
 def _split(value: float | Tensor) -> tuple[Tensor | None, float | None]:
     """Return a tensor as something to save, and a number as something to keep."""
     return (value, None) if isinstance(value, Tensor) else (None, value)
-
-
-def _over(factors: Tensor, x: Tensor) -> Tensor:
-    """View [C] or [N, C] so that it broadcasts over x's positions."""
-    return factors.reshape(factors.shape + (1,) * (x.dim() - 2))
-
-
-def _one_instance(x: Tensor) -> Tensor:
-    """View [N, C, *positions] as [1, N·C, positions]."""
-    return x.view(1, -1, positions(x))
-
-
-def _flat_affine(affine: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
-    """Return [N·C] of [C] or [groups, C]."""
-    spread = _spread_affine(affine, sizes)
-    return None if spread is None else spread.reshape(-1)
 
 
 def _spread_affine(affine: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
