@@ -146,9 +146,10 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
         mean = moments.mean.sum(dims, keepdim=keepdim)
         return Moments(mean, torch.zeros_like(mean), 0)
     mean = moments.mean.mean(dims, keepdim=True)
-    var = moments.var.mean(dims, keepdim=True) + (moments.mean - mean).square().mean(dims, keepdim=True)
+    off = moments.mean - mean
+    var = torch.addcmul(moments.var, off, off).mean(dims, keepdim=keepdim)
     if not keepdim:
-        mean, var = mean.squeeze(dims), var.squeeze(dims)
+        mean = mean.squeeze(dims)
     return Moments(mean, var, moments.elements * parts)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Ranks:
@@ -46,6 +48,20 @@ class Ranks:
         total = tensor.clone()
         self.add([total])
         return total
+
+    def differentiable_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks; the gradient is the sum of what all ranks' losses say of this rank's.
+
+        Args:
+            tensor: Of the same shape on all ranks.
+
+        Returns:
+            Shape [ranks, *shape], in the order of the ranks.
+        """
+        if self._group is None:
+            return tensor.unsqueeze(0)
+        gathered: Tensor = _Gather.apply(tensor, self)
+        return gathered
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks.
@@ -92,6 +108,26 @@ class Ranks:
             owner[index] = load.index(min(load))
             load[owner[index]] += costs[index]
         return owner
+
+
+class _Gather(torch.autograd.Function):
+    """`Ranks.gather`; its backward communicates, so all ranks must call it, in the same order."""
+
+    @staticmethod
+    def forward(tensor: Tensor, ranks: Ranks) -> Tensor:
+        """Gather."""
+        return ranks.gather(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the ranks."""
+        ctx.ranks = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the sum over ranks of the gradients of this rank's tensor."""
+        return ctx.ranks.total(grad.contiguous())[ctx.ranks.rank], None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

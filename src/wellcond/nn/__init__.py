@@ -3,11 +3,15 @@
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
+from wellcond.nn.fold import fold_switchable
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler
+from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
+from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
+from wellcond.nn.sparsestmax import sparsestmax
+from wellcond.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
 
 __all__ = [
     "BSRBatchNorm1d",
@@ -30,6 +34,16 @@ __all__ = [
     "PopulationNorm1d",
     "PopulationNorm2d",
     "PopulationNorm3d",
+    "SparseSwitchableNorm1d",
+    "SparseSwitchableNorm2d",
+    "SparseSwitchableNorm3d",
+    "SparsityScheduler",
+    "SwitchableNorm1d",
+    "SwitchableNorm2d",
+    "SwitchableNorm3d",
     "convert_norm",
+    "fold_switchable",
     "gamma_decay",
+    "sparsestmax",
+    "switch_logits",
 ]

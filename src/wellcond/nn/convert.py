@@ -20,6 +20,8 @@ from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
+from wellcond.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Norm: TypeAlias = type[nn.Module]
@@ -33,6 +35,8 @@ _KINDS: dict[str, tuple[Norm, Norm, Norm]] = {
     "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
     "evalnorm": (EvalNorm1d, EvalNorm2d, EvalNorm3d),
     "pn": (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d),
+    "sn": (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
+    "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
     "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -320,6 +324,11 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
         state[registry] = vars(new)[registry] | added
     if new.affine and (layer.weight is not None or layer.bias is not None):
         state["_parameters"] |= {"weight": layer.weight, "bias": layer.bias}
+    for name, parameter in layer._parameters.items():
+        # Such as the logits of switchable normalization.
+        made = new._parameters.get(name)
+        if name not in ("weight", "bias") and made is not None and parameter is not None:
+            state["_parameters"][name] = parameter if parameter.shape == made.shape else made
     state["_non_persistent_buffers_set"] = new._non_persistent_buffers_set | {
         name for name in layer._non_persistent_buffers_set if name in state["_buffers"]
     }

@@ -10,6 +10,7 @@ from wellcond import theory
 from wellcond.checks import check_positive_integer
 from wellcond.nn.momentum import MomentumBatchNorm
 from wellcond.nn.renorm import BatchRenorm
+from wellcond.nn.sparse_switchable import SparseSwitchableNorm
 
 
 class _LayerScheduler:
@@ -220,3 +221,38 @@ class BatchRenormScheduler(_LayerScheduler):
             raise ValueError(f"the state is of {len(ends)} Batch Renorms, the model has {len(self.layers)}")
         self.ends = ends
         super().load_state_dict(state_dict)
+
+
+class SparsityScheduler(_LayerScheduler):
+    """Closes the switches of Sparse Switchable Normalization: the radius grows from 0 to 1 (Shao et al., 2019).
+
+    Call `step()` after each optimizer step (or each epoch, if `total_steps` counts those).
+
+    Args:
+        model: With `SparseSwitchableNorm*` layers.
+        total_steps: After how many the radius is 1, so that every layer has one normalizer left.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the model has no such layer.
+
+    Example:
+        >>> from wellcond.nn import SparseSwitchableNorm1d
+        >>> layer = SparseSwitchableNorm1d(3)
+        >>> scheduler = SparsityScheduler(layer, total_steps=4)
+        >>> scheduler.step()
+        >>> layer.radius
+        0.25
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        super().__init__()
+        check_positive_integer("total_steps", total_steps)
+        self.layers = [module for module in model.modules() if isinstance(module, SparseSwitchableNorm)]
+        if not self.layers:
+            raise ValueError("SparsityScheduler found no SparseSwitchableNorm1d, 2d or 3d in the model")
+        self.total_steps = total_steps
+        self._set()
+
+    def _set(self) -> None:
+        for layer in self.layers:
+            layer.radius = min(self.count / self.total_steps, 1.0)
