@@ -146,6 +146,25 @@ def switching(of: Callable[[nn.Module, Tensor | None], dict[str, Tensor]]) -> Wh
     return standardize
 
 
+def splitting(layer: nn.Module, state: dict[str, Tensor], x: Tensor, bounds: list[tuple[int, int]] | None) -> Tensor:
+    """Some channels by instance, the others by batch, channel by channel."""
+    columns = []
+    for channel in range(x.shape[1]):
+        own, first = x[:, channel], layer.order == "instance_first"
+        share = len(x[0]) * (layer.instance_fraction if first else 1 - layer.instance_fraction)
+        if (channel < int(share)) == first:
+            mean = own.mean(1, keepdim=True)
+            var = ((own - mean) ** 2).mean(1, keepdim=True)
+        elif bounds is None:
+            mean, var = state["running_mean"][channel], state["running_var"][channel]
+        else:
+            parts = [own[start:stop] for start, stop in bounds]
+            mean = torch.cat([part.mean().expand(len(part), 1) for part in parts])
+            var = torch.cat([((part - part.mean()) ** 2).mean().expand(len(part), 1) for part in parts])
+        columns.append((own - mean) / (var + layer.eps) ** 0.5)
+    return torch.stack(columns, 1)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A layer with options, and its formulas: of a channel (`standardize`, `estimates`), or of a batch (`whole`)."""
@@ -199,6 +218,10 @@ KINDS: dict[str, Kind] = {
     "evalnorm fixed": Kind("EvalNorm", {"learn": False}, estimates=mixed),
     "evalnorm ghost": Kind("EvalNorm", {"group_size": 2}, estimates=mixed),
     "population": Kind("PopulationNorm", {"momentum": 0.3}, as_population, factor=population_factor),
+    "instance-batch": Kind("InstanceBatchNorm", whole=splitting, dims=(2,)),
+    "batch-instance ghost": Kind(
+        "InstanceBatchNorm", {"order": "batch_first", "group_size": 2}, whole=splitting, dims=(2,)
+    ),
     "switchable": Kind("SwitchableNorm", **SWITCHABLE),
     "switchable shared": Kind("SwitchableNorm", {"shared_logits": True, "normalizers": ("ln", "bn")}, **SWITCHABLE),
     "switchable ghost": Kind("SwitchableNorm", {"group_size": 2}, **SWITCHABLE),
@@ -1038,7 +1061,8 @@ DIFFERENTIABLE = {**{name: kind for name, kind in KINDS.items() if kind.family !
 def test_first_and_second_derivatives(kind: Kind, training: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer = kind.make(kind.dims[0], 2)
-    shape = (*shape, *(1 for _ in range(kind.dims[0] + 2 - max(len(shape), 3))))
+    if kind.dims[0] > 1:
+        shape = (*shape, *(1 for _ in range(kind.dims[0] + 2 - len(shape))))
     for _ in range(2):
         layer(3 * torch.randn(6, *shape[1:], dtype=FLOAT64) + 1)
     x = (2 * torch.randn(shape, dtype=FLOAT64) - 1).requires_grad_()
@@ -1051,7 +1075,7 @@ def test_first_and_second_derivatives(kind: Kind, training: bool, shape: tuple[i
 
 COMPILED = (
     *("momentum", "momentum ghost", "ghost", "bsr", "bsr inexact", "renorm", "evalnorm", "population"),
-    *("switchable", "switchable ghost", "sparse"),
+    *("switchable", "switchable ghost", "sparse", "instance-batch", "batch-instance ghost"),
 )
 
 

@@ -2,15 +2,19 @@
 
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.convert import convert_norm
+from wellcond.nn.deconvolution import NetworkDeconvolution2d
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.fold import fold_switchable
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from wellcond.nn.ibn import ibn_a, ibn_b
+from wellcond.nn.instance_batch import InstanceBatchNorm2d
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
 from wellcond.nn.sparsestmax import sparsestmax
+from wellcond.nn.standardize import weight_standardize
 from wellcond.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
 
 __all__ = [
@@ -27,10 +31,12 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "InstanceBatchNorm2d",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
     "MomentumScheduler",
+    "NetworkDeconvolution2d",
     "PopulationNorm1d",
     "PopulationNorm2d",
     "PopulationNorm3d",
@@ -44,6 +50,9 @@ __all__ = [
     "convert_norm",
     "fold_switchable",
     "gamma_decay",
+    "ibn_a",
+    "ibn_b",
     "sparsestmax",
     "switch_logits",
+    "weight_standardize",
 ]

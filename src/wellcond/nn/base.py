@@ -20,8 +20,10 @@ from wellcond.moments import (
     ghost_moments,
     ghost_sizes,
     instance_and_ghost_moments,
+    merge_samples,
     merge_unequal,
     positions,
+    spread_samples,
     unbiased,
 )
 from wellcond.normalize import normalize
@@ -159,8 +161,7 @@ class StatisticsNorm(_BatchNorm):
             with_instances: Return each instance's moments, too; the pass over the input is the same.
         """
         sizes = ghost_sizes(input.shape[0], self.group_size)
-        if self.synchronize is False:
-            self._check_enough(input, sizes)
+        self._check_enough(input)
         instances = all_reduce = None
         samples: int | Tensor = input.shape[0] if sizes is None else sizes[0]
         with torch.no_grad():
@@ -175,6 +176,24 @@ class StatisticsNorm(_BatchNorm):
                     all_reduce = ranks.total
                     samples = torch.as_tensor(moments.elements).squeeze() / max(positions(input), 1)
         return Batch(moments, sizes, samples, all_reduce, instances)
+
+    def merged(self, instances: Moments) -> tuple[Moments, Moments]:
+        """Return the batch's moments, with the graph that its instances' have.
+
+        Args:
+            instances: Shape [N, C], from `live_moments`.
+
+        Returns:
+            Of the batch over all ranks that share it, [C], or of each ghost group, [groups, C]; and the same so that it
+            broadcasts to [N, C].
+        """
+        sizes = ghost_sizes(instances.mean.shape[0], self.group_size)
+        batch = merge_samples(instances, sizes)
+        if self.synchronize is not False:
+            ranks = Ranks(self.synchronize)
+            batch = batch if ranks.size == 1 else _merge_over_ranks(batch, ranks)
+        spread = Moments(spread_samples(batch.mean, sizes), spread_samples(batch.var, sizes), batch.elements)
+        return batch, spread
 
     def track(self, moments: Moments, factor: float | Tensor | None = None) -> None:
         """Take a batch's moments into the running statistics, those of ghost groups as their average.
@@ -232,7 +251,10 @@ class StatisticsNorm(_BatchNorm):
         """Say what the layer was made with."""
         return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in self.described().items())])
 
-    def _check_enough(self, input: Tensor, sizes: tuple[int, ...] | None) -> None:
+    def _check_enough(self, input: Tensor) -> None:
+        if self.synchronize is not False:
+            return
+        sizes = ghost_sizes(input.shape[0], self.group_size)
         smallest = input.shape[0] if sizes is None else min(sizes)
         if smallest * positions(input) == 1:
             where = "" if sizes is None else f" in a group of {smallest} sample"
@@ -374,6 +396,6 @@ def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _merge_over_ranks(moments: Moments, ranks: Ranks) -> Moments:
     """Return the moments of all ranks' batches together; an empty batch counts for nothing."""
     count = torch.full((1,), float(moments.elements), dtype=moments.mean.dtype, device=moments.mean.device)
-    gathered = ranks.gather(torch.cat([moments.mean, moments.var, count]))
+    gathered = ranks.differentiable_gather(torch.cat([moments.mean, moments.var, count]))
     mean, var = gathered[:, :-1].chunk(2, dim=1)
-    return merge_unequal(Moments(mean, var, gathered[:, -1:]))
+    return merge_unequal(Moments(mean, var, gathered[:, -1:].detach()))

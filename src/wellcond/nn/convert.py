@@ -17,6 +17,7 @@ from wellcond.nn.base import StatisticsNorm
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from wellcond.nn.instance_batch import InstanceBatchNorm2d
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -27,7 +28,7 @@ Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Norm: TypeAlias = type[nn.Module]
 
 # Of each kind, the layers of 1, 2 and 3 dimensions.
-_KINDS: dict[str, tuple[Norm, Norm, Norm]] = {
+_KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
     "bn": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "ghost": (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
     "mbn": (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d),
@@ -37,12 +38,16 @@ _KINDS: dict[str, tuple[Norm, Norm, Norm]] = {
     "pn": (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d),
     "sn": (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
     "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
+    "ibn": (None, InstanceBatchNorm2d, None),
     "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 }
 _DIMENSIONS: dict[Norm, int] = {
-    layer: index for kind in _KINDS.values() for index, layer in enumerate(kind) if issubclass(layer, _BatchNorm)
+    layer: index
+    for kind in _KINDS.values()
+    for index, layer in enumerate(kind)
+    if layer is not None and issubclass(layer, _BatchNorm)
 }
 # What is not taken as an option: the layer has it, or the kind fixes it.
 _OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype"})
@@ -81,6 +86,8 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     - ``"bsr"``, ``"evalnorm"``: `BSRBatchNorm*`, `EvalNorm*`; evaluate as before until they have seen training batches;
     - ``"brn"``: `BatchRenorm*`;
     - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
+    - ``"sn"``, ``"ssn"``: `SwitchableNorm*`, `SparseSwitchableNorm*`, from equal shares on;
+    - ``"ibn"``: `InstanceBatchNorm2d`, of 2 dimensions only; `ibn_a` chooses the layers as IBN-Net does;
     - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,
       `nn.InstanceNorm*` (1d for [N, C, L] only). These have no running statistics, which are dropped: only γ, β and ε
       stay, evaluation changes, and there is no way back.
@@ -198,6 +205,8 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
             f"is one layer under the names {_listed(found.names)}, of which `where` selects only some"
         )
     target = _KINDS[to][_DIMENSIONS[plain]]
+    if target is None:
+        raise _NotConvertibleError(f"has {_DIMENSIONS[plain] + 1} dimensions, and {to!r} there is of 2 only")
     if target is plain and not options:
         return None
     _check_state(layer, target)
@@ -345,7 +354,7 @@ def _blank(plain: Norm) -> nn.Module:
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    taken = [name for name in _arguments(_KINDS[to][0]) if name not in _FIXED.get(to, {})]
+    taken = [name for name in _arguments(_KINDS[to][1]) if name not in _FIXED.get(to, {})]
     unknown = [name for name in options if name not in taken]
     if unknown:
         raise TypeError(f"convert_norm(to={to!r}) takes the options {_listed(taken)}, got {_listed(unknown)}")

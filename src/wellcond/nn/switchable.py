@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.differentiable import Carried, live_moments, normalize_with
-from wellcond.moments import Moments, ghost_sizes, merge, merge_samples, merge_unequal, positions, spread_samples
+from wellcond.moments import Moments, merge, positions
 from wellcond.nn.base import StatisticsNorm
-from wellcond.ranks import Ranks
 
 NORMALIZERS = ("in", "ln", "bn")
 """Instance, layer and batch normalization, in the order of the logits."""
@@ -90,13 +89,10 @@ class SwitchableNorm(StatisticsNorm):
         """Normalize with the mixture of the sample's and the batch's statistics, and keep the batch's."""
         if "bn" not in self.normalizers:
             return self._normalize(*self._instances(input), None)
-        sizes = ghost_sizes(input.shape[0], self.group_size)
-        if self.synchronize is False:
-            self._check_enough(input, sizes)
+        self._check_enough(input)
         instances, features = self._instances(input)
-        batch = self._over_ranks(merge_samples(instances, sizes))
+        batch, spread = self.merged(instances)
         self.track(self._as_tracked(batch))
-        spread = Moments(spread_samples(batch.mean, sizes), spread_samples(batch.var, sizes), batch.elements)
         return self._normalize(instances, features, spread)
 
     def normalize_with_estimates(self, input: Tensor) -> Tensor:
@@ -118,16 +114,6 @@ class SwitchableNorm(StatisticsNorm):
                 f"unbiased=True needs more than 1 position: one has no unbiased variance, got {list(input.shape)}"
             )
         return Moments(instances.mean, instances.var * (count / (count - 1)), count), features
-
-    def _over_ranks(self, batch: Moments) -> Moments:
-        """Return the moments of all ranks' batches together, with their graph."""
-        ranks = Ranks(self.synchronize)
-        if ranks.size == 1:
-            return batch
-        count = torch.full((1,), float(batch.elements), dtype=batch.mean.dtype, device=batch.mean.device)
-        rows = ranks.differentiable_gather(torch.cat([batch.mean, batch.var, count]))
-        mean, var = rows[:, :-1].chunk(2, dim=1)
-        return merge_unequal(Moments(mean, var, rows[:, -1:].detach()))
 
     def _as_tracked(self, batch: Moments) -> Moments:
         """Return what the running statistics take in: with `unbiased`, the variance as it is."""
