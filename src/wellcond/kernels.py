@@ -69,7 +69,11 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
         flat = _one_instance(grad.contiguous()), _one_instance(x), mean.flatten(), var.flatten()
         product, total = _sums_of_channels(*flat, eps)
         return product.view(mean.shape), total.view(mean.shape)
-    return plain_gradient_sums(grad, x, mean, var, eps)
+    # With channels last the kernel of one instance after the other is far quicker than plain sums.
+    each = [_sums_of_channels(*instance, eps) for instance in zip(grad.split(1), x.split(1), mean, var, strict=True)]
+    if not each:
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    return torch.stack([product for product, _ in each]), torch.stack([total for _, total in each])
 
 
 def plain_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:

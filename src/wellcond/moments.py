@@ -114,6 +114,11 @@ def ghost_moments(inputs: Tensor, sizes: Sequence[int] | None) -> Moments:
                 [5.]])
     """
     inputs, axes, dtype = _prepare(inputs)
+    if _is_channels_last(inputs):
+        parts = [inputs] if sizes is None else inputs.split(list(sizes))
+        mean, var = _of_parts(parts)
+        mean, var = (mean[0], var[0]) if sizes is None else (mean, var)
+        return Moments(mean, var, _counts(inputs, sizes, dtype))
     if _has_fast_sums(inputs):
         total, square = _sums(inputs, axes, dtype)
         whole = _from_sums(sum_samples(total, sizes), sum_samples(square, sizes), _counts(inputs, sizes, dtype))
@@ -315,14 +320,39 @@ def _prepare(inputs: Tensor) -> tuple[Tensor, tuple[int, ...], torch.dtype]:
     return inputs.detach(), tuple(range(2, inputs.dim())), statistics_dtype(inputs.dtype)
 
 
+def _is_channels_last(inputs: Tensor) -> bool:
+    """Whether the memory has channels last, for which, on the CPU, only batch normalization's own kernel is fast."""
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype in (torch.float32, torch.float64)  # It would round the statistics of others.
+        and inputs.dim() > 3
+        and inputs.numel() > 0
+        and positions(inputs) > 1
+        and not inputs.is_contiguous()
+        and inputs.movedim(1, -1).is_contiguous()
+        and _can_look()
+    )
+
+
+def _of_parts(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of each channel over each part, [parts, C], by torch's kernel."""
+    moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    return torch.stack([mean for mean, _ in moments]), torch.stack([var for _, var in moments])
+
+
+def _can_look() -> bool:
+    """Whether nothing but the values is wanted: no compiler and no function transform records what is done."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _has_fast_sums(inputs: Tensor) -> bool:
     """Whether a sum and a norm beat `torch.var_mean`, and can be looked at: on the CPU, not compiled."""
     return (
         inputs.device.type == "cpu"
+        and not _is_channels_last(inputs)
         and inputs.numel() > 0
         and positions(inputs) > 1
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _can_look()
     )
 
 
@@ -362,6 +392,8 @@ def _instances(inputs: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Mom
     if count == 1 or inputs.numel() == 0:
         mean = inputs.sum(axes, dtype=dtype) if axes else inputs.to(dtype)
         return Moments(mean, torch.zeros_like(mean), count)
+    if _is_channels_last(inputs):
+        return Moments(*_of_parts(inputs.split(1)), count)
     if inputs.is_contiguous() and inputs.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
         # Batch normalization's own statistics, each channel of each instance taken for a channel of one instance.
         mean, var = torch.batch_norm_update_stats(inputs.view(1, -1, count), None, None, 0.0)
