@@ -305,7 +305,7 @@ def test_evaluation_is_a_plain_convolution() -> None:
         layer(x)
         layer.eval()
         before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-        conv = layer.to_conv()
+        conv = layer.to_plain()
         assert type(conv) is nn.Conv2d
         assert not conv.training
         close(layer(x), conv(x))
@@ -315,7 +315,7 @@ def test_evaluation_is_a_plain_convolution() -> None:
 def test_a_new_layer_evaluates_as_the_convolution_it_was_made_from() -> None:
     conv = nn.Conv2d(3, 4, 3, stride=2, padding=1, dtype=FLOAT64)
     x = draw(2, 3, 7, 7)
-    close(NetworkDeconvolution2d.from_conv(conv).eval()(x), conv(x))
+    close(NetworkDeconvolution2d.from_layer(conv).eval()(x), conv(x))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0, None])
@@ -457,11 +457,11 @@ def test_constant_input() -> None:
 # As a module.
 
 
-def test_from_conv() -> None:
+def test_from_layer() -> None:
     for bias in (True, False):
         conv = nn.Conv2d(4, 6, (3, 2), (1, 2), (1, 0), (1, 2), 2, bias, "reflect", dtype=FLOAT64).eval()
         state = torch.get_rng_state()
-        layer = NetworkDeconvolution2d.from_conv(conv, eps=1e-3, block=1, sampling_stride=2)
+        layer = NetworkDeconvolution2d.from_layer(conv, eps=1e-3, block=1, sampling_stride=2)
         assert torch.equal(torch.get_rng_state(), state)  # no random numbers are drawn
         assert layer.weight is conv.weight
         assert layer.bias is conv.bias
@@ -479,10 +479,10 @@ def test_from_conv() -> None:
             return 2 * super().forward(input)
 
     for wrong in (nn.Conv1d(2, 2, 1), Other(2, 2, 1), layer, nn.Linear(2, 2)):
-        with pytest.raises(TypeError, match=f"conv must be an nn.Conv2d, got {type(wrong).__name__}"):
-            NetworkDeconvolution2d.from_conv(wrong)
-    with pytest.raises(ValueError, match="conv must not be parametrized"):
-        NetworkDeconvolution2d.from_conv(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 2)))
+        with pytest.raises(TypeError, match=f"layer must be an nn.Conv2d, got {type(wrong).__name__}"):
+            NetworkDeconvolution2d.from_layer(wrong)
+    with pytest.raises(ValueError, match="layer must not be parametrized"):
+        NetworkDeconvolution2d.from_layer(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 2)))
 
 
 def test_copies_and_state() -> None:

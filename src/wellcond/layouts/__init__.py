@@ -5,10 +5,17 @@ rows ``[groups, n, d]`` which those matrices multiply. Nothing else in the libra
 """
 
 from wellcond.layouts.attention import AttentionLayout
-from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
+from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout, WhitenedConvLayout
 from wellcond.layouts.layers import Layer, Layers, find_layers
 from wellcond.layouts.layout import Kind, Layout, Rows
-from wellcond.layouts.linear import BilinearLayout, EmbeddingBagLayout, EmbeddingLayout, LinearLayout, RecurrentLayout
+from wellcond.layouts.linear import (
+    BilinearLayout,
+    EmbeddingBagLayout,
+    EmbeddingLayout,
+    LinearLayout,
+    RecurrentLayout,
+    WhitenedLinearLayout,
+)
 from wellcond.layouts.norm import BatchNormLayout, NormLayout
 from wellcond.layouts.registry import layout_of, register_layout
 
@@ -28,6 +35,8 @@ __all__ = [
     "NormLayout",
     "RecurrentLayout",
     "Rows",
+    "WhitenedConvLayout",
+    "WhitenedLinearLayout",
     "find_layers",
     "layout_of",
     "register_layout",

@@ -51,6 +51,16 @@ class ConvLayout(Layout):
         return F.pad(batch, _padding(conv), mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
 
 
+class WhitenedConvLayout(ConvLayout):
+    """A convolution that whitens its patches itself: its gradient is not to be preconditioned by their second moment.
+
+    `rows` are what the layer is given, before it whitens that.
+    """
+
+    has_rows = False
+    missing_rows = "the layer whitens its features itself"
+
+
 class ConvTransposeLayout(Layout):
     """``nn.ConvTranspose1d/2d/3d``: weight (in, out/groups, *kernel), so the output unit is the *second* axis.
 

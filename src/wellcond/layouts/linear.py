@@ -22,6 +22,16 @@ class LinearLayout(Layout):
         return inputs.reshape(1, -1, inputs.shape[-1])
 
 
+class WhitenedLinearLayout(LinearLayout):
+    """A linear map that whitens its input itself: its gradient is not to be preconditioned by their second moment.
+
+    `rows` are what the layer is given, before it whitens that.
+    """
+
+    has_rows = False
+    missing_rows = "the layer whitens its features itself"
+
+
 class BilinearLayout(Layout):
     """``nn.Bilinear``: weight (out, in1, in2); its rows are the products of the two inputs' features."""
 

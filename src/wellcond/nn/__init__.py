@@ -2,9 +2,12 @@
 
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.convert import convert_norm
+from wellcond.nn.convert_layers import convert_layers
 from wellcond.nn.deconvolution import NetworkDeconvolution2d
+from wellcond.nn.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.fold import fold_switchable
+from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.ibn import ibn_a, ibn_b
 from wellcond.nn.instance_batch import InstanceBatchNorm2d
@@ -16,6 +19,7 @@ from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchab
 from wellcond.nn.sparsestmax import sparsestmax
 from wellcond.nn.standardize import weight_standardize
 from wellcond.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
+from wellcond.nn.whitened import WhitenedConv2d, WhitenedLinear
 
 __all__ = [
     "BSRBatchNorm1d",
@@ -25,9 +29,13 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "BatchRenormScheduler",
+    "EigenConv2d",
+    "EigenLinear",
     "EvalNorm1d",
     "EvalNorm2d",
     "EvalNorm3d",
+    "GeneralizedWhitenedConv2d",
+    "GeneralizedWhitenedLinear",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -47,6 +55,9 @@ __all__ = [
     "SwitchableNorm1d",
     "SwitchableNorm2d",
     "SwitchableNorm3d",
+    "WhitenedConv2d",
+    "WhitenedLinear",
+    "convert_layers",
     "convert_norm",
     "fold_switchable",
     "gamma_decay",

@@ -26,6 +26,7 @@ from wellcond.moments import (
     spread_samples,
     unbiased,
 )
+from wellcond.nn.kept import KeptStatistics
 from wellcond.normalize import normalize
 from wellcond.ranks import Ranks
 
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
     instances: Moments | None
 
 
-class StatisticsNorm(_BatchNorm):
+class StatisticsNorm(KeptStatistics, _BatchNorm):
     """Base of the layers that normalize with batch statistics in training, and keep estimates of them for evaluation.
 
     Subclasses say how a training batch is normalized (`normalize_batch`) and, where it is not as in batch
@@ -224,11 +225,6 @@ class StatisticsNorm(_BatchNorm):
         assert self.running_mean is not None
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
-    @property
-    def recomputing(self) -> bool:
-        """Whether this forward pass runs inside a backward pass: activation checkpointing repeats an earlier one."""
-        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics, each with the narrowest dtype that it may have."""
         for name in ("running_mean", "running_var"):
@@ -279,27 +275,6 @@ class StatisticsNorm(_BatchNorm):
     def _bias(self) -> Tensor | None:
         """Return β in the statistics' dtype."""
         return self.bias if self.bias is None or self.running_mean is None else self.bias.to(self.running_mean)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticsNorm:
-        before = {name: getattr(self, name, None) for name, _ in self.statistics()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, narrowest in self.statistics():
-            old, new = before[name], getattr(self, name, None)
-            if isinstance(old, Tensor) and isinstance(new, Tensor) and new.dtype.itemsize < narrowest.itemsize:
-                # Cast by way of the narrow dtype they would be rounded: move the old ones instead.
-                kept = (
-                    new.to(_wide(narrowest, new.device))
-                    if old.is_meta
-                    else old.to(new.device, _wide(narrowest, new.device))
-                )
-                setattr(self, name, kept)
-        return self
-
-    def _widen_statistics(self) -> None:
-        for name, narrowest in self.statistics():
-            buffer = getattr(self, name, None)
-            if isinstance(buffer, Tensor) and buffer.dtype.itemsize < narrowest.itemsize:
-                setattr(self, name, buffer.to(_wide(narrowest, buffer.device)))
 
 
 class PastStatistics:
@@ -386,11 +361,6 @@ def before_update(buffer: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Of the value.
     """
     return (_snapshot(buffer) if torch.compiler.is_compiling() else buffer).to(dtype)
-
-
-def _wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype, or float32 where the device has no float64."""
-    return torch.float32 if device.type == "mps" else dtype
 
 
 def _merge_over_ranks(moments: Moments, ranks: Ranks) -> Moments:

@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.utils import parametrize
 
 from wellcond.checks import check_positive_integer
-from wellcond.layouts import ConvLayout
+from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
 from wellcond.moments import statistics_dtype
+from wellcond.nn.kept import KeptStatistics
+from wellcond.nn.plain_layers import arguments_of, geometry_of, with_parameters
 from wellcond.patches import Window, patch_rows
 
 _LAYOUT = ConvLayout()
 
-_Self = TypeVar("_Self", bound="_KeptStatistics")
 
-
-class _KeptStatistics(nn.Module):
-    """Buffers of statistics that stay wide when the module is cast, and are updated once for each batch."""
-
-    def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
-        """Name the buffers that hold statistics, each with the narrowest dtype that it may have."""
-        for name in ("running_mean", "running_deconv"):
-            yield name, torch.float32
-
-    @property
-    def recomputing(self) -> bool:
-        """Whether this forward pass runs inside a backward pass: activation checkpointing repeats an earlier one."""
-        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        before = {name: self._buffers.get(name) for name, _ in self.statistics()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, narrowest in self.statistics():
-            old, new = before[name], self._buffers.get(name)
-            if old is not None and new is not None and new.dtype.itemsize < narrowest.itemsize:
-                # Cast by way of the narrow dtype they would be rounded: move the old ones instead.
-                self._buffers[name] = new.to(narrowest) if old.is_meta else old.to(new.device, narrowest)
-        return self
-
-
-class NetworkDeconvolution2d(_KeptStatistics, nn.Conv2d):
+class NetworkDeconvolution2d(KeptStatistics, nn.Conv2d):
     """A 2d convolution of whitened patches (Ye et al., "Network Deconvolution", ICLR 2020).
 
     Every patch x under the kernel is replaced by D(x − μ) with D ≈ (Cov + εI)^(−1/2), so that neither its channels nor
@@ -168,11 +142,11 @@ steps=5, block=3, sampling_stride=3)
         self._register_statistics(self.weight.device)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> NetworkDeconvolution2d:
+    def from_layer(cls, layer: nn.Conv2d, **options: Any) -> NetworkDeconvolution2d:
         """Make the layer of a convolution's geometry and of its very parameters.
 
         Args:
-            conv: An `nn.Conv2d`.
+            layer: An `nn.Conv2d`.
             options: Arguments from `eps` on: `eps`, `momentum`, `steps`, `block`, `sampling_stride`, `interleaved`.
 
         Returns:
@@ -180,41 +154,22 @@ steps=5, block=3, sampling_stride=3)
             goes on with them; hooks of the convolution stay behind.
 
         Raises:
-            TypeError: If `conv` is not an `nn.Conv2d`, or computes something else than one.
+            TypeError: If it is of another type.
             ValueError: If its parameters are computed by parametrizations.
 
         Example:
             >>> conv = nn.Conv2d(3, 8, 3, bias=False)
-            >>> NetworkDeconvolution2d.from_conv(conv, block=1).weight is conv.weight
+            >>> NetworkDeconvolution2d.from_layer(conv, block=1).weight is conv.weight
             True
         """
-        plain = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
-        if not plain or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
-        if parametrize.is_parametrized(conv):
-            raise ValueError(
-                "conv must not be parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-            )
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            cast("tuple[int, int]", conv.kernel_size),
-            cast("tuple[int, int]", conv.stride),
-            cast("str | tuple[int, int]", conv.padding),
-            cast("tuple[int, int]", conv.dilation),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",  # Its own parameters are thrown away: draw no random numbers for them.
-            dtype=conv.weight.dtype,
-            **options,
-        )
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer._register_statistics(conv.weight.device)
-        return layer.train(conv.training)
+        # Made on no device: its own parameters are thrown away, so that no random numbers are drawn for them.
+        new = cls(**arguments_of(layer, nn.Conv2d), **options)
+        new.weight, new.bias = layer.weight, layer.bias
+        new._register_statistics(layer.weight.device)
+        return new.train(layer.training)
 
     @torch.no_grad()
-    def to_conv(self) -> nn.Conv2d:
+    def to_plain(self) -> nn.Conv2d:
         """Return the plain convolution, w' and b', that this layer is in evaluation.
 
         Returns:
@@ -223,24 +178,12 @@ steps=5, block=3, sampling_stride=3)
         Example:
             >>> layer = NetworkDeconvolution2d(3, 8, 3).eval()
             >>> x = torch.randn(2, 3, 5, 5)
-            >>> torch.allclose(layer.to_conv()(x), layer(x))
+            >>> torch.allclose(layer.to_plain()(x), layer(x))
             True
         """
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            cast("tuple[int, int]", self.kernel_size),
-            cast("tuple[int, int]", self.stride),
-            cast("str | tuple[int, int]", self.padding),
-            cast("tuple[int, int]", self.dilation),
-            self.groups,
-            True,
-            self.padding_mode,
-            device="meta",
-        )
-        weight, bias = self.whitened_weight(self.running_mean, self.running_deconv)
-        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-        return conv.train(self.training)
+        plain = nn.Conv2d(**geometry_of(self) | {"bias": True})
+        with_parameters(plain, *self.whitened_weight(self.running_mean, self.running_deconv), self.training)
+        return plain
 
     def forward(self, input: Tensor) -> Tensor:
         """Whiten and convolve.
@@ -430,3 +373,6 @@ def newton_schulz_root(matrix: Tensor, steps: int) -> Tensor:
             root = root @ factor
     result: Tensor = inverse / norm.sqrt()
     return result
+
+
+register_layout(NetworkDeconvolution2d, WhitenedConvLayout())

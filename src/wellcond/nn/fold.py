@@ -39,8 +39,8 @@ def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | 
         >>> model = nn.Sequential(SparseSwitchableNorm2d(8, shared_logits=True))
         >>> model[0].radius = 1.0  # equal logits: the first is chosen
         >>> _ = model(torch.randn(2, 8, 3, 3))
-        >>> fold_switchable(model)[0]
-        InstanceNorm2d(8, eps=1e-05, momentum=None, affine=True, track_running_stats=False)
+        >>> type(fold_switchable(model)[0]).__name__
+        'InstanceNorm2d'
     """
     layers = {
         name: layer
