@@ -222,6 +222,8 @@ KINDS: dict[str, Kind] = {
     "batch-instance ghost": Kind(
         "InstanceBatchNorm", {"order": "batch_first", "group_size": 2}, whole=splitting, dims=(2,)
     ),
+    "kalman": Kind("KalmanBatchNorm", dims=(2,)),
+    "kalman ghost": Kind("KalmanBatchNorm", {"group_size": 2, "learned": False}, dims=(2,)),
     "switchable": Kind("SwitchableNorm", **SWITCHABLE),
     "switchable shared": Kind("SwitchableNorm", {"shared_logits": True, "normalizers": ("ln", "bn")}, **SWITCHABLE),
     "switchable ghost": Kind("SwitchableNorm", {"group_size": 2}, **SWITCHABLE),
@@ -1075,7 +1077,7 @@ def test_first_and_second_derivatives(kind: Kind, training: bool, shape: tuple[i
 
 COMPILED = (
     *("momentum", "momentum ghost", "ghost", "bsr", "bsr inexact", "renorm", "evalnorm", "population"),
-    *("switchable", "switchable ghost", "sparse", "instance-batch", "batch-instance ghost"),
+    *("switchable", "switchable ghost", "sparse", "instance-batch", "batch-instance ghost", "kalman ghost"),
 )
 
 

@@ -11,6 +11,8 @@ from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhiten
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.ibn import ibn_a, ibn_b
 from wellcond.nn.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.kalman import KalmanBatchNorm2d
+from wellcond.nn.kalman_wiring import connect_kalman
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -40,6 +42,7 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "InstanceBatchNorm2d",
+    "KalmanBatchNorm2d",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
@@ -57,6 +60,7 @@ __all__ = [
     "SwitchableNorm3d",
     "WhitenedConv2d",
     "WhitenedLinear",
+    "connect_kalman",
     "convert_layers",
     "convert_norm",
     "fold_switchable",

@@ -18,6 +18,8 @@ from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.kalman import KalmanBatchNorm2d
+from wellcond.nn.kalman_wiring import connect_kalman
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -39,6 +41,7 @@ _KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
     "sn": (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
     "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
     "ibn": (None, InstanceBatchNorm2d, None),
+    "kn": (None, KalmanBatchNorm2d, None),
     "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -50,7 +53,7 @@ _DIMENSIONS: dict[Norm, int] = {
     if layer is not None and issubclass(layer, _BatchNorm)
 }
 # What is not taken as an option: the layer has it, or the kind fixes it.
-_OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype"})
+_OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype", "predecessor_features"})
 _FIXED: dict[str, dict[str, object]] = {
     "ln": {"num_groups": 1},
     "in": {"momentum": None, "track_running_stats": False},
@@ -88,6 +91,8 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
     - ``"sn"``, ``"ssn"``: `SwitchableNorm*`, `SparseSwitchableNorm*`, from equal shares on;
     - ``"ibn"``: `InstanceBatchNorm2d`, of 2 dimensions only; `ibn_a` chooses the layers as IBN-Net does;
+    - ``"kn"``: `KalmanBatchNorm2d`, of 2 dimensions only; `connect_kalman` finds which layers come before which, and
+      the parameters that it makes are new: make the optimizer afterwards;
     - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,
       `nn.InstanceNorm*` (1d for [N, C, L] only). These have no running statistics, which are dropped: only γ, β and ε
       stay, evaluation changes, and there is no way back.
@@ -121,9 +126,10 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
         TypeError: If an argument is of another type, an option is not one of the new layers' or is missing, or a
             selected layer cannot be kept as it is: a subclass with a forward that is not known, `nn.SyncBatchNorm`
             (whose number of dimensions is not known), a lazy layer without its parameters, a computed weight
-            (parametrizations, pruning), no running statistics where the kind needs them. All such layers are named.
+            (parametrizations, pruning), no running statistics where the kind needs them. All such layers are named. Or
+            the model cannot be traced, for ``"kn"``.
         ValueError: If the kind is not known, no layer is selected, an option is out of its range, or a layer's channels
-            cannot be divided into num_groups.
+            cannot be divided into num_groups, or the order of layers is not clear, for ``"kn"``.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -156,12 +162,24 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     if refused:
         lines = [f"\n  {', '.join(names)}: {reason}" for reason, names in refused.items()]
         raise errors(f"convert_norm(to={to!r}) cannot convert these layers, and changed none:{''.join(lines)}")
+    before = [_Change(change.layer, type(change.layer), dict(vars(change.layer))) for change in changes]
+    _apply(changes)
+    if any(isinstance(module, KalmanBatchNorm2d) for module in model.modules()):
+        try:
+            connect_kalman(model)
+        except (TypeError, ValueError) as error:
+            _apply(before)
+            raise type(error)(
+                f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
+            ) from error
+    return model
+
+
+def _apply(changes: Iterable[_Change]) -> None:
     for change in changes:
-        # From here on nothing can fail.
         change.layer.__class__ = change.to
         change.layer.__dict__.clear()
         change.layer.__dict__.update(change.state)
-    return model
 
 
 # which layers -------------------------------------------------------------------------------------------------------
@@ -206,7 +224,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
         )
     target = _KINDS[to][_DIMENSIONS[plain]]
     if target is None:
-        raise _NotConvertibleError(f"has {_DIMENSIONS[plain] + 1} dimensions, and {to!r} there is of 2 only")
+        raise _NotConvertibleError(f"has no counterpart: {to!r} is for inputs [N, C, H, W] only")
     if target is plain and not options:
         return None
     _check_state(layer, target)
@@ -281,6 +299,15 @@ def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mappi
     arguments: dict[str, Any] = _DEFAULTS.get(to, {}) | {
         name: getattr(layer, name) for name in kept if hasattr(layer, name)
     }
+    if target is plain and isinstance(layer, KalmanBatchNorm2d):
+        if options.get("learned", layer.learned) != layer.learned:
+            del arguments["gain"]  # The one form's default is no use for the other.
+        elif layer.learned:
+            arguments["predecessor_features"] = layer.predecessor_features
+            accepted = {
+                **accepted,
+                "predecessor_features": inspect.signature(target).parameters["predecessor_features"],
+            }
     arguments["affine"] = layer.weight is not None or layer.bias is not None
     arguments["track_running_stats"] = layer.running_mean is not None
     arguments = {name: value for name, value in (arguments | dict(options)).items() if name in accepted}
