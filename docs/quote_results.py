@@ -4,7 +4,7 @@
     python docs/quote_results.py --check    # only say whether they are up to date
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where docs/results/NAME.json holds what
-`wellcond compare` (results.json) or a benchmark (--json) wrote.
+`wellcond compare` (results.json), a recipe or a benchmark (--json) wrote.
 """
 
 from __future__ import annotations
@@ -179,6 +179,37 @@ def inference_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", made])
 
 
+def normalizers_table(results: dict[str, Any]) -> str:
+    """Return the normalizers' accuracies by samples behind one set of statistics, and SN's average shares."""
+    groups = results["groups"]
+    heads = ["method", *(f"{what}, m = {m}" for m in groups for what in ("accuracy", "difference to BN"))]
+    lines = [
+        f"{results['title']}; m samples behind one set of batch statistics; {results['seeds']} paired seeds. Test "
+        "accuracy in %, mean ± std; differences to BN at the same m with a 95 % interval.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"| {' | '.join(['---'] * len(heads))} |",
+    ]
+    for name in next(iter(groups.values()))["methods"]:
+        cells = [name]
+        for group in groups.values():
+            method = group["methods"][name]
+            difference = method["difference"]
+            cells += [_spread(method["accuracy"]), "" if difference is None else _difference(difference)]
+        lines.append(f"| {' | '.join(cells)} |")
+    averages = {m: group["shares"]["average"] for m, group in groups.items() if group["shares"] is not None}
+    if averages:
+        lines += ["", "| SN's shares, average over layers | IN | LN | BN |", "| --- | --- | --- | --- |"]
+    for m, average in averages.items():
+        for part, called in (("mean", "means"), ("var", "variances")):
+            cells = [
+                f"{average[part][kind]['mean']:.3f} ± {average[part][kind]['std']:.3f}" for kind in ("in", "ln", "bn")
+            ]
+            lines.append(f"| m = {m}, {called} | {' | '.join(cells)} |")
+    notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
+    return "\n".join([*lines, "", *notes, "", _run_by(results)])
+
+
 def _training_loss(method: dict[str, Any]) -> float:
     """Return the mean training loss of the last epoch."""
     return fmean(curve["train_loss"][-1] for curve in method["curves"])
@@ -209,7 +240,9 @@ def quoted(page: str) -> str:
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        if "methods" in results:
+        if results.get("recipe") == "normalizers":
+            body = normalizers_table(results)
+        elif "methods" in results:
             body = forms_table(results) if name.endswith("-forms") else comparison_table(results)
         elif "shapes" in results:
             body = layers_table(results)

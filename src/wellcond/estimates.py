@@ -13,7 +13,7 @@ from wellcond.moments import Moments, unbiased
 from wellcond.nn.bsr import REGRESSION_SUMS, BSRBatchNorm
 from wellcond.nn.evalnorm import EvalNorm
 from wellcond.nn.regression import normal_equations
-from wellcond.stand_in import Seen
+from wellcond.stand_in import Seen, running_buffers
 
 
 class Kind(Protocol):
@@ -93,21 +93,21 @@ class RunningStatistics:
     """Running means and unbiased variances, of every kind of batch normalization."""
 
     def present(self, layer: _BatchNorm) -> list[Tensor]:
-        """Return the running mean and variance."""
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        return [layer.running_mean.to(_wide(layer)), layer.running_var.to(_wide(layer))]
+        """Return the running mean, the variance, and what else the layer keeps."""
+        return [buffer.to(_wide(layer)) for buffer in running_buffers(layer).values()]
 
     def values(self, layer: _BatchNorm, seen: Seen) -> list[Tensor]:
-        """Return the batches' means and unbiased variances."""
-        return [seen.batches.mean.to(_wide(layer)), unbiased(seen.batches).to(_wide(layer))]
+        """Return the batches' means and unbiased variances, or what the layer takes in instead."""
+        if seen.tracked is None:
+            return [seen.batches.mean.to(_wide(layer)), unbiased(seen.batches).to(_wide(layer))]
+        batches = len(seen.batches.mean)
+        tracked = [seen.tracked[name].to(_wide(layer)) for name in running_buffers(layer)]
+        return [value.expand(batches, *value.shape) for value in tracked]
 
     def replace(self, layer: _BatchNorm, average: Average) -> None:
         """Replace the running statistics, and count the batches behind them."""
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        layer.running_mean.copy_(average.values[0])
-        layer.running_var.copy_(average.values[1])
+        for buffer, value in zip(running_buffers(layer).values(), average.values, strict=True):
+            buffer.copy_(value)
         if layer.num_batches_tracked is not None:
             earlier = 0 if average.momentum is None else layer.num_batches_tracked
             layer.num_batches_tracked.copy_(earlier + average._batches.squeeze())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def standardized(
         return _of_channels(x, mean, var, weight, bias, eps)
     if x.is_contiguous():
         gamma, beta = _flat(weight, mean), _flat(bias, mean)
-        flat = _of_channels(_one_instance(x), mean.flatten(), var.flatten(), gamma, beta, eps)
+        flat = _of_channels(_one_instance(x), _flat(mean, mean), _flat(var, mean), gamma, beta, eps)
         # Not `view_as`: what comes after may work in place, which autograd forbids on a view from in a Function.
         output: Tensor = torch.ops.aten._unsafe_view(flat, x.shape)
         return output
@@ -66,7 +68,7 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
     if mean.dim() == 1:
         return _sums_of_channels(grad, x, mean, var, eps)
     if x.is_contiguous():
-        flat = _one_instance(grad.contiguous()), _one_instance(x), mean.flatten(), var.flatten()
+        flat = _one_instance(grad.contiguous()), _one_instance(x), _flat(mean, mean), _flat(var, mean)
         product, total = _sums_of_channels(*flat, eps)
         return product.view(mean.shape), total.view(mean.shape)
     # With channels last the kernel of one instance after the other is far quicker than plain sums.
@@ -109,6 +111,14 @@ def _one_instance(x: Tensor) -> Tensor:
     return x.view(1, -1, positions(x))
 
 
-def _flat(affine: Tensor | None, mean: Tensor) -> Tensor | None:
-    """Return [N·C] of [C] or [N, C]."""
-    return None if affine is None else affine.expand(mean.shape).reshape(-1)
+@overload
+def _flat(values: Tensor, mean: Tensor) -> Tensor: ...
+
+
+@overload
+def _flat(values: None, mean: Tensor) -> None: ...
+
+
+def _flat(values: Tensor | None, mean: Tensor) -> Tensor | None:
+    """Return [N·C] of [C] or [N, C], in memory of its own where it was expanded: the kernels read it as it lies."""
+    return None if values is None else values.expand(mean.shape).reshape(-1).contiguous()

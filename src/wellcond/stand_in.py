@@ -24,11 +24,14 @@ class Seen(NamedTuple):
         instances: Moments of each instance, shape [batches·rows, C].
         batches: Moments of each batch of m samples, shape [batches, C].
         rows: Of the layer's input, per batch: m, or a multiple where the model folds other dimensions into the samples.
+        tracked: What the layer's running statistics take in, by buffer, averaged over the batches; None where that is
+            `batches`' means and unbiased variances.
     """
 
     instances: Moments
     batches: Moments
     rows: int
+    tracked: dict[str, Tensor] | None
 
 
 class Run:
@@ -95,16 +98,26 @@ class StandIn:
         counted = input[: batches * rows]
         instances, own = instance_and_ghost_moments(counted, (rows,) * batches if batches > 1 else None)
         own = Moments(own.mean.view(batches, -1), own.var.view(batches, -1), own.elements)
-        if self._observe is not None:
-            self._observe(self.name, Seen(instances, own, rows))
         if self._double is None:
+            self._report(Seen(instances, own, rows, None))
             # What is left over joins the last group, as something that none of the others depends on.
             sizes = (*(rows,) * (batches - 1), input.shape[0] - (batches - 1) * rows)
             return self._normalize(input, own.mean, own.var, sizes)
-        outputs = [_train(self._double, counted, rows)]
+        follows = not isinstance(self._double, StatisticsNorm) or self._double.tracks_batch_moments
+        if follows:
+            self._report(Seen(instances, own, rows, None))
+            outputs = [_train(self._double, counted, rows)]
+        else:
+            tracked, output = _tracked(self._double, counted, rows)
+            self._report(Seen(instances, own, rows, tracked))
+            outputs = [output]
         if len(counted) < len(input):
             outputs.append(self._with_estimates(input[len(counted) :]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _report(self, seen: Seen) -> None:
+        if self._observe is not None:
+            self._observe(self.name, seen)
 
     def _with_estimates(self, input: Tensor) -> Tensor:
         """Normalize what is less than a batch."""
@@ -167,6 +180,30 @@ def _train(double: _BatchNorm, input: Tensor, rows: int) -> Tensor:
         output: Tensor = double.forward(input)
         return output
     return torch.cat([double.forward(group) for group in input.split(rows)])
+
+
+def _tracked(double: _BatchNorm, input: Tensor, rows: int) -> tuple[dict[str, Tensor], Tensor]:
+    """As `_train`, for layers that do not train with running statistics; also return what these took in."""
+    present = {name: buffer.clone() for name, buffer in running_buffers(double).items()}
+    momentum, double.momentum = double.momentum, 1.0
+    try:
+        output = _train(double, input, rows)
+        tracked = {name: buffer.clone() for name, buffer in running_buffers(double).items()}
+    finally:
+        double.momentum = momentum
+        for name, buffer in running_buffers(double).items():
+            buffer.copy_(present[name])
+    return tracked, output
+
+
+def running_buffers(layer: _BatchNorm) -> dict[str, Tensor]:
+    """Return the running statistics by name: mean, variance, and what else a layer evaluates with.
+
+    >>> list(running_buffers(nn.BatchNorm1d(2)))
+    ['running_mean', 'running_var']
+    """
+    buffers = layer._buffers.items()
+    return {name: buffer for name, buffer in buffers if name.startswith("running_") and buffer is not None}
 
 
 @contextlib.contextmanager

@@ -165,6 +165,44 @@ def splitting(layer: nn.Module, state: dict[str, Tensor], x: Tensor, bounds: lis
     return torch.stack(columns, 1)
 
 
+def inverse_root(matrix: Tensor) -> Tensor:
+    """By Newton's iteration, whose gradient is finite for repeated eigenvalues too."""
+    scale, identity = matrix.trace(), torch.eye(len(matrix), dtype=matrix.dtype)
+    root, rest = identity, matrix / scale
+    for _ in range(40):
+        step = (3 * identity - rest) / 2
+        root, rest = root @ step, step @ step @ rest
+    return root / scale**0.5
+
+
+def inverse_root_in_steps(matrix: Tensor, steps: int) -> Tensor:
+    normed, power = matrix / matrix.trace(), torch.eye(len(matrix), dtype=matrix.dtype)
+    for _ in range(steps):
+        power = 1.5 * power - 0.5 * torch.linalg.matrix_power(power, 3) @ normed
+    return power / matrix.trace() ** 0.5
+
+
+def whitening(layer: nn.Module, state: dict[str, Tensor], x: Tensor, bounds: list[tuple[int, int]] | None) -> Tensor:
+    """Groups of channels by the inverse square root of their covariance, ghost group by ghost group."""
+    width = layer.channels_per_group
+    batches = []
+    for start, stop in [(0, len(x))] if bounds is None else bounds:
+        parts = []
+        for number, group in enumerate(x[start:stop].split(width, 1)):
+            rows = group.transpose(1, 2).reshape(-1, width)
+            if bounds is None:
+                mean, root = state["running_mean"].view(-1, width)[number], state["running_whitening"][number]
+            else:
+                mean = rows.mean(0)
+                off = rows - mean
+                damped = off.T @ off / len(rows) + layer.eps * torch.eye(width, dtype=x.dtype)
+                steps = getattr(layer, "steps", None)
+                root = inverse_root(damped) if steps is None else inverse_root_in_steps(damped, steps)
+            parts.append(((rows - mean) @ root.T).view(stop - start, -1, width).transpose(1, 2))
+        batches.append(torch.cat(parts, 1))
+    return torch.cat(batches)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A layer with options, and its formulas: of a channel (`standardize`, `estimates`), or of a batch (`whole`)."""
@@ -198,6 +236,7 @@ class Kind:
 
 MOMENTUM = {"standardize": as_momentum, "factor": momentum_factor}
 HALF = {"stat_momentum": 0.625}  # a float32 number
+WHITENING: dict[str, Any] = {"whole": whitening, "dims": (2,), "mixes_channels": True}
 SWITCHABLE: dict[str, Any] = {"whole": switching(shares), "mixes_channels": True}
 SPARSE: dict[str, Any] = {"whole": switching(closed_shares), "mixes_channels": True}
 
@@ -222,6 +261,12 @@ KINDS: dict[str, Kind] = {
     "batch-instance ghost": Kind(
         "InstanceBatchNorm", {"order": "batch_first", "group_size": 2}, whole=splitting, dims=(2,)
     ),
+    "decorrelated": Kind("DecorrelatedBatchNorm", **WHITENING, differentiable_twice=False),
+    "decorrelated alone": Kind(
+        "DecorrelatedBatchNorm", {"channels_per_group": 1}, whole=whitening, dims=(2,), differentiable_twice=False
+    ),
+    "iternorm": Kind("IterNorm", **WHITENING),
+    "iternorm ghost": Kind("IterNorm", {"group_size": 2}, **WHITENING),
     "kalman": Kind("KalmanBatchNorm", dims=(2,)),
     "kalman ghost": Kind("KalmanBatchNorm", {"group_size": 2, "learned": False}, dims=(2,)),
     "switchable": Kind("SwitchableNorm", **SWITCHABLE),
@@ -231,7 +276,16 @@ KINDS: dict[str, Kind] = {
     "sparse": Kind("SparseSwitchableNorm", {"shared_logits": True}, **SPARSE, attributes={"radius": 0.25}),
 }
 # Those that train as nn.BatchNorm does.
-BATCH_NORMS = ("momentum 0", "ghost whole", "bsr", "bsr inexact", "renorm closed", "evalnorm", "evalnorm fixed")
+BATCH_NORMS = (
+    "momentum 0",
+    "ghost whole",
+    "bsr",
+    "bsr inexact",
+    "renorm closed",
+    "evalnorm",
+    "evalnorm fixed",
+    "decorrelated alone",
+)
 # Those whose running statistics move by `momentum`.
 WITH_MOMENTUM = tuple(name for name, kind in KINDS.items() if kind.factor is torch_factor)
 
@@ -275,7 +329,8 @@ def reference(kind: Kind, layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str
     bounds = groups(x.shape[0], kind.group_size)
     columns, means, variances = [], [], []
     for channel in range(x.shape[1]):
-        state = {name: value[channel] if value.dim() else value for name, value in before.items()}
+        of_channels = {name: value.dim() > 0 and len(value) == x.shape[1] for name, value in before.items()}
+        state = {name: value[channel] if of_channels[name] else value for name, value in before.items()}
         rows = []
         for start, stop in bounds:
             own = x[start:stop, channel].double()
@@ -1077,7 +1132,16 @@ def test_first_and_second_derivatives(kind: Kind, training: bool, shape: tuple[i
 
 COMPILED = (
     *("momentum", "momentum ghost", "ghost", "bsr", "bsr inexact", "renorm", "evalnorm", "population"),
-    *("switchable", "switchable ghost", "sparse", "instance-batch", "batch-instance ghost", "kalman ghost"),
+    *(
+        "switchable",
+        "switchable ghost",
+        "sparse",
+        "instance-batch",
+        "batch-instance ghost",
+        "kalman ghost",
+        "decorrelated",
+        "iternorm",
+    ),
 )
 
 

@@ -17,10 +17,14 @@ from rich.console import Console
 
 from wellcond.__main__ import main
 from wellcond.lab.compare import run_comparison, time_ratio
+from wellcond.lab.errors import LabError
+from wellcond.lab.estimate import estimate_seconds
+from wellcond.lab.findings import findings
 from wellcond.lab.methods import METHODS
-from wellcond.lab.plan import Settings, make_plan
+from wellcond.lab.plan import Settings, make_plan, regrouped
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import EpochRecord, RunRecord, RunStore
+from wellcond.lab.summary import summarize
 
 SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "2", "--methods", "SGDM,W-SGDM", "--quiet"]
 RUNS = 2 * 2 * 3  # seeds, methods, lrs
@@ -198,6 +202,46 @@ def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
     assert [(spec.method.name, spec.seed, spec.steps) for spec in equal] == [("W-SGDM", 0, 5), ("W-SGDM", 1, 5)]
     assert [spec.method.name for spec in main_runs[:2]] == ["SGDM", "W-SGDM"]  # methods take turns
     assert [spec.seed for spec in main_runs] == [0] * 6 + [1] * 6
+
+
+def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
+    asked = []
+
+    def execute(plan, specs):
+        for spec in specs:
+            asked.append(spec)
+            yield spec, record(plan, seconds=2.0 if spec.method.name == "W-SGDM" else 1.0)
+
+    monkeypatch.setattr("wellcond.lab.compare.execute", execute)
+    progress = RunProgress(Console(), quiet=True)
+    comparison = run_comparison(plan, RunStore(tmp_path), progress, equal_time=False)
+    assert {spec.steps for spec in asked} == {plan.steps}
+    assert progress.finished == progress.total == len(asked) == 12
+    assert comparison.equal_time_steps == {}
+    assert comparison.time_ratios["W-SGDM"] == 2.0
+    summary = summarize(comparison)
+    assert [method.equal_time for method in summary.methods] == [None, None]
+    assert not any("equal time" in line for line in findings(summary))
+
+
+def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
+    store = RunStore(tmp_path)
+    runs, seconds = estimate_seconds([plan, plan], store)
+    assert runs == 12
+    assert seconds > 0
+    kept = plan.spec(METHODS["SGDM"], 0.1, seed=0)
+    store.save(kept, record(plan, seconds=1.0))
+    assert estimate_seconds([plan], store)[0] == 11
+
+
+def test_other_groups_share_the_images(plan):
+    grouped = regrouped(plan, 4)
+    assert grouped.data is plan.data
+    assert grouped.settings.ghost_batch == 4
+    spec = plan.spec(METHODS["SGDM"], 0.1, seed=1)
+    assert grouped.spec(METHODS["SGDM"], 0.1, seed=1) == replace(spec, ghost_batch=4)
+    with pytest.raises(LabError, match=r"--ghost-batch must be at most the batch size \(32\), got 33"):
+        regrouped(plan, 33)
 
 
 def test_every_field_of_a_run_is_in_its_file_name(plan):

@@ -20,15 +20,28 @@ from wellcond.lab.plan import Settings, make_plan
 from wellcond.lab.run import Runner, Training
 
 OF_METHOD = {
-    "MBN": layers.MomentumBatchNorm2d,
-    "MBN-derived": layers.MomentumBatchNorm2d,
-    "BSR": layers.BSRBatchNorm2d,
-    "BSR-nnls": layers.BSRBatchNorm2d,
-    "EvalNorm": layers.EvalNorm2d,
-    "EvalNorm-fixed": layers.EvalNorm2d,
-    "BRN": layers.BatchRenorm2d,
-    "PN": layers.PopulationNorm2d,
-    "GN": nn.GroupNorm,
+    "MBN": "MomentumBatchNorm2d",
+    "MBN-derived": "MomentumBatchNorm2d",
+    "BSR": "BSRBatchNorm2d",
+    "BSR-nnls": "BSRBatchNorm2d",
+    "EvalNorm": "EvalNorm2d",
+    "EvalNorm-fixed": "EvalNorm2d",
+    "BRN": "BatchRenorm2d",
+    "PN": "PopulationNorm2d",
+    "GN": "GroupNorm",
+    "SN": "SwitchableNorm2d",
+    "SSN": "SparseSwitchableNorm2d",
+    "IBN": "InstanceBatchNorm2d",
+    "KN": "KalmanBatchNorm2d",
+    "KN-fixed": "KalmanBatchNorm2d",
+    "IterNorm": "IterNorm2d",
+    "DBN": "DecorrelatedBatchNorm2d",
+}
+# Parameters that layers have beside γ and β, by their names in the layer.
+ADDED = {
+    "SN": {"mean_logits", "var_logits"},
+    "SSN": {"mean_logits"},
+    "KN": {"transition", "transition_bias", "log_noise", "gain_logit"},
 }
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -49,7 +62,7 @@ def test_every_method_with_layers_is_known_here():
 def test_every_batch_normalization_is_replaced(name, ghost_batch):
     found = norms_of(name, ghost_batch)
     assert len(found) == 9
-    assert {type(module) for module in found} == {OF_METHOD[name]}
+    assert {type(module).__name__ for module in found} == {OF_METHOD[name]}
     if name == "GN":
         assert {module.num_groups for module in found} == {8}
     else:
@@ -70,6 +83,10 @@ def test_options_reach_the_layers():
     assert {module.learn for module in norms_of("EvalNorm-fixed")} == {False}
     assert {module.learn for module in norms_of("EvalNorm")} == {True}
     assert {module.momentum for module in norms_of("PN")} == {0.01}  # not that of the batch normalization it replaces
+    assert {module.shared_logits for module in norms_of("SSN")} == {True}
+    assert {module.shared_logits for module in norms_of("SN")} == {False}
+    assert {module.learned for module in norms_of("KN")} == {True}
+    assert {module.learned for module in norms_of("KN-fixed")} == {False}
 
 
 @pytest.mark.parametrize("name", list(OF_METHOD))
@@ -77,9 +94,14 @@ def test_layers_keep_the_weights_that_the_seed_gives(name):
     plain = initial_model("resnet8", 3, 10, seed=3)
     converted = METHODS[name].with_layers(initial_model("resnet8", 3, 10, seed=3), 2)
     expected = dict(plain.named_parameters())
+    added = set()
     for key, parameter in converted.named_parameters():
-        assert torch.equal(parameter, expected.pop(key))
+        if key in expected:
+            assert torch.equal(parameter, expected.pop(key))
+        else:
+            added.add(key.rpartition(".")[2])
     assert not expected
+    assert added == ADDED.get(name, set())
 
 
 def test_group_normalization_has_no_groups_of_the_batch():
@@ -114,7 +136,8 @@ def test_inference_methods_train_exactly_as_their_baseline_does(plan, runner):
 def test_methods_that_train_otherwise_do_so(plan, runner):
     losses = {
         name: runner.run(plan.spec(METHODS[name], 0.1, seed=0)).epochs[-1].train_loss
-        for name in ("SGDM", "MBN", "MBN-derived", "BRN", "PN", "GN")
+        for name in ("SGDM", *OF_METHOD)
+        if not name.startswith(("BSR", "EvalNorm"))  # these infer otherwise
     }
     assert len(set(losses.values())) == len(losses)
 
@@ -171,6 +194,22 @@ def test_the_bounds_of_renormalization_open_within_any_run(plan, runner, monkeyp
     if steps == 12:
         assert seen == sorted(seen)
         assert seen[4:] == [(3, 5)] * 8  # the paper's shares: r_max is open after 40/130 of the run
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_the_switches_close_with_the_last_step(plan, runner, monkeypatch, steps):
+    spec = plan.spec(METHODS["SSN"], 0.1, seed=0, steps=steps)
+    seen = seen_in_training(runner, monkeypatch, spec, lambda layer: layer.radius)
+    assert seen == pytest.approx([step / steps for step in range(steps)])
+    for layer in runner.run(spec).extras["shares"].values():
+        assert sorted(layer["mean"].values()) == [0, 0, 1]
+        assert layer["mean"] == layer["var"]
+
+
+def test_a_method_without_batch_statistics_is_the_same_run_in_any_groups(plan):
+    assert plan.settings.ghost_batch == 2
+    assert plan.spec(METHODS["GN"], 0.1, seed=0).ghost_batch is None
+    assert {plan.spec(METHODS[name], 0.1, seed=0).ghost_batch for name in ("SGDM", "SN", "FSGD")} == {2}
 
 
 @pytest.mark.parametrize(

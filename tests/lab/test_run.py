@@ -98,7 +98,8 @@ def test_transforms_count_what_they_do(plan, runner):
     assert runner.run(replace(spec, method=METHODS["SGDM"])).transforms == {}
 
 
-def test_training_leaves_torchs_global_generator_alone(plan, runner):
+@pytest.mark.parametrize("name", ["SGDM", "KN-fixed"])  # the latter draws noise
+def test_training_leaves_torchs_global_generator_alone(plan, runner, name):
     before = torch.random.get_rng_state()
-    runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0, steps=1))
+    runner.run(plan.spec(METHODS[name], 0.1, seed=0, steps=1))
     assert torch.equal(before, torch.random.get_rng_state())

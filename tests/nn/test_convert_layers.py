@@ -137,7 +137,7 @@ def test_errors() -> None:
 
 @pytest.mark.parametrize("transform", [wellcond.FeatureWhitening, wellcond.FeatureDescent])
 def test_gradients_of_whitened_layers_are_not_preconditioned_too(transform: type) -> None:
-    """Their features are white; the second moment of what they are given is not that of what their weight multiplies."""
+    """Their weight does not multiply what they are given, but white features."""
     model = Net().double()
     convert_layers(model, "wnn", where=lambda name, module: name == "first")
     convert_layers(model, "nd", where=lambda name, module: name == "rest.2")

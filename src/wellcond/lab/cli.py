@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -17,6 +15,7 @@ from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.compare import run_comparison
 from wellcond.lab.errors import LabError
 from wellcond.lab.images import DIGITS
+from wellcond.lab.interrupts import Interrupted, interruptible
 from wellcond.lab.methods import DEFAULT_METHODS, METHODS, parse_lrs
 from wellcond.lab.models import MODELS
 from wellcond.lab.plan import Settings, make_plan, output_folder
@@ -47,10 +46,6 @@ examples:
       normalization layers where batch normalization suffers: statistics of 2 images, in batches of the usual size
 
 `wellcond list` shows the methods, models and data that can be named."""
-
-
-class Interrupted(BaseException):
-    """Ctrl-C. Not KeyboardInterrupt, which Lightning turns into an exit of its own."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,9 +204,8 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
-    previous = signal.signal(signal.SIGINT, _interrupt)
     try:
-        with progress:
+        with interruptible(), progress:
             comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
     except Interrupted:
         print(
@@ -222,8 +216,6 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
     except RunFailedError as error:
         print(f"wellcond: error: {error}\n{progress.done} finished runs are kept in {folder}.", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGINT, previous)
     summary = summarize(comparison)
     results = collect_results(comparison, summary, command)
     files = write_results(results, folder)
@@ -235,12 +227,6 @@ def _compare(arguments: argparse.Namespace, command: str) -> int:
         print_summary(summary, results.title, console)
     console.print(f"\nWritten: {' '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    # A second Ctrl-C while this one is handled would only add a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise Interrupted
 
 
 def _list(what: str | None) -> int:

@@ -40,13 +40,14 @@ class Comparison:
         return [self.records[self.plan.spec(method, lr, seed, steps)] for seed in range(self.plan.settings.seeds)]
 
 
-def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Comparison:
+def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_time: bool = True) -> Comparison:
     """Execute what the store does not have yet, and choose what depends on it.
 
     Args:
         plan: What to compare.
         store: Where finished runs are kept; those already there are not repeated.
         progress: Told of every finished run.
+        equal_time: Train each method but the baselines again for its baseline's wall time.
 
     Returns:
         The comparison with all its runs.
@@ -56,7 +57,7 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress) -> Compar
     """
     records: dict[RunSpec, RunRecord] = {}
     specs = plan.specs()
-    with_baseline = [method for method in plan.methods if plan.baselines[method.name] != method.name]
+    with_baseline = [method for method in plan.methods if equal_time and plan.baselines[method.name] != method.name]
     _complete(plan, specs, store, records, progress, later=len(with_baseline) * plan.settings.seeds)
     seeds = range(plan.settings.seeds)
     chosen = {

@@ -49,6 +49,12 @@ _BY_LAYERS = {
     "brn": Style("#009e73", "#2fc79c", "p"),
     "pn": Style("#b8609a", "#dd8fc0", "h"),
     "gn": Style("#7a6a00", "#c9b93a", "*"),
+    "sn": Style("#0072b2", "#4aa8e0", "D"),
+    "ssn": Style("#6a51a3", "#a99be0", "X"),
+    "ibn": Style("#c98500", "#e69f00", "v"),
+    "kn": Style("#d55e00", "#ff7f2a", "P"),
+    "iternorm": Style("#009e73", "#2fc79c", "s"),
+    "dbn": Style("#b8609a", "#dd8fc0", "^"),
 }
 
 
@@ -87,7 +93,7 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     for baseline, methods in summary.families().items():
         drawn: list[Series] = []
         for method in methods:
-            style = BASELINE if method.is_baseline else _style(method.name)
+            style = BASELINE if method.is_baseline else method_style(method.name)
             # A technique that comes twice in a panel, on another optimizer or in another form, is dotted from then on.
             again = any(series.style == style for series in drawn)
             dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
@@ -96,7 +102,8 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     return panels
 
 
-def _style(name: str) -> Style:
+def method_style(name: str) -> Style:
+    """Return how a method is drawn beside its baseline."""
     method = METHODS[name]
     if method.norm is not None:
         return _BY_LAYERS[method.norm.kind]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from wellcond.lab.formats import share_text
+from wellcond.lab.shares import method_shares
 from wellcond.lab.statistics import Difference
 from wellcond.lab.summary import MethodSummary, Summary
 
@@ -18,15 +20,16 @@ def findings(summary: Summary) -> list[str]:
         summary: The comparison in numbers.
 
     Returns:
-        A few findings for each baseline; one that says so if there is nothing to compare.
+        A few findings for each baseline; one that says so if there is nothing to compare; and what layers learned.
     """
     if all(method.is_baseline for method in summary.methods):
-        return ["Only baselines were run, so there is nothing to compare them with."]
+        said = ["Only baselines were run, so there is nothing to compare them with."]
+        return said + _learned(summary)
     said = []
     if summary.early_epoch is not None:
         said += _at_epoch(summary, summary.early_epoch, lambda method: method.early_difference)
     said += _at_epoch(summary, summary.epochs, lambda method: method.final_difference)
-    return said + _at_equal_time(summary) + _in_evaluation(summary)
+    return said + _at_equal_time(summary) + _in_evaluation(summary) + _learned(summary)
 
 
 def notes(summary: Summary) -> list[str]:
@@ -105,6 +108,21 @@ def _in_evaluation(summary: Summary) -> list[str]:
         ]
         if ratios:
             lines.append(f"Evaluating an image takes {_join(ratios)} as long as with {baseline}.")
+    return lines
+
+
+def _learned(summary: Summary) -> list[str]:
+    lines = []
+    for method in summary.methods:
+        shares = method_shares(method)
+        if shares is None:
+            continue
+        layers = f"{len(shares.layers)} layers" if len(shares.layers) > 1 else "its layer"
+        said = []
+        for part, called in shares.parts.items():
+            each = [f"{share_text(shares.average(part, kind))} ({kind.upper()})" for kind in shares.kinds]
+            said.append(f"{_join(each)} of the {called}")
+        lines.append(f"{method.name} learned these shares, on average over {layers}: {'; '.join(said)}.")
     return lines
 
 

@@ -30,6 +30,15 @@ def difference_text(difference: Difference | None) -> str:
     return f"{_signed(difference.mean)} [{difference.low:+.1f}, {difference.high:+.1f}]"
 
 
+def share_text(share: Spread) -> str:
+    """Return a mean share with its standard deviation, if it has one; to three digits, since shares move slowly.
+
+    >>> share_text(Spread(0.4063, 0.0217, 3)), share_text(Spread(0.4063, None, 1))
+    ('0.406 ± 0.022', '0.406')
+    """
+    return f"{share.mean:.3f}" if share.std is None else f"{share.mean:.3f} ± {share.std:.3f}"
+
+
 def _signed(points: float) -> str:
     # Rounded first: a mean of -0.04 would be written as -0.0. The interval's ends keep their sign: it decides.
     return f"{round(points, 1) + 0.0:+.1f}"

@@ -13,7 +13,7 @@ import torch
 import wellcond
 
 # Files of the lab that decide what a run computes; the others only plan and present.
-_RUN_FILES = ("batches", "images", "methods", "models", "norms", "parquet", "run", "splits")
+_RUN_FILES = ("batches", "extras", "images", "methods", "models", "norms", "parquet", "run", "splits")
 
 
 def training_device() -> torch.device:

@@ -168,6 +168,25 @@ METHODS = {
             "SGDM with group normalization (8 groups), which has no batch statistics",
             NormSpec("gn", (("num_groups", 8),)),
         ),
+        _norm("SN", "SGDM with Switchable Normalization", NormSpec("sn")),
+        _norm(
+            "SSN",
+            "SGDM with Sparse Switchable Normalization: each layer ends with IN, LN or BN alone",
+            NormSpec("ssn", (("shared_logits", True),)),
+        ),
+        _norm(
+            "IBN",
+            "SGDM with instance normalization of half of each layer's channels, batch normalization of the rest",
+            NormSpec("ibn"),
+        ),
+        _norm("KN", "SGDM with Kalman Normalization, transitions and gains learned", NormSpec("kn")),
+        _norm(
+            "KN-fixed",
+            "SGDM with Kalman Normalization of constant gain, predictions pushed through the network",
+            NormSpec("kn", (("learned", False),)),
+        ),
+        _norm("IterNorm", "SGDM with batch whitening by Newton iterations", NormSpec("iternorm")),
+        _norm("DBN", "SGDM with decorrelated batch normalization: whitening by ZCA", NormSpec("dbn")),
     )
 }
 """Every method, in the order in which reports list them."""

@@ -12,7 +12,7 @@ import wellcond.nn
 
 # Of these every image is normalized by its own values alone: there is no batch to take in groups.
 _WITHOUT_BATCH_STATISTICS = ("gn", "ln", "in")
-_SCHEDULERS = {"mbn": "MomentumScheduler", "brn": "BatchRenormScheduler"}
+_SCHEDULERS = {"mbn": "MomentumScheduler", "brn": "BatchRenormScheduler", "ssn": "SparsityScheduler"}
 # As in the thesis: there the momentum rises over 180 of 200 epochs.
 _RISING_SHARE = 0.9
 # As in the paper: after 5,000 steps d_max opens until step 25,000 and r_max until 40,000, where batch normalization of
@@ -101,6 +101,8 @@ class NormSpec:
                 model, warmup_steps=warmup, r_steps=max(r_steps, warmup + 1), d_steps=max(d_steps, warmup + 1)
             )
             return NormSchedule(scheduler, every_step=True)
+        if self.kind == "ssn":
+            return NormSchedule(wellcond.nn.SparsityScheduler(model, steps), every_step=True)
         return None
 
 

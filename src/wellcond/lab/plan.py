@@ -128,7 +128,16 @@ class Plan:
 
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
-        return replace(self.template, method=method, lr=lr, seed=seed, steps=self.steps if steps is None else steps)
+        grouped = method.norm is None or method.norm.has_batch_statistics
+        return replace(
+            self.template,
+            method=method,
+            lr=lr,
+            seed=seed,
+            steps=self.steps if steps is None else steps,
+            # Without batch statistics it is the same run whatever the groups: comparisons can share it.
+            ghost_batch=self.template.ghost_batch if grouped else None,
+        )
 
     def specs(self) -> list[RunSpec]:
         """Return every run of all epochs.
@@ -170,8 +179,7 @@ def make_plan(settings: Settings) -> Plan:
         raise LabError(f"--batch-size must be at most the number of training images ({train_images}), got {batch_size}")
     if batch_size == 1:
         raise LabError("--batch-size must be at least 2, because the networks use batch normalization, got 1")
-    if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
-        raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
+    _check_ghost_batch(settings, batch_size)
     epochs = settings.epochs or (6 if is_digits else 8)
     steps = epochs * (train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
@@ -209,6 +217,22 @@ def make_plan(settings: Settings) -> Plan:
             environment=environment(settings.jobs, threads),
         ),
     )
+
+
+def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
+    """Return the same comparison with batch statistics over other groups; it shares the images in memory.
+
+    Args:
+        plan: The comparison.
+        ghost_batch: Images of the groups; None for the whole batch.
+
+    Raises:
+        LabError: If the groups are larger than the batch, or a method cannot take them.
+    """
+    settings = replace(plan.settings, ghost_batch=ghost_batch)
+    _check_ghost_batch(settings, plan.batch_size)
+    _check_methods(plan.methods, plan.data, plan.model, ghost_batch, plan.refresh)
+    return replace(plan, settings=settings, template=replace(plan.template, ghost_batch=ghost_batch))
 
 
 def output_folder(plan: Plan, out: str | None) -> Path:
@@ -252,6 +276,11 @@ def _counts(settings: Settings, pool: int) -> tuple[int, int]:
     return train, validation
 
 
+def _check_ghost_batch(settings: Settings, batch_size: int) -> None:
+    if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
+        raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
+
+
 def _check_methods(
     methods: Sequence[Method], data: ImageData, model: str, ghost_batch: int | None, refresh: Refresh
 ) -> None:
@@ -260,5 +289,5 @@ def _check_methods(
         network = initial_model(model, data.channels, len(data.pool.classes), seed=0)
         try:
             method.build(method.with_layers(network, ghost_batch), method.lrs[0], refresh)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise LabError(f"method {method.name}: {error}") from error

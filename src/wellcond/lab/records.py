@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ class RunRecord:
         warnings: What the transforms and layers warned of.
         evaluation_seconds: Seconds that the network takes to evaluate an image; None if no epoch ended with finite
             losses.
+        extras: What the trained layers have learned, by kind (see `EXTRAS`); nothing of a diverged run.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -107,6 +108,7 @@ class RunRecord:
     transforms: dict[str, Any]
     warnings: tuple[str, ...]
     evaluation_seconds: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -11,7 +11,9 @@ from wellcond.lab.curves import Axis, Panel, make_panels
 from wellcond.lab.findings import findings, notes
 from wellcond.lab.methods import METHODS
 from wellcond.lab.norms import trained_norm
-from wellcond.lab.summary import Summary
+from wellcond.lab.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
+from wellcond.lab.shares import method_shares
+from wellcond.lab.summary import MethodSummary, Summary
 from wellcond.lab.svg import css_class, draw_key, draw_svg
 
 _AXES: tuple[Axis, ...] = ("epochs", "seconds")
@@ -50,6 +52,10 @@ def render_report(
         "label": lambda key: key.replace("_", " "),
     }
     panels = {axis: make_panels(summary, axis) for axis in _AXES}
+    learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
+    styles = {css_class(series): series.style for panel in panels["epochs"] for series in panel.series}
+    if learned:
+        styles |= {share_class(kind): style for kind, style in SHARE_STYLES.items()}
     return environment.get_template("report.html.j2").render(
         summary=summary,
         title=title,
@@ -62,7 +68,8 @@ def render_report(
         nothing=formats.NOTHING,
         target_text=formats.target_text,
         charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
-        colours={css_class(series): series.style for panel in panels["epochs"] for series in panel.series},
+        learned=learned,
+        colours=styles,
         recipes={method.name: _recipe(method.name, settings["ghost_batch"]) for method in summary.methods},
     )
 
@@ -73,6 +80,28 @@ def _chart(panel: Panel) -> dict[str, Any]:
         "title": f"{panel.title}, over {over}",
         "svg": draw_svg(panel),
         "keys": [(draw_key(series), series.name) for series in panel.series],
+    }
+
+
+def _learned(method: MethodSummary) -> dict[str, Any] | None:
+    """Return a method's shares as pictures and a table; None if it has none."""
+    shares = method_shares(method)
+    if shares is None:
+        return None
+    columns = [(part, kind) for part in shares.parts for kind in shares.kinds]
+    rows = [(layer, [shares.of_layer(layer, *column) for column in columns]) for layer in shares.layers]
+    rows.append(("average over layers", [shares.average(*column) for column in columns]))
+    return {
+        "name": method.name,
+        "lr": method.lr,
+        "seeds": len(shares.seeds),
+        "charts": [
+            (f"{method.name}, {called}", draw_shares(method.name, shares, part))
+            for part, called in shares.parts.items()
+        ],
+        "keys": [(draw_share_key(kind), kind.upper()) for kind in reversed(shares.kinds)],
+        "heads": [f"{kind.upper()}, {shares.parts[part]}" for part, kind in columns],
+        "rows": [(name, [formats.share_text(share) for share in cells]) for name, cells in rows],
     }
 
 

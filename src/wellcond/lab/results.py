@@ -99,19 +99,19 @@ def to_json(results: Results) -> str:
         "notes": notes(results.summary),
         **summary,
     }
-    lines = [f"{json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in content.items()]
-    listed = ",\n".join(json.dumps(_rounded(method)) for method in methods)
+    lines = [f"{json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in content.items()]
+    listed = ",\n".join(json.dumps(rounded(method)) for method in methods)
     return "{\n" + ",\n".join([*lines, f'"methods": [\n{listed}\n]']) + "\n}\n"
 
 
-def _rounded(value: Any) -> Any:
-    """Return the value with its floats cut to six digits."""
+def rounded(value: Any) -> Any:
+    """Return a value as JSON takes it, with its floats cut to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value
 
 

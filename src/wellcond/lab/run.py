@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import wellcond
 from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, evaluation_batches
+from wellcond.lab.extras import collect_extras
 from wellcond.lab.images import ImageData
 from wellcond.lab.methods import Refresh
 from wellcond.lab.models import initial_model
@@ -103,7 +104,7 @@ class Runner:
         batches = TrainingBatches(
             data.train.images, data.train.labels, data.moments, spec.batch_size, spec.augmentation, spec.seed
         )
-        with _quiet() as caught:
+        with _quiet() as caught, self._noise(spec.seed):
             trainer = pl.Trainer(
                 accelerator="cuda" if self.device.type == "cuda" else "cpu",
                 devices=1,
@@ -122,7 +123,16 @@ class Runner:
                 sorted({str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)})
             ),
             evaluation_seconds=measure.evaluation_seconds(),
+            extras={} if measure.diverged else collect_extras(training.model),
         )
+
+    @contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        """Let layers that draw random numbers draw those of the seed, and leave torch's global generators alone."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derived_seed("noise", seed))
+            yield
 
     def _draw(self, seed: int, train: int, validation: int) -> SeedData:
         pool = self.data.pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import Any
 
 from wellcond.lab.compare import Comparison
 from wellcond.lab.methods import Method
@@ -79,6 +80,8 @@ class MethodSummary:
         diverged_runs: Runs, of all lrs and budgets, that ended with a NaN or infinite loss.
         warnings: What the transforms and layers warned of.
         curves: The runs at the chosen lr.
+        extras: What the layers of these runs have learned: from a kind of `EXTRAS` to each seed's, None for a run that
+            has none.
     """
 
     name: str
@@ -99,6 +102,7 @@ class MethodSummary:
     diverged_runs: int
     warnings: tuple[str, ...]
     curves: tuple[Curve, ...]
+    extras: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:
@@ -227,7 +231,12 @@ def _summarize_method(
         diverged_runs=sum(run.diverged for run in (*all_runs, *extra)),
         warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),
         curves=tuple(_curve(seed, run) for seed, run in enumerate(runs)),
+        extras={kind: tuple(run.extras.get(kind) for run in runs) for kind in _extras_of(runs)},
     )
+
+
+def _extras_of(runs: list[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(kind for run in runs for kind in run.extras))
 
 
 def _equal_runs(comparison: Comparison, method: Method) -> list[RunRecord]:

@@ -4,6 +4,7 @@ from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.convert_layers import convert_layers
 from wellcond.nn.deconvolution import NetworkDeconvolution2d
+from wellcond.nn.decorrelated import DecorrelatedBatchNorm2d
 from wellcond.nn.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.fold import fold_switchable
@@ -11,6 +12,7 @@ from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhiten
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.ibn import ibn_a, ibn_b
 from wellcond.nn.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.iternorm import IterNorm2d
 from wellcond.nn.kalman import KalmanBatchNorm2d
 from wellcond.nn.kalman_wiring import connect_kalman
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
@@ -31,6 +33,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "BatchRenormScheduler",
+    "DecorrelatedBatchNorm2d",
     "EigenConv2d",
     "EigenLinear",
     "EvalNorm1d",
@@ -42,6 +45,7 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "InstanceBatchNorm2d",
+    "IterNorm2d",
     "KalmanBatchNorm2d",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,9 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
     Raises:
         ValueError: If an argument is out of its range, or group_size and synchronize contradict each other.
     """
+
+    # Whether the running statistics take in a batch's plain mean and variance, and nothing else.
+    tracks_batch_moments: ClassVar[bool] = True
 
     def __init__(
         self,

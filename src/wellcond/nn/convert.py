@@ -15,9 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from wellcond.checks import check_positive_integer
 from wellcond.nn.base import StatisticsNorm
 from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.decorrelated import DecorrelatedBatchNorm2d
 from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from wellcond.nn.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.iternorm import IterNorm2d
 from wellcond.nn.kalman import KalmanBatchNorm2d
 from wellcond.nn.kalman_wiring import connect_kalman
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
@@ -42,6 +44,8 @@ _KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
     "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
     "ibn": (None, InstanceBatchNorm2d, None),
     "kn": (None, KalmanBatchNorm2d, None),
+    "dbn": (None, DecorrelatedBatchNorm2d, None),
+    "iternorm": (None, IterNorm2d, None),
     "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
     "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -91,6 +95,8 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
     - ``"sn"``, ``"ssn"``: `SwitchableNorm*`, `SparseSwitchableNorm*`, from equal shares on;
     - ``"ibn"``: `InstanceBatchNorm2d`, of 2 dimensions only; `ibn_a` chooses the layers as IBN-Net does;
+    - ``"dbn"``, ``"iternorm"``: `DecorrelatedBatchNorm2d`, `IterNorm2d`, of 2 dimensions only; evaluate as before until
+      they have seen training batches;
     - ``"kn"``: `KalmanBatchNorm2d`, of 2 dimensions only; `connect_kalman` finds which layers come before which, and
       the parameters that it makes are new: make the optimizer afterwards;
     - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,

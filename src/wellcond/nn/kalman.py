@@ -112,6 +112,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         tensor(True)
     """
 
+    tracks_batch_moments = False
     transition: nn.Parameter | None  # E, [C, predecessor_features]
     transition_bias: nn.Parameter | None  # b, [C]
     log_noise: nn.Parameter | None  # log R, [C]

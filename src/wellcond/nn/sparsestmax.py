@@ -21,6 +21,7 @@ def sparsemax(logits: Tensor) -> Tensor:
         >>> sparsemax(torch.tensor([0.7, 0.5, -1.0]))
         tensor([0.6000, 0.4000, 0.0000])
     """
+    logits = logits - logits.detach().max()  # So that large ones do not lose the 1 below.
     ordered = logits.sort(descending=True).values
     sums = ordered.cumsum(0)
     ranks = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
@@ -35,7 +36,8 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
 
     For r = 0 this is `sparsemax`; as r grows to 1, the circle leaves less and less of the simplex, in the end its
     corners alone. Where the circle's point is off the simplex, a zero is fixed there and the rest goes on with the
-    smaller simplex and the circle that it cuts out of this one's.
+    smaller simplex and the circle that it cuts out of this one's. As in the authors' code, zeros that `sparsemax` gives
+    already are fixed before: the first circle is around the centre of what is left.
 
     Where the largest logits are equal no direction leads away from the centre: the first of them is taken to be larger,
     so the weights sum to 1 there, too, and their gradient is that of `sparsemax`.
@@ -61,12 +63,14 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
         inside = weights > 0
         left = inside.sum()
         now = inside / left.to(logits.dtype)
+        # A corner stays; so does what is out of the circle already, or has just been pushed on to it.
+        stays = left == 1
         if centre is not None:
             squared = (squared - (now - centre).square().sum()).clamp_min(0)
+            stays = stays | (now == centre).all()
         centre = now
         pushed = _pushed(weights, centre, inside, squared)
-        # A corner stays; so does what is out of the circle already.
-        stays = (left == 1) | ((weights - centre).square().sum() >= squared)
+        stays = stays | ((weights - centre).square().sum() >= squared)
         moved = torch.where(stays, weights, pushed)
         # Rounding in the sum must not bring back what is fixed at zero.
         weights = sparsemax(torch.where(inside, moved, -9.0))

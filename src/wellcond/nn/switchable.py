@@ -20,6 +20,7 @@ NORMALIZERS = ("in", "ln", "bn")
 class SwitchableNorm(StatisticsNorm):
     """Switchable Normalization of inputs of any number of dimensions; use `SwitchableNorm1d`, `2d` or `3d`."""
 
+    tracks_batch_moments = False
     mean_logits: nn.Parameter
     var_logits: nn.Parameter | None
 

@@ -1,0 +1,85 @@
+"""How long comparisons will take, from a few steps of each method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+from wellcond.lab.machine import training_device
+from wellcond.lab.methods import Method
+from wellcond.lab.models import initial_model
+from wellcond.lab.plan import Plan
+from wellcond.lab.records import RunSpec, RunStore
+
+_STEPS = 3
+
+
+def estimate_seconds(plans: Iterable[Plan], store: RunStore) -> tuple[int, float]:
+    """Return how many runs are missing, and about how long they will take.
+
+    Runs at equal wall time are not counted, nor what a run needs beside its steps and evaluations.
+
+    Args:
+        plans: The comparisons; a run that several of them have counts once.
+        store: The finished runs.
+
+    Returns:
+        The number of runs, and the seconds for all of them, as many at once as the plans say.
+    """
+    missing: set[RunSpec] = set()
+    total = 0.0
+    for plan in plans:
+        for method in plan.methods:
+            seeds = range(plan.settings.seeds)
+            specs = {plan.spec(method, lr, seed) for lr in method.lrs for seed in seeds} - missing
+            wanted = {spec for spec in specs if store.load(spec) is None}
+            if wanted:
+                total += len(wanted) * _seconds_of_run(plan, method) / plan.settings.jobs
+                missing |= wanted
+    return len(missing), total
+
+
+def _seconds_of_run(plan: Plan, method: Method) -> float:
+    """Return the seconds of a run's steps and evaluations, measured on noise."""
+    device = training_device()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            classes = len(plan.data.pool.classes)
+            network = initial_model(plan.model, plan.data.channels, classes, seed=0)
+            model = method.with_layers(network, plan.template.ghost_batch).to(device)
+            optimizer, handle = method.build(model, method.lrs[0], plan.refresh)
+            images = torch.randn(plan.batch_size, plan.data.channels, *plan.data.size, device=device)
+            labels = torch.arange(plan.batch_size, device=device) % classes
+
+            def train() -> None:
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+
+            step = _timed(train, device)
+            model.eval()
+            with torch.no_grad():
+                image = _timed(lambda: model(images), device) / plan.batch_size
+            if handle is not None:
+                handle.remove()
+    finally:
+        torch.set_num_threads(threads)
+    evaluated = plan.epochs * (plan.validation_images + len(plan.data.test.labels))
+    return plan.steps * step + evaluated * image
+
+
+def _timed(act: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of an act, the first time left out."""
+    started = 0.0
+    for index in range(_STEPS + 1):
+        if index == 1:
+            started = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / _STEPS
