@@ -35,6 +35,32 @@ def momentum(channels: int, shape: tuple[int, ...]) -> nn.Module:
     return layer
 
 
+def sparse(channels: int, shape: tuple[int, ...]) -> nn.Module:
+    """Return an SSN in the midst of its schedule."""
+    layer = wnn.SparseSwitchableNorm2d(channels)
+    layer.radius = 0.3
+    return layer
+
+
+class Two(nn.Module):
+    """A layer after a convolution of one channel that another, small one has normalized: what a Kalman Norm needs."""
+
+    def __init__(self, make: Callable[[int], nn.Module], channels: int) -> None:
+        super().__init__()
+        self.first, self.between, self.norm = make(1), nn.Conv2d(1, channels, 1), make(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize one channel, convolve, normalize."""
+        return self.norm(self.between(self.first(x[:, :1])))
+
+
+def kalman(channels: int, learned: bool) -> nn.Module:
+    """Return a Kalman Norm that has another one before it."""
+    layer = Two(partial(wnn.KalmanBatchNorm2d, learned=learned), channels)
+    wnn.connect_kalman(layer)
+    return layer
+
+
 def compiled(make: Callable[[int, tuple[int, ...]], nn.Module]) -> Callable[[int, tuple[int, ...]], nn.Module]:
     """Return a maker of the same layer, compiled."""
     return lambda channels, shape: torch.compile(make(channels, shape), dynamic=False)
@@ -49,9 +75,20 @@ LAYERS: dict[str, Callable[[int, tuple[int, ...]], nn.Module]] = {
     "Batch Renorm": lambda channels, shape: wnn.BatchRenorm2d(channels),
     "EvalNorm": lambda channels, shape: wnn.EvalNorm2d(channels),
     "PopulationNorm": lambda channels, shape: wnn.PopulationNorm2d(channels),
+    "SwitchableNorm": lambda channels, shape: wnn.SwitchableNorm2d(channels),
+    "SparseSwitchableNorm": sparse,
+    "InstanceBatchNorm": lambda channels, shape: wnn.InstanceBatchNorm2d(channels),
+    "1x1 conv, nn.BatchNorm2d": lambda channels, shape: Two(nn.BatchNorm2d, channels),
+    "1x1 conv, KalmanBatchNorm": lambda channels, shape: kalman(channels, learned=True),
+    "1x1 conv, Kalman, learned=False": lambda channels, shape: kalman(channels, learned=False),
+    "DecorrelatedBatchNorm": lambda channels, shape: wnn.DecorrelatedBatchNorm2d(channels),
+    "IterNorm": lambda channels, shape: wnn.IterNorm2d(channels),
+    "IterNorm, 16 channels": lambda channels, shape: wnn.IterNorm2d(channels, channels_per_group=16),
+    "nn.InstanceNorm2d": lambda channels, shape: nn.InstanceNorm2d(channels, affine=True),
     "nn.GroupNorm, 8 groups": lambda channels, shape: nn.GroupNorm(8, channels),
     "nn.BatchNorm2d, compiled": compiled(lambda channels, shape: nn.BatchNorm2d(channels)),
     "MBN, compiled": compiled(momentum),
+    "SwitchableNorm, compiled": compiled(lambda channels, shape: wnn.SwitchableNorm2d(channels)),
     "BSR, compiled": compiled(lambda channels, shape: wnn.BSRBatchNorm2d(channels)),
 }
 EVALUATED: dict[str, Callable[[int, tuple[int, ...]], nn.Module]] = {
@@ -60,6 +97,9 @@ EVALUATED: dict[str, Callable[[int, tuple[int, ...]], nn.Module]] = {
     "BSR": LAYERS["BSR"],
     "EvalNorm": LAYERS["EvalNorm"],
     "MBN": LAYERS["MBN"],
+    "SwitchableNorm": LAYERS["SwitchableNorm"],
+    "InstanceBatchNorm": LAYERS["InstanceBatchNorm"],
+    "IterNorm": LAYERS["IterNorm"],
 }
 
 
@@ -114,7 +154,7 @@ def table(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float
     for name, own in times.items():
         low, median, high = ratios(own, times[base])
         rows[name] = {"ms": 1e3 * quartiles(own)[1], "ratio": median, "ratio_low": low, "ratio_high": high}
-        print(f"  {name:26}{rows[name]['ms']:9.2f} ms   x {median:.3f} ({low:.3f} to {high:.3f})")
+        print(f"  {name:32}{rows[name]['ms']:9.2f} ms   x {median:.3f} ({low:.3f} to {high:.3f})")
     return rows
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = setting(options, device) | {"shapes": []}
+    figures = setting(options, device) | {"base": BASE, "shapes": []}
     for shape in SHAPES:
         torch.manual_seed(0)
         channels = shape[1]

@@ -129,9 +129,11 @@ def layers_table(results: dict[str, Any]) -> str:
     shapes = results["shapes"]
     lines = []
     for what, base, title in (
-        ("training", "nn.BatchNorm2d", "forward and backward"),
+        ("training", results.get("base", "nn.BatchNorm2d"), "forward and backward"),
         ("evaluation", "nn.InstanceNorm2d", "evaluation, forward"),
     ):
+        if what not in shapes[0]:
+            continue
         heads = [f"{title}, as a ratio to {base}", *(" × ".join(str(n) for n in shape["shape"]) for shape in shapes)]
         lines += [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
         for name in shapes[0][what]:
@@ -142,15 +144,34 @@ def layers_table(results: dict[str, Any]) -> str:
                 cells = [f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" for row in rows]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-    most = max(
-        extra for shape in shapes for name, extra in shape["peak_extra_nc"].items() if not name.startswith("nn.")
-    )
-    lines.append(
-        "Medians with quartiles of ratios in the same round. Peak memory of a forward and backward pass above that of "
-        f"nn.BatchNorm2d: at most {max(most, 0.0):.1f} floats for each sample and channel."
-    )
+    lines.append(f"Medians with quartiles of ratios in the same round. {_memory(shapes)}".rstrip())
     made = f"`{results['command']}` ({results['rounds']} rounds, torch {results['torch']}, {results['machine']})"
     return "\n".join([*lines, "", made])
+
+
+def _memory(shapes: list[dict[str, Any]]) -> str:
+    """Return what layers hold beyond nn.BatchNorm2d: floats for each sample and channel, or copies of the input."""
+    if "peak_extra_nc" not in shapes[0]:
+        return ""
+    copies: dict[str, float] = {}
+    small = 0.0
+    for shape in shapes:
+        positions = shape["shape"][2] * shape["shape"][3]
+        for name, extra in shape["peak_extra_nc"].items():
+            if name.startswith("nn.") or name.startswith("1x1"):
+                continue
+            if extra > 0.25 * positions:
+                copies[name] = max(copies.get(name, 0.0), extra / positions)
+            else:
+                small = max(small, extra)
+    text = (
+        "Peak memory of a forward and backward pass above that of nn.BatchNorm2d: at most "
+        f"{small:.1f} floats for each sample and channel"
+    )
+    if copies:
+        listed = ", ".join(f"{name} {size:.1f}" for name, size in copies.items())
+        text += f"; in copies of the input: {listed}"
+    return f"{text}."
 
 
 def inference_table(results: dict[str, Any]) -> str:

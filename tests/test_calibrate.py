@@ -670,3 +670,32 @@ def test_layers_that_were_not_reached_are_named_and_keep_their_statistics() -> N
         calibrate(model, [data()], 2)
     x = torch.randn(2, 3, 4, 4).double()
     assert_close(model.auxiliary.eval()(x), (x - 5) / (1 + 1e-5) ** 0.5)
+
+
+# layers whose running statistics are not a batch's plain moments -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["iternorm", "dbn", "kn", "sn"])
+def test_running_statistics_are_those_that_training_keeps(kind: str) -> None:
+    """The average over batches of what each of them would put into a layer, at equal weights."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    model = wellcond.nn.convert_norm(nn.Sequential(*layers).double(), to=kind)
+    if kind == "sn":
+        wellcond.nn.convert_norm(model, to="sn", unbiased=True)
+    for _ in range(3):
+        model(torch.randn(8, 2, 9, 9, dtype=torch.float64))
+    expected = copy.deepcopy(model)
+    loader = [torch.randn(samples, 2, 9, 9, dtype=torch.float64) + 1 for samples in (8, 4, 9)]
+    wellcond.calibrate(model.eval(), loader, batch_size=4, what="bn")
+
+    for layer in (expected[1], expected[4]):
+        layer.momentum = None
+        layer.num_batches_tracked.zero_()
+    with torch.no_grad():
+        for batch in loader:
+            for group in batch[: len(batch) // 4 * 4].split(4):
+                expected.train()(group)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-10, atol=1e-10, msg=name)
+    assert int(model[1].num_batches_tracked) == 5

@@ -71,10 +71,11 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
         flat = _one_instance(grad.contiguous()), _one_instance(x), _flat(mean, mean), _flat(var, mean)
         product, total = _sums_of_channels(*flat, eps)
         return product.view(mean.shape), total.view(mean.shape)
+    if x.device.type != "cpu" or not len(x):
+        return plain_gradient_sums(grad, x, mean, var, eps)
     # With channels last the kernel of one instance after the other is far quicker than plain sums.
-    each = [_sums_of_channels(*instance, eps) for instance in zip(grad.split(1), x.split(1), mean, var, strict=True)]
-    if not each:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
+    parts = zip(grad.split(1), x.split(1), mean, var, strict=True)
+    each = [_sums_of_channels(*part, eps) for part in parts]
     return torch.stack([product for product, _ in each]), torch.stack([total for _, total in each])
 
 

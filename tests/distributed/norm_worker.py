@@ -7,6 +7,7 @@ one-process result that the test compares with. A check that raises is recorded 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.calibrate import calibrate
-from wellcond.nn import BSRBatchNorm2d, MomentumBatchNorm2d
+from wellcond.nn import BSRBatchNorm2d, IterNorm2d, MomentumBatchNorm2d, SwitchableNorm2d, convert_norm
 
 Result = dict[str, Any]
 M = 2
+DATA_PARALLEL = ("sn", "ssn", "ibn", "kn", "dbn", "iternorm")
 # Samples of each of a rank's batches: different numbers of batches, of different sizes, some with something left over.
 SIZES = {1: [[6, 4, 2, 3, 8]], 2: [[6, 4, 2], [3, 8]]}
 
@@ -123,12 +125,34 @@ def moving_averages(rank: int, world: int) -> Result:
     return {"alone": alone, "together": together}
 
 
+def data_parallel(rank: int, world: int, kind: str) -> Result:
+    """Train under DDP, each rank with statistics of its own; in one process, each half of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    ).double()
+    convert_norm(model, kind, **({} if world > 1 else {"group_size": 4}))
+    outer = wrapped(model, world)
+    optimizer = torch.optim.SGD(outer.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        images = torch.randn(8, 2, 5, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        images = images.chunk(world)[rank]
+        optimizer.zero_grad()
+        outer(images).square().mean().backward()
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def checks() -> dict[str, Callable[[int, int], Result]]:
     """Return every check by name."""
     found: dict[str, Callable[[int, int], Result]] = {}
     for what in ("bsr", "evalnorm", "bn"):
         found[f"calibrate {what}"] = lambda rank, world, w=what: calibrated(rank, world, w)
     found["calibrate mbn"] = lambda rank, world: calibrated(rank, world, "bn", MomentumBatchNorm2d)
+    found["calibrate sn"] = lambda rank, world: calibrated(rank, world, "bn", SwitchableNorm2d)
+    found["calibrate iternorm"] = lambda rank, world: calibrated(rank, world, "bn", IterNorm2d)
     found["calibrate synchronized"] = lambda rank, world: calibrated(
         rank, world, "bsr", lambda c: BSRBatchNorm2d(c, synchronize=True)
     )
@@ -140,6 +164,8 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
     found["short everywhere"] = lambda rank, world: calibrated(
         rank, world, "bn", loader=lambda rank, world: [x[:1] for x in batches(rank, world)]
     )
+    for kind in DATA_PARALLEL:
+        found[f"data parallel {kind}"] = partial(data_parallel, kind=kind)
     found["moving averages"] = moving_averages
     return found
 

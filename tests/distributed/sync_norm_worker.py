@@ -22,6 +22,9 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "evalnorm": lambda **options: wnn.EvalNorm2d(CHANNELS, **options),
     "evalnorm_fixed": lambda **options: wnn.EvalNorm2d(CHANNELS, learn=False, **options),
     "pn": lambda **options: wnn.PopulationNorm2d(CHANNELS, **options),
+    "ibn": lambda **options: wnn.InstanceBatchNorm2d(CHANNELS, **options),
+    "dbn": lambda **options: wnn.DecorrelatedBatchNorm2d(CHANNELS, **options),
+    "iternorm": lambda **options: wnn.IterNorm2d(CHANNELS, **options),
 }
 
 

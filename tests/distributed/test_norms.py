@@ -27,7 +27,7 @@ def assert_close_to(result: dict[str, Any], expected: dict[str, Any]) -> None:
 # calibration --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["bsr", "evalnorm", "bn", "synchronized", "inside"])
+@pytest.mark.parametrize("what", ["bsr", "evalnorm", "bn", "synchronized", "inside", "sn", "iternorm"])
 def test_calibration_on_uneven_shards_equals_one_process_with_all_data(what: str, two_ranks: Ranks) -> None:
     name = f"calibrate {what}"
     results = results_of(two_ranks, name)
@@ -73,3 +73,13 @@ def test_moving_averages_of_ranks_are_averaged(two_ranks: Ranks) -> None:
     for name in ("norm.running_mean", "norm.running_var", "other.running_mean", "other.running_var"):
         torch.testing.assert_close(together[name], (alone[0][name] + alone[1][name]) / 2, rtol=1e-10, atol=1e-10)
     assert int(together["norm.num_batches_tracked"]) == sum(int(one["norm.num_batches_tracked"]) for one in alone)
+
+
+# training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", worker.DATA_PARALLEL)
+def test_ddp_equals_one_process_with_as_many_groups(kind: str, two_ranks: Ranks) -> None:
+    results = results_of(two_ranks, f"data parallel {kind}")
+    assert_ranks_identical(results)
+    assert_close_to(results[0], worker.checks()[f"data parallel {kind}"](0, 1))
