@@ -52,6 +52,12 @@ def test_the_function_and_the_parameters_stay(kind: str) -> None:
     assert not model.first.training
 
 
+def tied(layer: nn.Linear) -> nn.Embedding:
+    words = nn.Embedding(*layer.weight.shape)
+    words.weight = layer.weight
+    return words
+
+
 def test_types() -> None:
     model = convert_layers(Net(), "wnn")
     assert [type(model.first), type(model.rest[2]), type(model.head)] == [
@@ -103,9 +109,14 @@ def test_where() -> None:
             TypeError,
             r"'encoder.linear1' belongs to an nn.TransformerEncoderLayer",
         ),
+        (
+            lambda model: setattr(model, "words", tied(model.head)),
+            TypeError,
+            "'head' shares its weight with 'words', which a refresh would change",
+        ),
         (lambda model: nn.utils.parametrizations.weight_norm(model.rest[2]), None, ""),
     ],
-    ids=["hook", "forward", "encoder", "parametrized"],
+    ids=["hook", "forward", "encoder", "tied", "parametrized"],
 )
 def test_what_would_be_lost_is_refused_and_nothing_changes(
     spoil: Callable[[Net], object], error: type[Exception] | None, message: str

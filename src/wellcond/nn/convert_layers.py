@@ -52,8 +52,8 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
 
     Raises:
         TypeError: If the model is a layer itself, an option is not one of the new layers', or a layer cannot be
-            replaced without loss (hooks, a `forward` of its own, a place in an `nn.TransformerEncoderLayer`, whose
-            evaluation uses its layers' weights directly).
+            replaced without loss (hooks, a `forward` of its own, a weight that another module has, too, a place in an
+            `nn.TransformerEncoderLayer`, whose evaluation uses its layers' weights directly).
         ValueError: If the kind is not known, or no layer is selected.
 
     Example:
@@ -78,6 +78,7 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
         selected = "" if where is None else " that `where` selects"
         kind = "layer of this library" if to == "plain" else " or ".join(f"nn.{each.__name__}" for each in kinds)
         raise ValueError(f"{type(model).__name__} has no {kind} to convert{selected}")
+    owners = _owners(model)
     new: dict[nn.Module, nn.Module] = {}
     for module, own in names.items():
         if module is model:
@@ -90,6 +91,11 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
                 f"{own[0]!r} belongs to an nn.TransformerEncoderLayer, which evaluates with its weight as it is: leave "
                 "it out with `where`"
             )
+        shared = [name for name, owner in owners.get(id(module.weight), []) if owner is not module]
+        if to in ("wnn", "eigen", "gwnn") and shared:
+            raise TypeError(
+                f"{own[0]!r} shares its weight with {shared[0]!r}, which a refresh would change: leave it out"
+            )
         if to == "plain":
             new[module] = cast(Any, module).to_plain()
         else:
@@ -98,3 +104,12 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
         for name in own:
             model.set_submodule(name, new[module])
     return model
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return, by parameter, the modules that hold it, with their names."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
+    return owners

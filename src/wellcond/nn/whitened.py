@@ -153,7 +153,7 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
       before a step is complete should have ``refresh_every=None`` and call `refresh` between steps.
     - The weight must be a whole parameter that no other module uses: not tied, parametrized or sharded.
     - Statistics and P are d × d matrices, in float32 or wider. In half precision a refresh rounds V anew.
-    - The gradient techniques of this library that look at a layer's input do not know that V's input is õ.
+    - `FeatureWhitening` and `FeatureDescent` leave its gradient as it is: V's input is white already.
 
     Args:
         in_features: d.
