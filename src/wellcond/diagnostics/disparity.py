@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.checks import check_positive_integer
+from wellcond.diagnostics.plotting import axes_for
 from wellcond.nn.bsr import BSRBatchNorm
 from wellcond.nn.instance import InstanceInference
 from wellcond.stand_in import Seen, double_of
@@ -106,12 +107,7 @@ class Disparity:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("Disparity.plot needs matplotlib: pip install matplotlib, or wellcond[lab]") from error
-        if ax is None:
-            _, ax = plt.subplots(figsize=(max(6.0, 0.25 * len(self.layers)), 4.0), layout="constrained")
+        ax = axes_for(ax, "Disparity.plot", (max(6.0, 0.25 * len(self.layers)), 4.0))
         names = list(self.layers)
         for kind in self.kinds:
             own = [
