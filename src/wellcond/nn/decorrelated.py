@@ -36,20 +36,7 @@ class BatchWhitening(StatisticsNorm):
     Inputs of half precision are computed with in float32, and the output is rounded once: with W rounded, too, it is
     less white by an order of magnitude.
 
-    Args:
-        num_features: C.
-        channels_per_group: The most channels that are whitened together; d is the largest divisor of C not above it.
-        eps: ε, added to the covariance's diagonal.
-        momentum: Weight of a new batch in the running statistics; None for equal weights of all batches.
-        affine: Learn γ and β.
-        track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
-        group_size: Whiten ghost groups of so many samples, in the batch's order; None for the batch as a whole.
-        synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
-        device: Of the parameters and statistics.
-        dtype: Of the parameters; statistics are float32 or wider.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    Its arguments are those of `DecorrelatedBatchNorm2d`.
     """
 
     tracks_batch_moments = False
@@ -58,7 +45,7 @@ class BatchWhitening(StatisticsNorm):
     def __init__(
         self,
         num_features: int,
-        channels_per_group: int,
+        channels_per_group: int = 16,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -177,33 +164,6 @@ class BatchWhitening(StatisticsNorm):
 
 class DecorrelatedBatchNorm(BatchWhitening):
     """Decorrelated Batch Normalization of inputs of any number of dimensions; use `DecorrelatedBatchNorm2d`."""
-
-    def __init__(
-        self,
-        num_features: int,
-        channels_per_group: int = 16,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        group_size: int | None = None,
-        synchronize: bool | dist.ProcessGroup = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            channels_per_group,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            group_size=group_size,
-            synchronize=synchronize,
-            device=device,
-            dtype=dtype,
-        )
 
     def whitening(self, covariance: Tensor) -> Tensor:
         """Return (Σ + εI)^(−1/2)."""
