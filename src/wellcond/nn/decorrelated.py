@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from wellcond.checks import check_positive_integer
 from wellcond.moments import Moments, ghost_sizes, positions, statistics_dtype
 from wellcond.nn.base import StatisticsNorm
-from wellcond.nn.whitening import group_covariance, group_width, map_groups, zca
+from wellcond.nn.whitening import group_covariance, group_width, in_format_of, map_groups, zca
 from wellcond.ranks import Ranks
 
 
 class _Statistics(NamedTuple):
-    """What samples are whitened with: the moments of their channels, and W."""
+    """What groups of samples are whitened with: moments [groups, C], and W [groups, C/d, d, d]."""
 
     moments: Moments
     whitening: Tensor
@@ -85,23 +85,30 @@ class BatchWhitening(StatisticsNorm):
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Whiten a training batch with its own mean and covariance, and take these into the running ones."""
         self._check_enough(input)
-        sizes = ghost_sizes(input.shape[0], self.group_size)
         with _without_autocast(input):
             wide = input.to(statistics_dtype(input.dtype))
-            groups = [self._group(part) for part in ([wide] if sizes is None else wide.split(list(sizes)))]
-            self._track_groups([statistics for _, statistics in groups])
-            outputs = [output for output, _ in groups]
-            return (outputs[0] if sizes is None else torch.cat(outputs)).to(input.dtype)
+            parts = [self._groups(part, count) for part, count in _equal_parts(wide, self.group_size)]
+            self._track_groups([statistics for _, statistics in parts])
+            outputs = [output for output, _ in parts]
+            output = outputs[0] if len(parts) == 1 else torch.cat(outputs)
+            return in_format_of(output, input).to(input.dtype)
 
-    def _group(self, wide: Tensor) -> tuple[Tensor, _Statistics]:
-        """Whiten samples with their own mean and covariance; return these, too."""
-        mean, covariance = group_covariance(wide, self.channels_per_group)
-        count: int | Tensor = wide.shape[0] * positions(wide)
+    def _groups(self, wide: Tensor, count: int) -> tuple[Tensor, _Statistics]:
+        """Whiten each of so many equal groups of samples with its own mean and covariance; return these, too."""
+        samples = wide.shape[0] // max(count, 1)
+        # The groups are taken for channels of their own: [count·n, C] to [n, count·C].
+        folded = wide if count == 1 else wide.unflatten(0, (count, samples)).transpose(0, 1).flatten(1, 2)
+        mean, covariance = group_covariance(folded, self.channels_per_group)
+        elements: int | Tensor = samples * positions(wide)
         if self.synchronize is not False:
-            mean, covariance, count = _over_ranks(mean, covariance, count, Ranks(self.synchronize))
+            mean, covariance, elements = _over_ranks(mean, covariance, elements, Ranks(self.synchronize))
         whitening = self.whitening(covariance)
-        var = covariance.diagonal(dim1=-2, dim2=-1).flatten()
-        return self._whitened(wide, mean, whitening), _Statistics(Moments(mean, var, count), whitening)
+        output = self._whitened(folded, mean, whitening)
+        if count > 1:
+            output = output.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+        var = covariance.diagonal(dim1=-2, dim2=-1).reshape(count, -1)
+        statistics = _Statistics(Moments(mean.view(count, -1), var, elements), whitening.unflatten(0, (count, -1)))
+        return output, statistics
 
     def normalize_with_estimates(self, input: Tensor) -> Tensor:
         """Whiten with the running mean and the running W."""
@@ -114,26 +121,27 @@ class BatchWhitening(StatisticsNorm):
 
     def _whitened(self, wide: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
         """Return γ·W(x − μ) + β as one map, (γW)x + (β − γWμ)."""
+        groups = mean.numel() // self.num_features
         if self.weight is not None:
-            whitening = whitening * self.weight.to(wide.dtype).view(*whitening.shape[:2], 1)
+            whitening = whitening * self.weight.to(wide.dtype).repeat(groups).view(*whitening.shape[:2], 1)
         offset = -(whitening @ mean.view(*whitening.shape[:2], 1)).flatten()
         if self.bias is not None:
-            offset = offset + self.bias.to(wide.dtype)
+            offset = offset + self.bias.to(wide.dtype).repeat(groups)
         return map_groups(wide, whitening, offset)
 
-    def _track_groups(self, groups: Sequence[_Statistics]) -> None:
+    def _track_groups(self, parts: Sequence[_Statistics]) -> None:
         """Take a batch's mean, variances and W into the running ones, those of ghost groups as their average."""
         with torch.no_grad():
-            first = groups[0].moments
-            elements = first.elements
-            if len(groups) > 1:
-                elements = first.mean.new_tensor([[float(group.moments.elements)] for group in groups])
-            means, variances = zip(*((group.moments.mean, group.moments.var) for group in groups), strict=True)
-            of_groups = Moments(torch.stack(means), torch.stack(variances), elements)
-            self.track(of_groups)
+            elements = parts[0].moments.elements
+            if len(parts) > 1:
+                rows = [[float(part.moments.elements)] for part in parts for _ in part.moments.mean]
+                elements = parts[0].moments.mean.new_tensor(rows)
+            means = torch.cat([part.moments.mean for part in parts])
+            variances = torch.cat([part.moments.var for part in parts])
+            self.track(Moments(means, variances, elements))
             empty = not isinstance(elements, Tensor) and elements == 0
             if self.training and self.running_whitening is not None and not self.recomputing and not empty:
-                whitening = torch.stack([group.whitening for group in groups]).mean(0)
+                whitening = torch.cat([part.whitening for part in parts]).mean(0)
                 self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), self.factor())
 
     def reset_running_stats(self) -> None:
@@ -209,6 +217,17 @@ class DecorrelatedBatchNorm2d(DecorrelatedBatchNorm, nn.BatchNorm2d):
         >>> (white.cov(correction=0) - torch.eye(4)).abs().max() < 0.05
         tensor(True)
     """
+
+
+def _equal_parts(x: Tensor, group_size: int | None) -> list[tuple[Tensor, int]]:
+    """Return consecutive samples, and into how many ghost groups of equal size they are divided."""
+    sizes = ghost_sizes(x.shape[0], group_size)
+    if sizes is None:
+        return [(x, 1)]
+    if sizes[-1] == sizes[0]:
+        return [(x, len(sizes))]
+    last = x.shape[0] - sizes[-1]
+    return [(x[:last], len(sizes) - 1), (x[last:], 1)]
 
 
 def _without_autocast(input: Tensor) -> AbstractContextManager[object]:

@@ -185,7 +185,7 @@ class _MapGroups(torch.autograd.Function):
         if offset is not None:
             mapped.add_(offset.view(-1, 1, width))
         mapped = mapped[0].transpose(0, 1).reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-        return _in_format_of(mapped, x)
+        return in_format_of(mapped, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,7 +197,7 @@ class _MapGroups(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return Aᵀg for x, Σ g xᵀ for A and Σ g for b."""
         x, matrices = ctx.saved_tensors
-        grad = _in_format_of(grad, x)
+        grad = in_format_of(grad, x)
         wants_x, wants_matrices, wants_offset = ctx.needs_input_grad
         return (
             map_groups(grad, matrices.mT) if wants_x else None,
@@ -280,7 +280,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]) and not x.is_contiguous()
 
 
-def _in_format_of(tensor: Tensor, x: Tensor) -> Tensor:
+def in_format_of(tensor: Tensor, x: Tensor) -> Tensor:
     """Return a tensor of x's shape, contiguous in x's memory format."""
     if _is_channels_last(x):
         return tensor.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
