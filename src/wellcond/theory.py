@@ -410,6 +410,50 @@ def additive_noise_penalty(function: Callable[[Tensor], Tensor], inputs: Tensor,
         return penalty * (noise_variance / 2)
 
 
+def multiplicative_noise_penalty(
+    function: Callable[[Tensor], Tensor], inputs: Tensor, log_second_moment: float
+) -> Tensor:
+    """Return ⅛ E[log² ξ] |∂f/∂log|x||²: the penalty that noise x/√ξ on f's inputs adds to a mean-square loss (2.6).
+
+    In u = log|x| the noise is additive, −½ log ξ, and its second moment is ¼ E[log² ξ]: 2.6 is 2.5 for f(x·eᵘ) around
+    u = 0, where ∂f/∂u is x·∂f/∂x. As in `additive_noise_penalty` the loss is ½|f(x) − t|², twice as much without the
+    ½, and the penalty is what remains of the second order where f fits the target. What is left out there is of the
+    order 1/m²; this includes that log ξ has a mean, −1/m for large m, through which the elements of x act together.
+    Where f misses the target, that mean also acts in the first order.
+
+    With the noise of `log_batch_variance_noise` it is the multiplicative part of what BN on a batch, or on a ghost
+    group, of m does to the network f behind it (theorem 2), with a noise that is independent between the elements of x.
+
+    It takes one backward pass for each output of f, hence is meant for small networks.
+
+    Args:
+        function: f, as for `additive_noise_penalty`.
+        inputs: x̃, the normalized inputs in units of σ, shape (n, ...), of a floating-point dtype.
+        log_second_moment: E[log² ξ_σ] of each element: the variance of `log_batch_variance_noise`, plus the square of
+            its mean.
+
+    Returns:
+        The penalty of each sample, shape (n,), in the unit of f squared. It can be trained through, unless called under
+        `torch.no_grad`.
+
+    Raises:
+        ValueError: If an argument is outside its range, or the outputs are not n differentiable samples.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0]])
+        >>> mean, variance = log_batch_variance_noise(8)
+        >>> x = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+        >>> penalty = multiplicative_noise_penalty(lambda x: x @ weight.T, x, variance + mean**2)
+        >>> penalty.detach() / (variance + mean**2)  # ⅛ (w₁²x₁² + w₂²x₂²)
+        tensor([0.6250, 0.5000])
+    """
+    _check_within("log_second_moment", log_second_moment, 0.0, math.inf)
+    # l(x/√ξ) = l(sign(x) e^(log|x| − ½ log ξ)): an element that is 0 stays so, as by the indicator in 2.6.
+    return additive_noise_penalty(
+        lambda shift: function(inputs * torch.exp(shift)), torch.zeros_like(inputs), log_second_moment / 4
+    )
+
+
 @overload
 def gamma_decay_coefficient(
     batch_size: int, gamma_fisher: float, curvature: float, excess_kurtosis: float = 0.0
