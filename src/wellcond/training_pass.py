@@ -79,7 +79,7 @@ def training_pass(
     run = Run(batch_size or 0)
     device = device_of(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_kept_random_state(model))
+        stack.enter_context(kept_random_state(model))
         stack.enter_context(_evaluating(model))
         if "torch._dynamo" in sys.modules:  # Compiled code knows nothing of the layers' stand-ins.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -212,7 +212,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_random_state(model: nn.Module) -> Iterator[None]:
+def kept_random_state(model: nn.Module) -> Iterator[None]:
     """Restore torch's random state afterwards: data loaders draw from it, too."""
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     indices: dict[str, list[torch.device]] = {}

@@ -1,16 +1,32 @@
 """Read-only probes: what a model's features, gradients and normalizations are like."""
 
 from wellcond.diagnostics.disparity import Disparity, LayerDisparity, disparity
+from wellcond.diagnostics.gradients import GradientRecorder, GradientStatistics, LayerGradients, gradient_statistics
+from wellcond.diagnostics.landscape import Landscape, landscape
 from wellcond.diagnostics.laws import Histogram, NoiseDistribution
+from wellcond.diagnostics.lipschitz import Lipschitz, Smoothness, lipschitz
 from wellcond.diagnostics.noise import BatchNoise, LayerNoise, batch_noise
+from wellcond.diagnostics.weights import LayerWeightMeans, WeightMeans, weight_means
 
 __all__ = [
     "BatchNoise",
     "Disparity",
+    "GradientRecorder",
+    "GradientStatistics",
     "Histogram",
+    "Landscape",
     "LayerDisparity",
+    "LayerGradients",
     "LayerNoise",
+    "LayerWeightMeans",
+    "Lipschitz",
     "NoiseDistribution",
+    "Smoothness",
+    "WeightMeans",
     "batch_noise",
     "disparity",
+    "gradient_statistics",
+    "landscape",
+    "lipschitz",
+    "weight_means",
 ]
