@@ -6,6 +6,7 @@ For layers that combine the moments of instances, layers, batches or earlier lay
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -192,3 +193,8 @@ class _NormalizeWith(torch.autograd.Function):
             grad_var = -0.5 * scale * factor * product if wants_var else None
         carried = (grad, scale) if wants_edge else (None, None)
         return None, *carried, grad_mean, grad_var, grad_weight, grad_bias, None
+
+
+# `apply` asks for the signatures on every call; asked once, a small layer's pass is quicker.
+_LiveMoments.forward.__signature__ = inspect.signature(_LiveMoments.forward)  # type: ignore[attr-defined]
+_NormalizeWith.forward.__signature__ = inspect.signature(_NormalizeWith.forward)  # type: ignore[attr-defined]

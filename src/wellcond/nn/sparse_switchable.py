@@ -47,24 +47,20 @@ class SparseSwitchableNorm(SwitchableNorm):
         names = [self.normalizers[index] if index >= 0 else None for index in (mean, var)]
         return names[0], names[1]
 
-    def _weights(self, of: str, logits: Tensor) -> Tensor:
-        """Return SparsestMax of logits; once that is a single normalizer, it stays so."""
-        chosen = getattr(self, f"{of}_chosen")
+    def _shares(self, logits: Tensor) -> Tensor:
+        """Return SparsestMax of rows of logits; once that is a single normalizer, it stays so."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = sparsestmax(wide, self.circle)
-        kinds = torch.arange(len(logits), device=logits.device)
-        return torch.where(chosen >= 0, (kinds == chosen).to(wide.dtype), weights)
+        chosen = torch.stack([choice for choice in (self.mean_chosen, self.var_chosen) if choice is not None])
+        kinds = torch.arange(logits.shape[-1], device=logits.device)
+        only = (kinds == chosen.unsqueeze(-1)).to(wide.dtype)
+        return torch.where((chosen >= 0).unsqueeze(-1), only, sparsestmax(wide, self.circle))
 
-    def normalize_batch(self, input: Tensor) -> Tensor:
-        """Normalize with the mixture of the sample's and the batch's statistics, and close the switch if it may."""
-        if self.training and not self.recomputing:
-            self._choose()
-        return super().normalize_batch(input)
-
-    def _choose(self) -> None:
+    def _used(self, shares: tuple[Tensor, Tensor]) -> None:
+        """Choose for good what is left alone in a training pass."""
+        if not self.training or self.recomputing:
+            return
         with torch.no_grad():
-            for name, weights in zip(("mean_chosen", "var_chosen"), self.ratios(), strict=True):
-                chosen = getattr(self, name)
+            for chosen, weights in zip((self.mean_chosen, self.var_chosen), shares, strict=True):
                 if chosen is not None:
                     closed = (chosen < 0) & ((weights > 0).sum() == 1)
                     chosen.copy_(torch.where(closed, weights.argmax(), chosen))

@@ -10,10 +10,10 @@ def sparsemax(logits: Tensor) -> Tensor:
     """Project logits on the probability simplex: the nearest point to them, often with exact zeros.
 
     Args:
-        logits: Shape (K,), K ≥ 1.
+        logits: Shape (..., K), K ≥ 1.
 
     Returns:
-        Shape (K,); at least 0, of sum 1.
+        Shape (..., K); at least 0, of sum 1 along the last axis.
 
     Source: Martins and Astudillo, 2016, algorithm 1.
 
@@ -21,13 +21,13 @@ def sparsemax(logits: Tensor) -> Tensor:
         >>> sparsemax(torch.tensor([0.7, 0.5, -1.0]))
         tensor([0.6000, 0.4000, 0.0000])
     """
-    logits = logits - logits.detach().max()  # So that large ones do not lose the 1 below.
-    ordered = logits.sort(descending=True).values
-    sums = ordered.cumsum(0)
-    ranks = torch.arange(1, len(logits) + 1, device=logits.device, dtype=logits.dtype)
-    kept = (1 + ranks * ordered > sums).sum()
+    logits = logits - logits.detach().amax(-1, keepdim=True)  # So that large ones do not lose the 1 below.
+    ordered = logits.sort(-1, descending=True).values
+    sums = ordered.cumsum(-1)
+    ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    kept = (1 + ranks * ordered > sums).sum(-1, keepdim=True)
     # A mask in place of an index, which the compiler would have to look at.
-    threshold = torch.where(ranks == kept, sums - 1, 0.0).sum() / kept
+    threshold = torch.where(ranks == kept, sums - 1, 0.0).sum(-1, keepdim=True) / kept
     return (logits - threshold).clamp_min(0)
 
 
@@ -43,11 +43,11 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
     so the weights sum to 1 there, too, and their gradient is that of `sparsemax`.
 
     Args:
-        logits: Shape (K,), K ≥ 1.
+        logits: Shape (..., K), K ≥ 1.
         radius: r, in [0, 1]; a tensor leaves compiled code as it is when its value changes.
 
     Returns:
-        Shape (K,); at least 0, of sum 1.
+        Shape (..., K); at least 0, of sum 1 along the last axis.
 
     Source: Shao et al., Learning Sparse Switchable Normalization via SparsestMax, CVPR 2019.
 
@@ -56,21 +56,20 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
         >>> sparsestmax(logits, 0.0), sparsestmax(logits, 0.5), sparsestmax(logits, 1.0)
         (tensor([0.5000, 0.3000, 0.2000]), tensor([0.7191, 0.2562, 0.0247]), tensor([1., 0., 0.]))
     """
-    count = len(logits)
     squared = torch.as_tensor(radius, dtype=logits.dtype, device=logits.device).square()
     weights, centre = sparsemax(logits), None
-    for _ in range(count - 1):
+    for _ in range(logits.shape[-1] - 1):
         inside = weights > 0
-        left = inside.sum()
+        left = inside.sum(-1, keepdim=True)
         now = inside / left.to(logits.dtype)
         # A corner stays; so does what is out of the circle already, or has just been pushed on to it.
         stays = left == 1
         if centre is not None:
-            squared = (squared - (now - centre).square().sum()).clamp_min(0)
-            stays = stays | (now == centre).all()
+            squared = (squared - _squared_norm(now - centre)).clamp_min(0)
+            stays = stays | (now == centre).all(-1, keepdim=True)
         centre = now
         pushed = _pushed(weights, centre, inside, squared)
-        stays = stays | ((weights - centre).square().sum() >= squared)
+        stays = stays | (_squared_norm(weights - centre) >= squared)
         moved = torch.where(stays, weights, pushed)
         # Rounding in the sum must not bring back what is fixed at zero.
         weights = sparsemax(torch.where(inside, moved, -9.0))
@@ -80,10 +79,15 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
 def _pushed(weights: Tensor, centre: Tensor, inside: Tensor, squared: Tensor) -> Tensor:
     """Move weights away from the centre, on to the circle of this squared radius."""
     away = weights - centre
-    tied = away.detach().square().sum() <= (16 * torch.finfo(weights.dtype).eps) ** 2
-    first = torch.zeros_like(weights).scatter(0, inside.to(torch.int64).argmax().view(1), 1.0) - centre
+    tied = _squared_norm(away.detach()) <= (16 * torch.finfo(weights.dtype).eps) ** 2
+    index = inside.to(torch.int64).argmax(-1, keepdim=True)
+    first = torch.zeros_like(weights).scatter(-1, index, 1.0) - centre
     # Not the weights themselves where they are tied: 0/0 would spread through the gradient of `where`.
     direction = torch.where(tied, first, away)
-    direction = direction / direction.square().sum().clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
+    direction = direction / _squared_norm(direction).clamp_min(torch.finfo(weights.dtype).tiny).sqrt()
     pushed = centre + squared.sqrt() * direction
     return torch.where(tied, weights + (pushed - weights).detach(), pushed)
+
+
+def _squared_norm(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(-1, keepdim=True)

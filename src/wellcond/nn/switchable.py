@@ -79,12 +79,18 @@ class SwitchableNorm(StatisticsNorm):
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Return the shares w of the means and w' of the variances, in the order of `normalizers`, of sum 1."""
-        mean = self._weights("mean", self.mean_logits)
-        return mean, mean if self.var_logits is None else self._weights("var", self.var_logits)
+        if self.var_logits is None:
+            (both,) = self._shares(self.mean_logits.unsqueeze(0)).unbind()
+            return both, both
+        mean, var = self._shares(torch.stack([self.mean_logits, self.var_logits])).unbind()
+        return mean, var
 
-    def _weights(self, of: str, logits: Tensor) -> Tensor:
-        """Return the shares that logits give, of the means (``"mean"``) or the variances (``"var"``)."""
-        return torch.softmax(logits, 0, dtype=torch.promote_types(logits.dtype, torch.float32))
+    def _shares(self, logits: Tensor) -> Tensor:
+        """Return the shares that rows of logits give."""
+        return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _used(self, shares: tuple[Tensor, Tensor]) -> None:
+        """Learn the shares that a pass uses."""
 
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize with the mixture of the sample's and the batch's statistics, and keep the batch's."""
@@ -130,9 +136,11 @@ class SwitchableNorm(StatisticsNorm):
             own["ln"] = merge(instances, dim=1, keepdim=True)
         if batch is not None:
             own["bn"] = batch
-        shares = [part.to(instances.mean.dtype) for part in self.ratios()]
-        mean = _mixed(shares[0], [own[name].mean for name in self.normalizers])
-        var = _mixed(shares[1], [own[name].var for name in self.normalizers])
+        shares = self.ratios()
+        self._used(shares)
+        of_mean, of_var = (part.to(instances.mean.dtype) for part in shares)
+        mean = _mixed(of_mean, [own[name].mean for name in self.normalizers])
+        var = _mixed(of_var, [own[name].var for name in self.normalizers])
         return normalize_with(features, mean, var, self.weight, self.bias, self.eps)
 
     def reset_parameters(self) -> None:
