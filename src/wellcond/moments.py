@@ -234,11 +234,8 @@ def ghost_sizes(samples: int, group_size: int | None) -> tuple[int, ...] | None:
     if group_size is None or samples <= group_size:
         return None
     whole, rest = samples // group_size, samples % group_size  # The compiler has no divmod.
-    sizes = [group_size] * whole
-    if 2 * rest > group_size:
-        sizes.append(rest)
-    else:
-        sizes[-1] += rest
+    # Nor do older ones change a list's entry.
+    sizes = [group_size] * whole + [rest] if 2 * rest > group_size else [group_size] * (whole - 1) + [group_size + rest]
     return tuple(sizes) if len(sizes) > 1 else None
 
 

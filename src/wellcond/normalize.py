@@ -226,7 +226,8 @@ def _formula(
     y = (x.to(mean.dtype) - over(spread_samples(mean, sizes), x)) * over(spread_samples(scale, sizes), x)
     if bias is not None:
         y = y + over(bias if bias.dim() == 1 else spread_samples(bias, sizes), x)
-    return y.to(x.dtype)
+    # Where it changes nothing, a cast would cut the compiled graph off from its gradient (torch 2.11).
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _differentiable_gradients(grad: Tensor, saved: _Saved) -> Gradients:
