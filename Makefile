@@ -9,7 +9,8 @@ demo: $(VENV)/.lab
 	$(BIN)/wellcond compare --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	# Two or more processes with one thread each: the tests are many and small.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

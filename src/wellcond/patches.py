@@ -260,7 +260,7 @@ def _line(padded: Tensor, groups: int, tail: int) -> Tensor:
     samples, channels, *space = padded.shape
     length = math.prod(space)
     line = padded.new_empty(groups, length + tail, samples, channels // groups)
-    line[:, length:] = 0
+    line[:, length:].zero_()
     # In two steps, which is faster: channels last, then samples behind positions.
     image = padded.movedim(1, -1).contiguous().view(samples, length, groups, -1)
     line[:, :length].copy_(image.permute(2, 1, 0, 3))

@@ -81,7 +81,7 @@ class EmbeddingLayout(Layout):
         table = cast(nn.Embedding, module)
         rows = F.one_hot(inputs.reshape(1, -1), table.num_embeddings).to(torch.get_default_dtype())
         if table.padding_idx is not None:
-            rows[..., table.padding_idx] = 0
+            rows[..., table.padding_idx].zero_()
         return rows
 
     def counts(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class EmbeddingLayout(Layout):
         counts = torch.zeros(table.num_embeddings, dtype=torch.int64, device=inputs.device)
         counts.scatter_add_(0, tokens.to(torch.int64), torch.ones_like(tokens, dtype=torch.int64))
         if table.padding_idx is not None:
-            counts[table.padding_idx] = 0
+            counts[table.padding_idx].zero_()
         return counts
 
 
