@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from wellcond.lab.formats import score_text
 from wellcond.lab.statistics import paired_difference
 
 ROOT = Path(__file__).parents[1]
@@ -33,15 +34,15 @@ def comparison_table(results: dict[str, Any]) -> str:
     if evaluation:
         columns += ["time per evaluated image", "training loss"]
     lines = [
-        f"{results['title']}; {results['seeds']} paired seeds. Test accuracy in %, mean ± std; differences to the "
-        "baseline with a 95 % interval.",
+        f"{results['title']}; {results['seeds']} paired seeds. Test {score_text(results['score'])}, mean ± std; "
+        "differences to the baseline with a 95 % interval.",
         "",
         f"| {' | '.join(columns)} |",
         f"| {' | '.join(['---'] * len(columns))} |",
     ]
     for method in results["methods"]:
-        accuracy = method["accuracy"]
-        cells = [method["name"], _spread(accuracy[str(early)]), _spread(accuracy[str(last)])]
+        scores = method["scores"]
+        cells = [method["name"], _spread(scores[str(early)]), _spread(scores[str(last)])]
         if method["equal_time"] is None:
             cells += ["", "", f"{method['milliseconds_per_step']:.1f} ms", ""]
         else:
@@ -64,24 +65,24 @@ def forms_table(results: dict[str, Any]) -> str:
     last = results["epochs"]
     by_name = {method["name"]: method for method in results["methods"]}
     lines = [
-        f"{results['title']}; {results['seeds']} paired seeds. Test accuracy in %, mean ± std; difference to the dense "
-        "form with a 95 % interval.",
+        f"{results['title']}; {results['seeds']} paired seeds. Test {score_text(results['score'])}, mean ± std; "
+        "difference to the dense form with a 95 % interval.",
         "",
         f"| method | epoch {last} | difference to dense | training loss | time per step |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, method in by_name.items():
         dense = by_name.get(f"{'-'.join(name.split('-')[: 2 if name.startswith('W-') else 1])}-dense")
-        ends = [curve["test_accuracy"][-1] for curve in method["curves"]]
+        ends = [curve["test_score"][-1] for curve in method["curves"]]
         difference = ""
         if dense is not None and dense is not method:
-            other = [curve["test_accuracy"][-1] for curve in dense["curves"]]
+            other = [curve["test_score"][-1] for curve in dense["curves"]]
             difference = _difference(asdict(paired_difference(ends, other)))
         loss = _training_loss(method)
         time = f"{method['milliseconds_per_step']:.1f} ms"
         if name != method["baseline"]:
             time = f"× {method['time_ratio']:.2f}"
-        lines.append(f"| {name} | {_spread(method['accuracy'][str(last)])} | {difference} | {loss:.4f} | {time} |")
+        lines.append(f"| {name} | {_spread(method['scores'][str(last)])} | {difference} | {loss:.4f} | {time} |")
     return "\n".join([*lines, "", _run_by(results)])
 
 

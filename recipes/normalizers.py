@@ -32,10 +32,11 @@ from wellcond.lab.estimate import estimate_seconds
 from wellcond.lab.extras import Shares
 from wellcond.lab.formats import difference_text, share_text, spread_text
 from wellcond.lab.interrupts import Interrupted, interruptible
-from wellcond.lab.plan import Plan, Settings, make_plan, output_folder, regrouped
+from wellcond.lab.plan import Plan, make_plan, output_folder, regrouped
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunStore, write_atomically
 from wellcond.lab.results import Results, collect_results, rounded, write_results
+from wellcond.lab.settings import Settings
 from wellcond.lab.share_bars import SHARE_STYLES
 from wellcond.lab.shares import PARTS, SharesSummary, average_share, method_shares
 from wellcond.lab.statistics import Difference, paired_difference
@@ -275,8 +276,8 @@ def describe(results: Mapping[int, Results], claim: Claim | None) -> dict[str, A
     settings = {key: value for key, value in first.settings.items() if key != "ghost_batch"}
     found = []
     for m, each in results.items():
-        best = max(each.summary.methods, key=lambda method: method.accuracy[each.summary.epochs].mean)
-        chosen = spread_text(best.accuracy[each.summary.epochs])
+        best = max(each.summary.methods, key=lambda method: method.scores[each.summary.epochs].mean)
+        chosen = spread_text(best.scores[each.summary.epochs])
         found.append(f"At m = {m} the best mean test accuracy is {_LABELS[best.name]}'s, {chosen} %.")
         shares = _shares(each)
         if shares is not None:
@@ -324,7 +325,7 @@ def _describe_group(results: Results) -> dict[str, Any]:
     methods = {
         _LABELS[method.name]: {
             "lr": method.lr,
-            "accuracy": asdict(method.accuracy[summary.epochs]),
+            "accuracy": asdict(method.scores[summary.epochs]),
             "difference": None if method.final_difference is None else asdict(method.final_difference),
             "time_ratio": method.time_ratio,
             "diverged_runs": method.diverged_runs,
@@ -358,7 +359,7 @@ def _table(results: Mapping[int, Results]) -> list[str]:
     for m, each in results.items():
         lines.append(f"m = {m}")
         for method in each.summary.methods:
-            accuracy = spread_text(method.accuracy[each.summary.epochs])
+            accuracy = spread_text(method.scores[each.summary.epochs])
             difference = difference_text(method.final_difference)
             lines.append(f"  {_LABELS[method.name]:<10}{accuracy:>12}   {difference:<22}lr {method.lr:g}")
     return lines
@@ -395,7 +396,7 @@ def _draw_accuracy(axes: Any, results: Mapping[int, Results]) -> None:
     summaries = {m: results[m].summary for m in groups}
     for rank, method in enumerate(summaries[groups[0]].methods):
         style: Style = BASELINE if method.is_baseline else method_style(method.name)
-        spreads = [summaries[m].methods[rank].accuracy[summaries[m].epochs] for m in groups]
+        spreads = [summaries[m].methods[rank].scores[summaries[m].epochs] for m in groups]
         # Side by side, so that error bars do not hide each other.
         shift = 1.0 + 0.035 * (rank - (len(METHODS) - 1) / 2)
         axes.errorbar(

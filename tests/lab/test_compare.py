@@ -21,9 +21,10 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.estimate import estimate_seconds
 from wellcond.lab.findings import findings
 from wellcond.lab.methods import METHODS
-from wellcond.lab.plan import Settings, make_plan, regrouped
+from wellcond.lab.plan import make_plan, regrouped
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import EpochRecord, RunRecord, RunStore
+from wellcond.lab.settings import Settings
 from wellcond.lab.summary import summarize
 
 SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "2", "--methods", "SGDM,W-SGDM", "--quiet"]
@@ -236,7 +237,7 @@ def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
 
 def test_other_groups_share_the_images(plan):
     grouped = regrouped(plan, 4)
-    assert grouped.data is plan.data
+    assert grouped.task is plan.task
     assert grouped.settings.ghost_batch == 4
     spec = plan.spec(METHODS["SGDM"], 0.1, seed=1)
     assert grouped.spec(METHODS["SGDM"], 0.1, seed=1) == replace(spec, ghost_batch=4)

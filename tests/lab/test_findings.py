@@ -23,7 +23,7 @@ def method(name: str, baseline: str, early=UNCLEAR, final=UNCLEAR, equal=UNCLEAR
         lr=0.1,
         lr_edge=None,
         lr_grid=(GridPoint(0.1, 98.0, 0.1, 90.0, 0),),
-        accuracy={1: Spread(80.0, 1.0, 5), 2: Spread(90.0, 1.0, 5), 6: Spread(99.0, 0.5, 5)},
+        scores={1: Spread(80.0, 1.0, 5), 2: Spread(90.0, 1.0, 5), 6: Spread(99.0, 0.5, 5)},
         epochs_to_target=2.4,
         reached_target=5,
         early_difference=None if own else early,
@@ -40,6 +40,7 @@ def method(name: str, baseline: str, early=UNCLEAR, final=UNCLEAR, equal=UNCLEAR
 
 def summary(*methods: MethodSummary, **changes) -> Summary:
     whole = Summary(
+        score="accuracy",
         seeds=5,
         epochs=6,
         steps=186,

@@ -16,8 +16,9 @@ from wellcond.__main__ import main
 from wellcond.lab.methods import METHODS
 from wellcond.lab.models import initial_model
 from wellcond.lab.norms import NormSpec, trained_norm
-from wellcond.lab.plan import Settings, make_plan
+from wellcond.lab.plan import make_plan
 from wellcond.lab.run import Runner, Training
+from wellcond.lab.settings import Settings
 
 OF_METHOD = {
     "MBN": "MomentumBatchNorm2d",
@@ -118,7 +119,7 @@ def plan():
 
 @pytest.fixture(scope="module")
 def runner(plan):
-    return Runner(plan.data, torch.device("cpu"))
+    return Runner(plan.task, torch.device("cpu"))
 
 
 def test_inference_methods_train_exactly_as_their_baseline_does(plan, runner):

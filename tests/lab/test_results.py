@@ -66,7 +66,7 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
     text = (folder / "results.json").read_text()
     assert len(text) < 300_000
     content = json.loads(text)
-    assert content["format"] == 1
+    assert content["format"] == 2
     assert content["command"].startswith("wellcond compare --methods SGDM,W-SGDM,AdamW,FAdam --seeds 2")
     assert set(content["versions"]) == {"python", "torch", "lightning", "wellcond"}
     assert {"processor", "cores", "platform"} <= set(content["machine"])
@@ -79,13 +79,14 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
     for method in content["methods"]:
         assert method["baseline"] == ("SGDM" if "SGDM" in method["name"] else "AdamW")
         assert [point["lr"] for point in method["lr_grid"]] == sorted(point["lr"] for point in method["lr_grid"])
-        assert set(method["accuracy"]) == {"1", "2", "3"}
+        assert set(method["scores"]) == {"1", "2", "3"}
         assert [curve["seed"] for curve in method["curves"]] == [0, 1]
         for curve in method["curves"]:
-            assert all(len(values) == 3 for key, values in curve.items() if key != "seed")
+            assert all(len(values) == 3 for key, values in curve.items() if key not in ("seed", "metrics"))
+            assert {name: len(values) for name, values in curve["metrics"].items()} == {"top-5": 3}
             assert curve["seconds"] == sorted(curve["seconds"])
-        final = method["accuracy"]["3"]
-        assert final["mean"] == pytest.approx(sum(curve["test_accuracy"][2] for curve in method["curves"]) / 2, 1e-5)
+        final = method["scores"]["3"]
+        assert final["mean"] == pytest.approx(sum(curve["test_score"][2] for curve in method["curves"]) / 2, 1e-5)
         if method["name"] == method["baseline"]:
             assert method["time_ratio"] == 1.0
             assert method["evaluation_ratio"] is None

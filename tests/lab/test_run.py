@@ -9,8 +9,9 @@ import torch
 
 from wellcond.lab.images import load_data
 from wellcond.lab.methods import METHODS
-from wellcond.lab.plan import Settings, make_plan
+from wellcond.lab.plan import make_plan
 from wellcond.lab.run import Runner, Training
+from wellcond.lab.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def plan():
 
 @pytest.fixture(scope="module")
 def runner(plan):
-    return Runner(plan.data, torch.device("cpu"))
+    return Runner(plan.task, torch.device("cpu"))
 
 
 def without_seconds(record):
@@ -89,7 +90,7 @@ def test_a_diverged_run_is_recorded_and_ends_early(plan, runner, name):
     assert record.diverged
     assert len(record.epochs) < 2
     assert (record.evaluation_seconds is None) == (not record.epochs)
-    assert record.test_accuracy(2, chance=10.0) == 10.0
+    assert record.test_score(2, chance=10.0) == 10.0
 
 
 def test_transforms_count_what_they_do(plan, runner):

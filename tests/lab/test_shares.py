@@ -19,9 +19,10 @@ from wellcond.lab.extras import collect_extras, read_shares
 from wellcond.lab.findings import findings
 from wellcond.lab.methods import METHODS
 from wellcond.lab.models import initial_model
-from wellcond.lab.plan import Settings, make_plan
+from wellcond.lab.plan import make_plan
 from wellcond.lab.records import RunStore
 from wellcond.lab.run import Runner
+from wellcond.lab.settings import Settings
 from wellcond.lab.share_bars import draw_shares
 from wellcond.lab.shares import summarize_shares
 from wellcond.lab.svg import _MARKERS
@@ -69,7 +70,7 @@ def plan():
 
 
 def test_a_run_keeps_its_shares_and_a_diverged_one_none(plan, tmp_path):
-    runner, store = Runner(plan.data, torch.device("cpu")), RunStore(tmp_path)
+    runner, store = Runner(plan.task, torch.device("cpu")), RunStore(tmp_path)
     spec = plan.spec(METHODS["SN"], 0.1, seed=0)
     record = runner.run(spec)
     assert list(record.extras) == ["shares"]
@@ -88,7 +89,7 @@ def test_a_run_keeps_its_shares_and_a_diverged_one_none(plan, tmp_path):
 
 def test_a_run_that_was_kept_before_there_were_extras_is_still_read(plan, tmp_path):
     store, spec = RunStore(tmp_path), plan.spec(METHODS["SGDM"], 0.1, seed=0)
-    record = Runner(plan.data, torch.device("cpu")).run(spec)
+    record = Runner(plan.task, torch.device("cpu")).run(spec)
     store.save(spec, record)
     content = json.loads(store.path(spec).read_text())
     del content["result"]["extras"]
@@ -219,7 +220,7 @@ def test_a_comparison_of_one_method_still_says_what_it_learned(compared):
     plan = make_plan(Settings(methods=("SN",), epochs=1, train_images=96, seeds=1, lrs=(("SGD", (0.1,)),)))
     method = plan.methods[0]
     spec = plan.spec(method, 0.1, seed=0)
-    record = Runner(plan.data, torch.device("cpu")).run(spec)
+    record = Runner(plan.task, torch.device("cpu")).run(spec)
     said = findings(summarize(Comparison(plan, {spec: record}, {"SN": 0.1}, {"SN": 1.0}, {"SN": 1.0}, {})))
     assert len(said) == 2
     assert said[0].startswith("Only baselines")

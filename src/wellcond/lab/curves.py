@@ -1,4 +1,4 @@
-"""Test accuracy over epochs and over training seconds: one panel a family, and its picture as PNG."""
+"""Test score over epochs and over training seconds: one panel a family, and its picture as PNG."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _BY_LAYERS = {
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: mean accuracy over the seeds (at median seconds), and one standard deviation to either side."""
+    """A curve: mean score over the seeds (at median seconds), and one standard deviation to either side."""
 
     name: str
     style: Style
@@ -76,11 +76,12 @@ class Panel:
     """One family's curves over one axis."""
 
     title: str
+    score: str
     axis: Axis
     series: tuple[Series, ...]
 
     def y_range(self) -> tuple[float, float]:
-        """Return the lowest and highest accuracy to show, whole tens of percent that differ."""
+        """Return the lowest and highest score to show, whole tens of percent that differ."""
         lowest = min((value for series in self.series for value in series.low), default=0.0)
         highest = max((value for series in self.series for value in series.high), default=100.0)
         low = 10.0 * min(9, lowest // 10)
@@ -98,7 +99,9 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
             again = any(series.style == style for series in drawn)
             dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
             drawn.append(_series(method, axis, style, dash))
-        panels.append(Panel(f"{baseline} and methods on it" if len(methods) > 1 else baseline, axis, tuple(drawn)))
+        panels.append(
+            Panel(f"{baseline} and methods on it" if len(methods) > 1 else baseline, summary.score, axis, tuple(drawn))
+        )
     return panels
 
 
@@ -112,8 +115,8 @@ def method_style(name: str) -> Style:
 
 def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Series:
     # A diverged run ends early; the curve goes as far as every seed does.
-    length = min(len(curve.test_accuracy) for curve in method.curves)
-    at_epoch = [spread([curve.test_accuracy[index] for curve in method.curves]) for index in range(length)]
+    length = min(len(curve.test_score) for curve in method.curves)
+    at_epoch = [spread([curve.test_score[index] for curve in method.curves]) for index in range(length)]
     # The median, as for the time ratios: one run that had to share the machine would bend the curve.
     seconds = tuple(median(curve.seconds[index] for curve in method.curves) for index in range(length))
     return Series(
@@ -159,7 +162,7 @@ def draw_png(summary: Summary, axis: Axis, path: Path) -> None:
             )
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel(AXIS_LABELS[axis])
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test {summary.score}, %")
         low, high = panel.y_range()
         axes.set_ylim(low, high + 0.02 * (high - low))  # room for a marker at the top
         if axis == "epochs":

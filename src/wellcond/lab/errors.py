@@ -29,3 +29,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> LabError:
     near = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.5)
     guess = f" did you mean {by_folded[near[0]]!r}?" if near else ""
     return LabError(f"unknown {kind} {name!r}:{guess} Known: {', '.join(known)}")
+
+
+class CommandEndedError(RuntimeError):
+    """A command cannot go on, through no mistake in what was asked for.
+
+    Args:
+        message: What to say after the program's name.
+        code: The exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

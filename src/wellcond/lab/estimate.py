@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from wellcond.lab.machine import training_device
 from wellcond.lab.methods import Method
-from wellcond.lab.models import initial_model
 from wellcond.lab.plan import Plan
 from wellcond.lab.records import RunSpec, RunStore
+from wellcond.lab.tasks.base import EpochBatches
 
 _STEPS = 3
 
@@ -43,34 +43,39 @@ def estimate_seconds(plans: Iterable[Plan], store: RunStore) -> tuple[int, float
 
 
 def _seconds_of_run(plan: Plan, method: Method) -> float:
-    """Return the seconds of a run's steps and evaluations, measured on noise."""
+    """Return the seconds of a run's steps and evaluations, measured on its first batches."""
     device = training_device()
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            classes = len(plan.data.pool.classes)
-            network = initial_model(plan.model, plan.data.channels, classes, seed=0)
+            task = plan.task
+            network = task.initial_model(plan.model, 0, None)
             model = method.with_layers(network, plan.template.ghost_batch).to(device)
             optimizer, handle = method.build(model, method.lrs[0], plan.refresh)
-            images = torch.randn(plan.batch_size, plan.data.channels, *plan.data.size, device=device)
-            labels = torch.arange(plan.batch_size, device=device) % classes
+            data = task.for_seed(plan.spec(method, method.lrs[0], 0), device, rank=0, ranks=1)
+            batches = _endless(data.batches())
 
             def train() -> None:
                 optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
+                data.loss(model, next(batches)).backward()
                 optimizer.step()
 
             step = _timed(train, device)
-            model.eval()
+            # In training mode: it is the one way to call a network that every task has.
             with torch.no_grad():
-                image = _timed(lambda: model(images), device) / plan.batch_size
+                image = _timed(lambda: data.loss(model, next(batches)), device) / plan.batch_size
             if handle is not None:
                 handle.remove()
     finally:
         torch.set_num_threads(threads)
-    evaluated = plan.epochs * (plan.validation_images + len(plan.data.test.labels))
+    evaluated = plan.epochs * (plan.task.validation_images + plan.task.test_images)
     return plan.steps * step + evaluated * image
+
+
+def _endless(batches: EpochBatches) -> Iterator[Any]:
+    while True:
+        yield from batches
 
 
 def _timed(act: Callable[[], object], device: torch.device) -> float:

@@ -8,6 +8,15 @@ from wellcond.lab.summary import MethodSummary, Summary
 NOTHING = "–"
 
 
+def score_text(score: str) -> str:
+    """Return what a score is called at the head of a table, with its unit.
+
+    >>> score_text("accuracy"), score_text("mAP")
+    ('accuracy in %', 'mAP')
+    """
+    return "accuracy in %" if score == "accuracy" else score
+
+
 def spread_text(spread: Spread) -> str:
     """Return a mean with its standard deviation, if it has one.
 

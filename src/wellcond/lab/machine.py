@@ -13,7 +13,9 @@ import torch
 import wellcond
 
 # Files of the lab that decide what a run computes; the others only plan and present.
-_RUN_FILES = ("batches", "extras", "images", "methods", "models", "norms", "parquet", "run", "splits")
+_RUN_FILES = ("batches", "extras", "images", "methods", "norms", "parquet", "run", "splits", "stopwatch")
+# Whatever a task or a network consists of counts too.
+_RUN_FOLDERS = ("tasks", "models")
 
 
 def training_device() -> torch.device:
@@ -57,7 +59,8 @@ def environment(jobs: int, threads: int) -> str:
     # The version alone would take runs of changed code for current ones.
     package = Path(wellcond.__file__).parent
     for file in sorted(package.rglob("*.py")):
-        if "lab" not in file.relative_to(package).parts or file.stem in _RUN_FILES:
+        parts = file.relative_to(package).parts
+        if parts[0] != "lab" or file.stem in _RUN_FILES or parts[1].startswith(_RUN_FOLDERS):
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

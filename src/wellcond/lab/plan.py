@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from wellcond.lab.batches import check_augmentation
 from wellcond.lab.errors import LabError
-from wellcond.lab.images import DIGITS, ImageData, load_data
 from wellcond.lab.machine import environment
-from wellcond.lab.methods import DEFAULT_METHODS, Method, Refresh, baselines, select_methods, with_lrs
-from wellcond.lab.models import initial_model, select_model
+from wellcond.lab.methods import Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.records import RunSpec
-
-DIGITS_TARGET = 95.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for; None stands for the default that suits the data.
-
-    Attributes:
-        data: ``"digits"``, a parquet file, or a folder of them.
-        methods: Names in `METHODS`.
-        model: A name in `MODELS`.
-        lrs: lr grids by optimizer, where they are not the methods' own.
-        seeds: How many paired seeds.
-        epochs: Epochs of a run.
-        train_images: Images that train.
-        validation_images: Images that choose the lr.
-        test_images: Images that measure.
-        image_size: Height and width to average-pool the images to.
-        augmentation: A name in `AUGMENTATIONS`.
-        batch_size: Images of a batch.
-        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
-        stats_every: Steps between two gatherings of second moments.
-        solve_every: Steps between two solves.
-        target: Test accuracy, in percent, to count the epochs to.
-        jobs: Runs at the same time.
-    """
-
-    data: str = DIGITS
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    model: str | None = None
-    lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    seeds: int = 5
-    epochs: int | None = None
-    train_images: int | None = None
-    validation_images: int | None = None
-    test_images: int | None = None
-    image_size: int | None = None
-    augmentation: str | None = None
-    batch_size: int | None = None
-    ghost_batch: int | None = None
-    stats_every: int | None = None
-    solve_every: int | None = None
-    target: float | None = None
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
-            self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs"):
-            self._check_positive(name)
-        if self.target is not None and not 0 < self.target <= 100:
-            raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
-
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            option = name.replace("_", "-").replace("validation", "val")
-            raise LabError(f"--{option} must be a positive integer, got {value}")
+from wellcond.lab.settings import Settings
+from wellcond.lab.tasks.base import Task
+from wellcond.lab.tasks.open import open_task
 
 
 @dataclass(frozen=True)
@@ -82,29 +24,24 @@ class Plan:
 
     Attributes:
         settings: What was asked for.
-        data: The images, the test ones set apart.
+        task: The data and what one does with it.
         methods: What is compared.
         baselines: From a method's name to its baseline's.
         epochs: Epochs of a run.
         batch_size: Images of a batch.
-        train_images: Images that train in each seed.
-        validation_images: Images that choose the lr in each seed.
-        augmentation: A name in `AUGMENTATIONS`.
-        model: A name in `MODELS`.
+        model: The network's name.
         refresh: The preconditioners' intervals.
-        target: Test accuracy to count epochs to; None: the first baseline's final accuracy decides.
+        target: Test score to count epochs to; None: the first baseline's final score decides.
         threads: Torch's threads in each job.
+        template: What all runs share.
     """
 
     settings: Settings
-    data: ImageData
+    task: Task
     methods: tuple[Method, ...]
     baselines: dict[str, str]
     epochs: int
     batch_size: int
-    train_images: int
-    validation_images: int
-    augmentation: str
     model: str
     refresh: Refresh
     target: float | None
@@ -114,7 +51,7 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in the training images."""
-        return self.train_images // self.batch_size
+        return self.task.train_images // self.batch_size
 
     @property
     def steps(self) -> int:
@@ -123,8 +60,8 @@ class Plan:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing, in percent: what a diverged run counts as."""
-        return 100.0 / len(self.data.pool.classes)
+        """The score of guessing, in percent: what a diverged run counts as."""
+        return self.task.chance
 
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
@@ -166,39 +103,36 @@ def make_plan(settings: Settings) -> Plan:
         LabError: If a name is unknown, the data cannot be read, or the numbers do not fit together.
     """
     methods = with_lrs(select_methods(settings.methods), dict(settings.lrs))
-    is_digits = settings.data == DIGITS
-    augmentation = check_augmentation(settings.augmentation or ("none" if is_digits else "crop-flip"))
-    model_name = settings.model or ("convnet" if is_digits else "resnet8")
-    # The name first: reading a large file only to find the model misspelt would waste a minute.
-    select_model(model_name, image_size=10**6)
-    data = load_data(settings.data, settings.image_size, settings.test_images, settings.train_images)
-    model = select_model(model_name, min(data.size))
-    train_images, validation_images = _counts(settings, len(data.pool.labels))
-    batch_size = settings.batch_size or (32 if is_digits else 64)
-    if batch_size > train_images:
-        raise LabError(f"--batch-size must be at most the number of training images ({train_images}), got {batch_size}")
-    if batch_size == 1:
-        raise LabError("--batch-size must be at least 2, because the networks use batch normalization, got 1")
+    task = open_task(settings)
+    defaults = task.defaults
+    model = settings.model or defaults.model
+    batch_size = settings.batch_size or defaults.batch_size
+    if batch_size > task.train_images:
+        raise LabError(
+            f"--batch-size must be at most the number of training images ({task.train_images}), got {batch_size}"
+        )
+    if batch_size < defaults.smallest_batch:
+        raise LabError(
+            f"--batch-size must be at least {defaults.smallest_batch}, because the networks use batch normalization, "
+            f"got {batch_size}"
+        )
     _check_ghost_batch(settings, batch_size)
-    epochs = settings.epochs or (6 if is_digits else 8)
-    steps = epochs * (train_images // batch_size)
+    epochs = settings.epochs or defaults.epochs
+    steps = epochs * (task.train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
-    _check_methods(methods, data, model.name, settings.ghost_batch, refresh)
+    _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
     return Plan(
         settings=settings,
-        data=data,
+        task=task,
         methods=methods,
         baselines=baselines(methods),
         epochs=epochs,
         batch_size=batch_size,
-        train_images=train_images,
-        validation_images=validation_images,
-        augmentation=augmentation,
-        model=model.name,
+        model=model,
         refresh=refresh,
-        target=settings.target or (DIGITS_TARGET if is_digits else None),
+        target=settings.target or defaults.target,
         threads=threads,
         template=RunSpec(
             method=methods[0],
@@ -207,20 +141,20 @@ def make_plan(settings: Settings) -> Plan:
             steps=steps,
             stats_every=refresh.stats_every,
             solve_every=refresh.solve_every,
-            model=model.name,
+            model=model,
             batch_size=batch_size,
             ghost_batch=settings.ghost_batch,
-            augmentation=augmentation,
-            train_images=train_images,
-            validation_images=validation_images,
-            data=data.fingerprint(),
+            augmentation=task.augmentation,
+            train_images=task.train_images,
+            validation_images=task.validation_images,
+            data=task.fingerprint(),
             environment=environment(settings.jobs, threads),
         ),
     )
 
 
 def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
-    """Return the same comparison with batch statistics over other groups; it shares the images in memory.
+    """Return the same comparison with batch statistics over other groups; it shares the task.
 
     Args:
         plan: The comparison.
@@ -231,7 +165,7 @@ def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
     """
     settings = replace(plan.settings, ghost_batch=ghost_batch)
     _check_ghost_batch(settings, plan.batch_size)
-    _check_methods(plan.methods, plan.data, plan.model, ghost_batch, plan.refresh)
+    _check_methods(plan.methods, plan.task, plan.model, settings, plan.refresh)
     return replace(plan, settings=settings, template=replace(plan.template, ghost_batch=ghost_batch))
 
 
@@ -248,7 +182,7 @@ def output_folder(plan: Plan, out: str | None) -> Path:
     Raises:
         LabError: If it cannot be made or written to.
     """
-    folder = Path(out) if out is not None else Path("runs") / f"compare-{plan.data.name}"
+    folder = Path(out) if out is not None else Path("runs") / f"compare-{plan.task.name}"
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         probe = folder / "runs" / ".writable"
@@ -259,35 +193,16 @@ def output_folder(plan: Plan, out: str | None) -> Path:
     return folder
 
 
-def _counts(settings: Settings, pool: int) -> tuple[int, int]:
-    """Return how many images of the pool train and how many validate."""
-    train, validation = settings.train_images, settings.validation_images
-    if settings.data == DIGITS:
-        train = train or min(1000, pool - 1)
-        validation = validation or min(398, pool - train)
-    else:
-        validation = validation or max(1, min(pool // 10, 5000, (train or pool) // 2))
-        train = train or pool - validation
-    if train < 1 or validation < 1 or train + validation > pool:
-        raise LabError(
-            f"--train-images {train}: there are {pool} images besides the test images, "
-            f"and {max(1, validation)} of them validate"
-        )
-    return train, validation
-
-
 def _check_ghost_batch(settings: Settings, batch_size: int) -> None:
     if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
         raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
 
 
-def _check_methods(
-    methods: Sequence[Method], data: ImageData, model: str, ghost_batch: int | None, refresh: Refresh
-) -> None:
+def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: Settings, refresh: Refresh) -> None:
     """Build every method once, so that options that a transform or a layer refuses are told now."""
+    network = task.initial_model(model, 0, None)
     for method in methods:
-        network = initial_model(model, data.channels, len(data.pool.classes), seed=0)
         try:
-            method.build(method.with_layers(network, ghost_batch), method.lrs[0], refresh)
+            method.build(method.with_layers(copy.deepcopy(network), settings.ghost_batch), method.lrs[0], refresh)
         except (TypeError, ValueError) as error:
             raise LabError(f"method {method.name}: {error}") from error

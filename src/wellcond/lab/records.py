@@ -24,13 +24,13 @@ class RunSpec:
         steps: Training steps of the run.
         stats_every: Steps between two gatherings of second moments.
         solve_every: Steps between two solves.
-        model: A name in `MODELS`.
+        model: The network's name.
         batch_size: Images of a batch.
         ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
-        augmentation: A name in `AUGMENTATIONS`.
+        augmentation: What training images go through.
         train_images: Images that train.
         validation_images: Images that validate.
-        data: Digest of the images and of which of them test.
+        data: The task's fingerprint.
         environment: The machine, the versions and the sharing of cores that the seconds were measured with.
     """
 
@@ -66,25 +66,27 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What was measured at the end of an epoch; accuracies in percent.
+    """What was measured at the end of an epoch; scores in percent.
 
     Attributes:
         steps: Training steps so far.
         seconds: Seconds of training so far, evaluation excluded.
         train_loss: Mean loss over the epoch's batches.
-        validation_accuracy: On the seed's validation images.
-        validation_loss: On the seed's validation images.
-        test_accuracy: On the test images.
-        test_loss: On the test images.
+        validation_score: On the seed's validation images.
+        validation_loss: On the seed's validation images; None where evaluation has no loss.
+        test_score: On the test images.
+        test_loss: On the test images; None where evaluation has no loss.
+        metrics: Further metrics of the test images, in percent.
     """
 
     steps: int
     seconds: float
     train_loss: float
-    validation_accuracy: float
-    validation_loss: float
-    test_accuracy: float
-    test_loss: float
+    validation_score: float
+    validation_loss: float | None
+    test_score: float
+    test_loss: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ class RunRecord:
         """Mean training seconds of a step; None if the run diverged in its first epoch."""
         return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
 
-    def test_accuracy(self, epoch: int, chance: float) -> float:
-        """Return the test accuracy after an epoch, counted from 1; after divergence that of guessing."""
-        return self.epochs[epoch - 1].test_accuracy if epoch <= len(self.epochs) else chance
+    def test_score(self, epoch: int, chance: float) -> float:
+        """Return the test score after an epoch, counted from 1; after divergence that of guessing."""
+        return self.epochs[epoch - 1].test_score if epoch <= len(self.epochs) else chance
 
 
 class RunStore:

@@ -44,6 +44,7 @@ def render_report(
         loader=PackageLoader("wellcond.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {
+        "score": formats.score_text,
         "spread": formats.spread_text,
         "difference": formats.difference_text,
         "lr": formats.lr_text,

@@ -16,7 +16,7 @@ from wellcond.lab.records import write_atomically
 from wellcond.lab.report import render_report
 from wellcond.lab.summary import Summary
 
-FORMAT = 1
+FORMAT = 2
 """The version of results.json's layout."""
 
 
@@ -43,8 +43,9 @@ class Results:
         """What was compared, in one line."""
         s = self.settings
         ghost = "" if s["ghost_batch"] is None else f", ghost groups of {s['ghost_batch']}"
+        size = f" of {s['image_size']}" if "image_size" in s else ""
         return (
-            f"{Path(s['data']).name}: {s['train_images']} training images of {s['image_size']}, {s['model']}, "
+            f"{Path(s['data']).name}: {s['train_images']} training images{size}, {s['model']}, "
             f"{s['epochs']} epochs of {s['steps_per_epoch']} steps{ghost}"
         )
 
@@ -116,16 +117,14 @@ def rounded(value: Any) -> Any:
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    height, width = plan.data.size
     return {
         "data": plan.settings.data,
-        "classes": len(plan.data.pool.classes),
-        "channels": plan.data.channels,
-        "image_size": f"{height}x{width}",
-        "train_images": plan.train_images,
-        "validation_images": plan.validation_images,
-        "test_images": len(plan.data.test.labels),
-        "augmentation": plan.augmentation,
+        "task": plan.task.kind,
+        **plan.task.describe(),
+        "train_images": plan.task.train_images,
+        "validation_images": plan.task.validation_images,
+        "test_images": plan.task.test_images,
+        "augmentation": plan.task.augmentation,
         "model": plan.model,
         "methods": [method.name for method in plan.methods],
         "seeds": plan.settings.seeds,

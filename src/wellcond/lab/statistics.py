@@ -101,10 +101,10 @@ def median_ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(value / reference for value, reference in zip(values, baseline, strict=True))
 
 
-def epochs_to(accuracies: Sequence[float], target: float) -> int | None:
-    """Return the first epoch, counted from 1, whose accuracy is at least the target; None if there is none.
+def epochs_to(scores: Sequence[float], target: float) -> int | None:
+    """Return the first epoch, counted from 1, whose score is at least the target; None if there is none.
 
     >>> epochs_to([90.0, 95.0, 97.0], 95.0)
     2
     """
-    return next((epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= target), None)
+    return next((epoch for epoch, score in enumerate(scores, start=1) if score >= target), None)

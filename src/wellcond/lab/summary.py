@@ -19,41 +19,42 @@ class GridPoint:
 
     Attributes:
         lr: The lr.
-        validation_accuracy: After the last epoch, in percent: what the choice goes by first (see `choose_lr`). None if
+        validation_score: After the last epoch, in percent: what the choice goes by first (see `choose_lr`). None if
             a run diverged.
-        validation_loss: After the last epoch: what decides a tie. None if a run diverged.
-        early_test_accuracy: After the early epoch, in percent: shows whether an early gain hangs on the choice.
+        validation_loss: After the last epoch: what decides a tie. None if a run diverged, or evaluation has no loss.
+        early_test_score: After the early epoch, in percent: shows whether an early gain hangs on the choice.
         diverged_runs: Runs that ended with a NaN or infinite loss.
     """
 
     lr: float
-    validation_accuracy: float | None
+    validation_score: float | None
     validation_loss: float | None
-    early_test_accuracy: float | None
+    early_test_score: float | None
     diverged_runs: int
 
 
 @dataclass(frozen=True)
 class EqualTime:
-    """A method in its baseline's wall time: its steps, its test accuracy, and the difference to the baseline."""
+    """A method in its baseline's wall time: its steps, its test score, and the difference to the baseline."""
 
     steps: int
-    accuracy: Spread
+    score: Spread
     difference: Difference
     others: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One seed's run at the chosen lr, one number an epoch; accuracies in percent."""
+    """One seed's run at the chosen lr, one number an epoch; scores and metrics (of the test images) in percent."""
 
     seed: int
     seconds: tuple[float, ...]
     train_loss: tuple[float, ...]
-    validation_accuracy: tuple[float, ...]
-    validation_loss: tuple[float, ...]
-    test_accuracy: tuple[float, ...]
-    test_loss: tuple[float, ...]
+    validation_score: tuple[float, ...]
+    validation_loss: tuple[float | None, ...]
+    test_score: tuple[float, ...]
+    test_loss: tuple[float | None, ...]
+    metrics: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MethodSummary:
         lr: The lr chosen on validation.
         lr_edge: ``"lowest"`` or ``"highest"`` if that is the end of the grid, otherwise None.
         lr_grid: What it was chosen from.
-        accuracy: Test accuracy after the epochs that the table shows, by epoch.
+        scores: Test score after the epochs that the table shows, by epoch.
         epochs_to_target: Mean epochs to the target over the seeds that reached it; None if none did.
         reached_target: How many seeds reached it.
         early_difference: Paired difference after the early epoch; None for a baseline or without an early epoch.
@@ -90,7 +91,7 @@ class MethodSummary:
     lr: float
     lr_edge: str | None
     lr_grid: tuple[GridPoint, ...]
-    accuracy: dict[int, Spread]
+    scores: dict[int, Spread]
     epochs_to_target: float | None
     reached_target: int
     early_difference: Difference | None
@@ -115,18 +116,20 @@ class Summary:
     """A comparison in numbers.
 
     Attributes:
+        score: What the score is called.
         seeds: How many paired seeds.
         epochs: Epochs of a run.
         steps: Steps of a run.
         shown_epochs: The epochs that the table shows.
         early_epoch: The epoch of the early difference; None for runs of one epoch.
-        target: The test accuracy to which epochs are counted.
-        chance: The accuracy of guessing.
+        target: The test score to which epochs are counted.
+        chance: The score of guessing.
         jobs: Runs at the same time.
         ghost_batch: Images of the groups that batch statistics were taken over in training; None for the whole batch.
         methods: In the order of the comparison.
     """
 
+    score: str
     seeds: int
     epochs: int
     steps: int
@@ -155,11 +158,12 @@ def summarize(comparison: Comparison) -> Summary:
     last = plan.epochs
     early = None if last == 1 else min(2, last - 1)
     first = next(method for method in plan.methods if method.name == plan.baselines[plan.methods[0].name])
-    finals = [run.test_accuracy(last, plan.chance) for run in comparison.runs(first)]
+    finals = [run.test_score(last, plan.chance) for run in comparison.runs(first)]
     # The baseline's own level, for data about which nothing is known beforehand.
     target = plan.target if plan.target is not None else float(max(1, math.floor(fmean(finals))))
     shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
     return Summary(
+        score=plan.task.score,
         seeds=plan.settings.seeds,
         epochs=last,
         steps=plan.steps,
@@ -180,13 +184,13 @@ def _summarize_method(
     baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
     runs, baseline_runs = comparison.runs(method), comparison.runs(baseline)
 
-    def accuracies(some_runs: list[RunRecord], epoch: int) -> list[float]:
-        return [run.test_accuracy(epoch, plan.chance) for run in some_runs]
+    def scores(some_runs: list[RunRecord], epoch: int) -> list[float]:
+        return [run.test_score(epoch, plan.chance) for run in some_runs]
 
     def difference(epoch: int | None) -> Difference | None:
         if method is baseline or epoch is None:
             return None
-        return paired_difference(accuracies(runs, epoch), accuracies(baseline_runs, epoch))
+        return paired_difference(scores(runs, epoch), scores(baseline_runs, epoch))
 
     equal_time = None
     equal_runs = _equal_runs(comparison, method)
@@ -195,7 +199,7 @@ def _summarize_method(
         equal_time = EqualTime(
             comparison.equal_time_steps[method.name],
             spread(ends),
-            paired_difference(ends, accuracies(baseline_runs, plan.epochs)),
+            paired_difference(ends, scores(baseline_runs, plan.epochs)),
             {
                 other.name: paired_difference(ends, _ends(_equal_runs(comparison, other), plan.chance))
                 for other in plan.methods
@@ -203,9 +207,7 @@ def _summarize_method(
             },
         )
     reached = [
-        epoch
-        for run in runs
-        if (epoch := epochs_to([record.test_accuracy for record in run.epochs], target)) is not None
+        epoch for run in runs if (epoch := epochs_to([record.test_score for record in run.epochs], target)) is not None
     ]
     all_runs = [run for lr in method.lrs for run in comparison.runs(method, lr)]
     times = [time for run in all_runs if (time := run.seconds_per_step) is not None]
@@ -219,7 +221,7 @@ def _summarize_method(
         lr=lr,
         lr_edge=edges.get(lr),
         lr_grid=tuple(_grid_point(lr, comparison.runs(method, lr), early, plan.chance) for lr in method.lrs),
-        accuracy={epoch: spread(accuracies(runs, epoch)) for epoch in shown},
+        scores={epoch: spread(scores(runs, epoch)) for epoch in shown},
         epochs_to_target=fmean(reached) if reached else None,
         reached_target=len(reached),
         early_difference=difference(early),
@@ -245,17 +247,22 @@ def _equal_runs(comparison: Comparison, method: Method) -> list[RunRecord]:
 
 
 def _ends(runs: list[RunRecord], chance: float) -> list[float]:
-    return [chance if run.diverged else run.epochs[-1].test_accuracy for run in runs]
+    return [chance if run.diverged else run.epochs[-1].test_score for run in runs]
 
 
 def _grid_point(lr: float, runs: list[RunRecord], early: int | None, chance: float) -> GridPoint:
-    early_accuracy = None if early is None else fmean(run.test_accuracy(early, chance) for run in runs)
+    early_score = None if early is None else fmean(run.test_score(early, chance) for run in runs)
     diverged = sum(run.diverged for run in runs)
     if diverged:
-        return GridPoint(lr, None, None, early_accuracy, diverged)
+        return GridPoint(lr, None, None, early_score, diverged)
     last = [run.epochs[-1] for run in runs]
-    accuracy = fmean(epoch.validation_accuracy for epoch in last)
-    return GridPoint(lr, accuracy, fmean(epoch.validation_loss for epoch in last), early_accuracy, 0)
+    score = fmean(epoch.validation_score for epoch in last)
+    losses = [epoch.validation_loss for epoch in last if epoch.validation_loss is not None]
+    return GridPoint(lr, score, fmean(losses) if losses else None, early_score, 0)
+
+
+def _metrics_of(run: RunRecord) -> list[str]:
+    return list(run.epochs[0].metrics) if run.epochs else []
 
 
 def _curve(seed: int, run: RunRecord) -> Curve:
@@ -263,8 +270,9 @@ def _curve(seed: int, run: RunRecord) -> Curve:
         seed=seed,
         seconds=tuple(epoch.seconds for epoch in run.epochs),
         train_loss=tuple(epoch.train_loss for epoch in run.epochs),
-        validation_accuracy=tuple(epoch.validation_accuracy for epoch in run.epochs),
+        validation_score=tuple(epoch.validation_score for epoch in run.epochs),
         validation_loss=tuple(epoch.validation_loss for epoch in run.epochs),
-        test_accuracy=tuple(epoch.test_accuracy for epoch in run.epochs),
+        test_score=tuple(epoch.test_score for epoch in run.epochs),
         test_loss=tuple(epoch.test_loss for epoch in run.epochs),
+        metrics={name: tuple(epoch.metrics[name] for epoch in run.epochs) for name in _metrics_of(run)},
     )

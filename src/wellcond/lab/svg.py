@@ -62,8 +62,8 @@ def draw_svg(panel: Panel) -> Markup:
         return across, _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(panel.title)}: test accuracy in percent '
-        f'over {AXIS_LABELS[panel.axis]}">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(panel.title)}: test {panel.score} in '
+        f'percent over {AXIS_LABELS[panel.axis]}">'
     ]
     for y in ticks(y_low, y_high, 6):
         height = place(x_low, y)[1]
@@ -74,7 +74,7 @@ def draw_svg(panel: Panel) -> Markup:
             continue
         across = place(x, y_low)[0]
         parts.append(f'<text x="{across:.1f}" y="{_HEIGHT - _BOTTOM + 19}" text-anchor="middle">{x:g}</text>')
-    label = f"{AXIS_LABELS[panel.axis]} (test accuracy in %)"
+    label = f"{AXIS_LABELS[panel.axis]} (test {panel.score} in %)"
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 9}" text-anchor="middle">{label}</text>')
     for series in panel.series:
         parts += _draw_series(
@@ -108,8 +108,8 @@ def _draw_series(
         return []
     markers = "".join(
         f'<path class="marker" transform="translate({x:.1f} {y:.1f})" d="{_MARKERS[series.style.marker]}">'
-        f"<title>{escape(series.name)}: {accuracy:.1f} % at {at:.4g}</title></path>"
-        for (x, y), at, accuracy in zip(points, series.x, series.mean, strict=True)
+        f"<title>{escape(series.name)}: {score:.1f} % at {at:.4g}</title></path>"
+        for (x, y), at, score in zip(points, series.x, series.mean, strict=True)
     )
     return [
         f'<g class="{css_class(series)}">',

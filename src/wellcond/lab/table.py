@@ -7,7 +7,16 @@ from rich.padding import Padding
 from rich.table import Table
 
 from wellcond.lab.findings import findings, notes
-from wellcond.lab.formats import NOTHING, difference_text, evaluation_text, lr_text, spread_text, target_text, time_text
+from wellcond.lab.formats import (
+    NOTHING,
+    difference_text,
+    evaluation_text,
+    lr_text,
+    score_text,
+    spread_text,
+    target_text,
+    time_text,
+)
 from wellcond.lab.summary import MethodSummary, Summary
 
 
@@ -20,7 +29,7 @@ def print_summary(summary: Summary, title: str, console: Console) -> None:
         console: Where to.
     """
     console.print(f"\n{title}\n", style="bold", highlight=False)
-    console.print(_accuracy_table(summary))
+    console.print(_score_table(summary))
     console.print(_difference_table(summary))
     for heading, lines in (("Findings", findings(summary)), ("Notes", notes(summary))):
         if lines:
@@ -41,10 +50,10 @@ def _sections(summary: Summary, table: Table, row: list[tuple[MethodSummary, lis
     return table
 
 
-def _accuracy_table(summary: Summary) -> Table:
+def _score_table(summary: Summary) -> Table:
     deviation = f", mean ± std over {summary.seeds} seeds" if summary.seeds > 1 else ", one seed"
     cost = "; and what evaluating an image costs" if summary.compares_evaluation else ""
-    table = _table(f"Test accuracy in % after each epoch{deviation}{cost}")
+    table = _table(f"Test {score_text(summary.score)} after each epoch{deviation}{cost}")
     table.add_column("method", no_wrap=True)
     table.add_column("lr", justify="right", no_wrap=True)
     for epoch in summary.shown_epochs:
@@ -57,7 +66,7 @@ def _accuracy_table(summary: Summary) -> Table:
             method,
             [
                 lr_text(method),
-                *(spread_text(method.accuracy[epoch]) for epoch in summary.shown_epochs),
+                *(spread_text(method.scores[epoch]) for epoch in summary.shown_epochs),
                 target_text(method, summary),
                 *([evaluation_text(method)] if summary.compares_evaluation else []),
             ],
@@ -69,14 +78,14 @@ def _accuracy_table(summary: Summary) -> Table:
 
 def _difference_table(summary: Summary) -> Table:
     interval = ", paired, with 95 % interval" if summary.seeds > 1 else ""
-    table = _table(f"\nDifference to the baseline in points of test accuracy{interval}; and what a step costs")
+    table = _table(f"\nDifference to the baseline in points of test {summary.score}{interval}; and what a step costs")
     table.add_column("method", no_wrap=True)
     if summary.early_epoch is not None:
         table.add_column(f"epoch {summary.early_epoch}", justify="right", no_wrap=True)
     table.add_column(f"epoch {summary.epochs}", justify="right", no_wrap=True)
     table.add_column("time/step", justify="right", no_wrap=True)
     table.add_column("steps in\nequal time", justify="right", no_wrap=True)
-    table.add_column("accuracy at\nequal time", justify="right", no_wrap=True)
+    table.add_column(f"{summary.score} at\nequal time", justify="right", no_wrap=True)
     table.add_column("difference at\nequal time", justify="right", no_wrap=True)
     rows = []
     for method in summary.methods:
@@ -84,9 +93,9 @@ def _difference_table(summary: Summary) -> Table:
         cells = [] if summary.early_epoch is None else [difference_text(method.early_difference)]
         cells += [difference_text(method.final_difference), time_text(method)]
         if equal is not None:
-            cells += [str(equal.steps), spread_text(equal.accuracy), difference_text(equal.difference)]
+            cells += [str(equal.steps), spread_text(equal.score), difference_text(equal.difference)]
         elif method.is_baseline:
-            cells += [str(summary.steps), spread_text(method.accuracy[summary.epochs]), NOTHING]
+            cells += [str(summary.steps), spread_text(method.scores[summary.epochs]), NOTHING]
         else:
             cells += [NOTHING, NOTHING, NOTHING]
         rows.append((method, cells))

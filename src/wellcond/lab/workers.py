@@ -11,10 +11,11 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from wellcond.lab.images import load_data
 from wellcond.lab.machine import training_device
-from wellcond.lab.plan import Plan, Settings
+from wellcond.lab.plan import Plan
 from wellcond.lab.records import RunRecord, RunSpec
+from wellcond.lab.settings import Settings
+from wellcond.lab.tasks.open import open_task
 
 Finished = tuple[RunSpec, RunRecord]
 
@@ -54,7 +55,7 @@ def _execute_here(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
     # Lightning takes seconds to import; a command that has nothing left to run should not wait for it.
     from wellcond.lab.run import Runner
 
-    runner = Runner(plan.data, training_device())
+    runner = Runner(plan.task, training_device())
     for spec in specs:
         try:
             record = runner.run(spec)
@@ -117,8 +118,7 @@ def _work(connection: Connection, settings: Settings, threads: int) -> None:
         from wellcond.lab.run import Runner
 
         torch.set_num_threads(threads)
-        data = load_data(settings.data, settings.image_size, settings.test_images, settings.train_images)
-        runner = Runner(data, training_device())
+        runner = Runner(open_task(settings), training_device())
         while True:
             connection.send(runner.run(connection.recv()))
     except (EOFError, BrokenPipeError):

@@ -1,0 +1,43 @@
+"""`wellcond list`: the methods, models and data that can be named."""
+
+from __future__ import annotations
+
+import argparse
+
+from wellcond.lab.images import DIGITS
+from wellcond.lab.methods import DEFAULT_METHODS, METHODS
+from wellcond.lab.models import MODELS
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser("list", help="show the methods, models or data that can be named")
+    parser.add_argument("what", nargs="?", choices=("methods", "models", "data"), help="default: all three")
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> int:
+    """Print what was asked for, one line each, and return the exit code."""
+    what = arguments.what
+    # Plain lines rather than a table: they can be searched and cut by other programs at any width.
+    listed = {
+        "methods": [
+            (
+                method.name,
+                f"{method.description}; lr {', '.join(f'{lr:g}' for lr in method.lrs)}"
+                f"{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}",
+            )
+            for method in METHODS.values()
+        ],
+        "models": [(model.name, model.description) for model in MODELS.values()],
+        "data": [
+            (DIGITS, "scikit-learn's bundled digits: 1,797 images of 8x8 in 10 classes"),
+            ("FILE.parquet", "an image column of struct<bytes, path> and an integer label column; a fifth of it tests"),
+            ("FOLDER", "the same, with *train*.parquet and *test*.parquet files; shards are joined"),
+        ],
+    }
+    for kind in [what] if what else list(listed):
+        if not what:
+            print(f"{kind}:")
+        for name, description in listed[kind]:
+            print(f"  {name:<16}{description}")
+    return 0

@@ -1,0 +1,96 @@
+"""Options that several commands share: the data, the network, and how it is trained."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from wellcond.lab.batches import AUGMENTATIONS
+from wellcond.lab.models import MODELS
+from wellcond.lab.settings import Settings
+
+_DEFAULTS = Settings()
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add what names the data and how much of it is used."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default=_DEFAULTS.data,
+        metavar="WHAT",
+        help="digits, a .parquet file in the Hugging Face image layout, or a folder of them (default: %(default)s)",
+    )
+    data.add_argument(
+        "--train-images", type=int, metavar="N", help="images that train (default: 1000 for digits, else all)"
+    )
+    data.add_argument(
+        "--val-images",
+        dest="validation_images",
+        type=int,
+        metavar="N",
+        help="images that choose the lr (default: a tenth; digits: 398)",
+    )
+    data.add_argument(
+        "--test-images",
+        type=int,
+        metavar="N",
+        help="images that measure (default: a fifth, or the test file; digits: 399)",
+    )
+    data.add_argument(
+        "--image-size", type=int, metavar="S", help="average-pool the images to SxS (default: as they are)"
+    )
+    data.add_argument(
+        "--augment",
+        dest="augmentation",
+        metavar="NAME",
+        help=f"{', '.join(AUGMENTATIONS)} (default: none for digits, else crop-flip)",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what names the network."""
+    model = parser.add_argument_group("network")
+    model.add_argument(
+        "--model", metavar="NAME", help=f"{', '.join(MODELS)} (default: convnet for digits, else resnet8)"
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a run consists of, whatever the method."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: 6 for digits, else 8)")
+    training.add_argument(
+        "--batch-size", type=int, metavar="N", help="images of a batch (default: 32 for digits, else 64)"
+    )
+    training.add_argument(
+        "--ghost-batch",
+        type=int,
+        metavar="M",
+        help="take batch statistics in training over groups of M images, as if each were on a device of its own; "
+        "methods without batch statistics (GN) stay as they are (default: over the whole batch)",
+    )
+    training.add_argument(
+        "--stats-every",
+        type=int,
+        metavar="N",
+        help="steps between statistics of a preconditioner (default: by run length)",
+    )
+    training.add_argument(
+        "--solve-every", type=int, metavar="N", help="steps between its solves (default: by run length)"
+    )
+
+
+def given_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
+    """Return the settings that the arguments stand for.
+
+    Args:
+        arguments: The command's; those called as a field of `Settings` become its value.
+        more: Fields that the command works out itself.
+
+    Raises:
+        LabError: If a value is out of its range.
+    """
+    given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if field.name in arguments}
+    return Settings(**(given | more))

@@ -1,0 +1,218 @@
+"""Classification of images that are in memory as a whole: the digits, and parquet files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wellcond.lab import models
+from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
+from wellcond.lab.errors import LabError
+from wellcond.lab.images import DIGITS, ImageData, load_data
+from wellcond.lab.records import RunSpec
+from wellcond.lab.settings import Settings
+from wellcond.lab.splits import derived_seed, draw_split
+from wellcond.lab.stopwatch import Stopwatch
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+
+_DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
+_DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one role in one seed's split, on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """One seed's images on the device, with the training images' channel moments."""
+
+    train: Part
+    validation: Part
+    test: Part
+    moments: tuple[Tensor, Tensor]
+
+
+class InMemoryTask:
+    """Classification of labelled images that are all of one size.
+
+    Args:
+        data: The data set, its test images set apart.
+        train_images: Images that train in each seed.
+        validation_images: Images that choose the lr in each seed.
+        augmentation: One of `AUGMENTATIONS`.
+        defaults: What suits the data.
+    """
+
+    kind = "classification"
+    score = "accuracy"
+
+    def __init__(
+        self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
+    ) -> None:
+        self.data = data
+        self.train_images = train_images
+        self.validation_images = validation_images
+        self.augmentation = augmentation
+        self.defaults = defaults
+        # Runs come seed by seed, so the last seed's images are nearly always those that are needed.
+        self._split = lru_cache(maxsize=1)(self._draw)
+        self._test = lru_cache(maxsize=1)(self._test_on)
+
+    @property
+    def name(self) -> str:
+        """What the data is called."""
+        return self.data.name
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing, in percent."""
+        return 100.0 / self.classes
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are to tell apart."""
+        return len(self.data.pool.classes)
+
+    @property
+    def test_images(self) -> int:
+        """Images that measure."""
+        return len(self.data.test.labels)
+
+    def fingerprint(self) -> str:
+        """Return a digest of every pixel and label, and of which images test."""
+        return self.data.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        """Return classes, channels and image size."""
+        height, width = self.data.size
+        return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
+
+    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network with the weights that this seed gives, leaving torch's global generator as it was."""
+        models.select_model(model, min(self.data.size))
+        return models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed))
+
+    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
+        """Return one seed's images on a device."""
+        split = self._split(spec.seed, spec.train_images, spec.validation_images, device)
+        return InMemorySeed(split, spec, self.classes, rank, ranks)
+
+    def _draw(self, seed: int, train: int, validation: int, device: torch.device) -> Split:
+        pool = self.data.pool
+        labels = torch.from_numpy(pool.labels)
+        drawn = draw_split(pool.labels, train, validation, seed)
+        training, held_out = (
+            Part(pool.images[positions].to(device), labels[positions].to(device))
+            for positions in (torch.from_numpy(drawn.train), torch.from_numpy(drawn.validation))
+        )
+        return Split(training, held_out, self._test(device), channel_moments(training.images))
+
+    def _test_on(self, device: torch.device) -> Part:
+        test = self.data.test
+        return Part(test.images.to(device), torch.from_numpy(test.labels).to(device))
+
+
+class InMemorySeed:
+    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
+
+    Args:
+        split: The images.
+        spec: The run.
+        classes: How many classes there are.
+        rank: Which process of the run this is.
+        ranks: How many processes the run has.
+    """
+
+    def __init__(self, split: Split, spec: RunSpec, classes: int, rank: int, ranks: int) -> None:
+        self.split, self.spec, self.classes = split, spec, classes
+        self.rank, self.ranks = rank, ranks
+
+    def batches(self) -> EpochBatches:
+        """Return the training batches."""
+        train, spec = self.split.train, self.spec
+        return TrainingBatches(
+            train.images,
+            train.labels,
+            self.split.moments,
+            spec.batch_size,
+            spec.augmentation,
+            spec.seed,
+            self.rank,
+            self.ranks,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the batch's mean cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
+        """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
+        part = self.split.validation if role == "validation" else self.split.test
+        device = part.labels.device
+        loss = torch.zeros((), device=device)
+        first, among = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        batches = evaluation_batches(part.images, part.labels, self.split.moments, self.rank, self.ranks)
+        for images, labels in batches:
+            # A network that is sharded over the ranks needs all of them in every forward pass, images or not.
+            shown = images if len(labels) else torch.zeros_like(part.images[:1], dtype=images.dtype)
+            stopwatch.start()
+            logits = model(shown)
+            stopwatch.stop()
+            logits = logits[: len(labels)].float()
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            first += (logits.argmax(1) == labels).sum()
+            if self.classes > _TOP:
+                among += (logits.topk(_TOP, dim=1).indices == labels[:, None]).sum()
+        sums = torch.stack([loss.double(), first.double(), among.double()])
+        if self.ranks > 1:
+            dist.all_reduce(sums)
+        count = len(part.labels)
+        metrics = {f"top-{_TOP}": 100.0 * float(sums[2].float() / count)} if self.classes > _TOP else {}
+        return Evaluation(100.0 * float(sums[1].float() / count), float(sums[0]) / count, count, metrics)
+
+
+def open_in_memory(settings: Settings) -> InMemoryTask:
+    """Return the task of the digits or of parquet files.
+
+    Raises:
+        LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
+    """
+    defaults = _DIGITS_DEFAULTS if settings.data == DIGITS else _DEFAULTS
+    augmentation = check_augmentation(settings.augmentation or ("none" if settings.data == DIGITS else "crop-flip"))
+    model = settings.model or defaults.model
+    # The name first: reading a large file only to find the model misspelt would waste a minute.
+    models.select_model(model, image_size=10**6)
+    data = load_data(settings.data, settings.image_size, settings.test_images, settings.train_images)
+    models.select_model(model, min(data.size))
+    train, validation = _counts(settings, len(data.pool.labels))
+    return InMemoryTask(data, train, validation, augmentation, defaults)
+
+
+def _counts(settings: Settings, pool: int) -> tuple[int, int]:
+    """Return how many images of the pool train and how many validate."""
+    train, validation = settings.train_images, settings.validation_images
+    if settings.data == DIGITS:
+        train = train or min(1000, pool - 1)
+        validation = validation or min(398, pool - train)
+    else:
+        validation = validation or max(1, min(pool // 10, 5000, (train or pool) // 2))
+        train = train or pool - validation
+    if train < 1 or validation < 1 or train + validation > pool:
+        raise LabError(
+            f"--train-images {train}: there are {pool} images besides the test images, "
+            f"and {max(1, validation)} of them validate"
+        )
+    return train, validation
