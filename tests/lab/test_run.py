@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wellcond.lab.images import load_data
 from wellcond.lab.methods import METHODS
 from wellcond.lab.plan import make_plan
 from wellcond.lab.run import Runner, Training
 from wellcond.lab.settings import Settings
+from wellcond.lab.tasks.open import open_task
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def without_seconds(record):
 def test_the_same_run_twice_is_the_same_bit_for_bit(plan, runner, name):
     spec = plan.spec(METHODS[name], METHODS[name].lrs[0], seed=0)
     first = runner.run(spec)
-    again = Runner(load_data("digits", None, None), torch.device("cpu")).run(spec)
+    again = Runner(open_task(plan.settings), torch.device("cpu")).run(spec)
     assert without_seconds(first) == without_seconds(again)
     assert [epoch.steps for epoch in first.epochs] == [6, 12]
     assert first.epochs[1].seconds > first.epochs[0].seconds > 0
