@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from wellcond.__main__ import main
+from wellcond.lab.cli import COMMANDS
 from wellcond.lab.methods import METHODS
 
 
@@ -16,8 +17,9 @@ def no_training(monkeypatch):
     def refuse(*_):
         raise AssertionError("a run was started")
 
-    monkeypatch.setattr("wellcond.lab.workers.execute", refuse)
+    # In this order: compare takes its own from workers when it is first imported.
     monkeypatch.setattr("wellcond.lab.compare.execute", refuse)
+    monkeypatch.setattr("wellcond.lab.workers.execute", refuse)
 
 
 def error(capsys, *arguments: str) -> str:
@@ -158,7 +160,7 @@ def test_an_option_that_a_layer_refuses(capsys, monkeypatch):
 
 def test_no_command_is_a_mistake_too(capsys):
     assert main([]) == 2
-    assert capsys.readouterr().err == "wellcond: error: the following arguments are required: {compare,list}\n"
+    assert capsys.readouterr().err == f"wellcond: error: the following arguments are required: {{{','.join(COMMANDS)}}}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["list", "--help"], ["--version"]])
