@@ -395,7 +395,7 @@ def _draw_accuracy(axes: Any, results: Mapping[int, Results]) -> None:
     groups = sorted(results)
     summaries = {m: results[m].summary for m in groups}
     for rank, method in enumerate(summaries[groups[0]].methods):
-        style: Style = BASELINE if method.is_baseline else method_style(method.name)
+        style: Style = BASELINE if method.is_baseline else method_style(method)
         spreads = [summaries[m].methods[rank].scores[summaries[m].epochs] for m in groups]
         # Side by side, so that error bars do not hide each other.
         shift = 1.0 + 0.035 * (rank - (len(METHODS) - 1) / 2)

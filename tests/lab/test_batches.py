@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import wellcond.lab.batches
 from wellcond.lab.batches import TrainingBatches, augment, channel_moments, evaluation_batches
 
 IDENTITY = (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
@@ -65,6 +66,51 @@ def test_crop_shifts_by_at_most_an_eighth_and_fills_with_black():
     for new, source in zip(augment(data, "crop-flip", torch.Generator().manual_seed(1)), padded, strict=True):
         windows = [source[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
         assert any(torch.equal(new, window) or torch.equal(new, window.flip(2)) for window in windows)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip", "crop-flip"])
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (0, 2)])
+def test_a_resumed_stream_goes_on_as_if_not_interrupted(augmentation, epoch, batch):
+    whole, resumed = batches(3, augmentation), batches(3, augmentation)
+    epochs = [list(whole) for _ in range(4)]
+    resumed.resume_at(epoch, batch)
+    rest = list(resumed)
+    assert resumed.epoch == epoch + 1
+    following = list(resumed)
+    for seen, expected in ((rest, epochs[epoch][batch:]), (following, epochs[epoch + 1])):
+        assert len(seen) == len(expected)
+        for (images, labels), (their_images, their_labels) in zip(seen, expected, strict=True):
+            assert torch.equal(images, their_images)
+            assert torch.equal(labels, their_labels)
+
+
+def test_a_resumed_stream_touches_no_image_of_a_skipped_batch(monkeypatch):
+    taken = []
+    original = wellcond.lab.batches.moved
+    monkeypatch.setattr("wellcond.lab.batches.moved", lambda *a: taken.append(len(a[0])) or original(*a))
+    stream = batches(0, "flip")
+    stream.resume_at(0, 1)
+    list(stream)
+    assert taken == [4]
+
+
+@pytest.mark.parametrize("batch", [-1, 3])
+def test_a_batch_that_an_epoch_does_not_have_is_refused(batch):
+    with pytest.raises(ValueError, match=f"batch must be between 0 and 2, got {batch}"):
+        batches(0).resume_at(0, batch)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_each_batch(augmentation, ranks):
+    def stream(rank, ranks):
+        return TrainingBatches(images(), torch.arange(10), IDENTITY, 4, augmentation, 0, rank, ranks)
+
+    shares = [list(stream(rank, ranks)) for rank in range(ranks)]
+    for index, (whole, labels) in enumerate(stream(0, 1)):
+        for rank in range(ranks):
+            assert torch.equal(shares[rank][index][0], whole[rank::ranks])
+            assert torch.equal(shares[rank][index][1], labels[rank::ranks])
 
 
 def test_evaluation_shows_every_image_once_in_order():

@@ -82,9 +82,29 @@ def error(capsys, *arguments: str) -> str:
             ["--image-size", "3"],
             "--image-size must divide the images' height and width (averaging whole pixels), got 3 for images of 8x8",
         ),
+        (
+            ["--schedule", "step:5"],
+            "--schedule must be cosine, constant, step:EVERY,FACTOR or steps:EPOCH,...,FACTOR, got 'step:5'",
+        ),
+        (["--warmup", "-1"], "--warmup must be 0 or more epochs, got -1"),
+        (["--warmup", "6"], "--warmup must be shorter than the run (6 epochs), got 6"),
+        (
+            ["--precision", "bf16"],
+            "unknown precision 'bf16': did you mean 'bf16-mixed'? Known: 32-true, bf16-mixed, 16-mixed",
+        ),
+        (["--precision", "16-mixed"], "--precision 16-mixed needs a CUDA device; bf16-mixed works without"),
+        (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1"),
+        (
+            ["--weights", "gone.pt"],
+            "--weights gone.pt: cannot be read as a state dict ([Errno 2] No such file or directory: 'gone.pt')",
+        ),
         (["--lr", "1"], "unrecognized arguments: --lr 1"),
         (["--lrs", "0.1,0.2"], "--lrs must look like SGD=0.02,0.06,0.2, got '0.1,0.2'"),
-        (["--lrs", "Adam=0.1"], "unknown optimizer 'Adam': did you mean 'AdamW'? Known: SGD, AdamW"),
+        (
+            ["--lrs", "Adan=0.1"],
+            "unknown optimizer 'Adan': did you mean 'Adam'? Known: "
+            + ", ".join(dict.fromkeys(method.optimizer for method in METHODS.values())),
+        ),
         (["--lrs", "SGD=0.1,x"], "--lrs SGD=0.1,x: learning rates must be numbers"),
         (["--lrs", "SGD=0.1,-1"], "--lrs SGD=0.1,-1: learning rates must be positive"),
         (
@@ -160,7 +180,8 @@ def test_an_option_that_a_layer_refuses(capsys, monkeypatch):
 
 def test_no_command_is_a_mistake_too(capsys):
     assert main([]) == 2
-    assert capsys.readouterr().err == f"wellcond: error: the following arguments are required: {{{','.join(COMMANDS)}}}\n"
+    names = ",".join(COMMANDS)
+    assert capsys.readouterr().err == f"wellcond: error: the following arguments are required: {{{names}}}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["list", "--help"], ["--version"]])

@@ -6,7 +6,7 @@ from wellcond.lab.lr_choice import choose_lr
 from wellcond.lab.records import EpochRecord, RunRecord
 
 
-def run(*validation: float, loss: float = 0.5, test: float = 0.0, diverged: bool = False) -> RunRecord:
+def run(*validation: float, loss: float | None = 0.5, test: float = 0.0, diverged: bool = False) -> RunRecord:
     """A run with these validation accuracies after its epochs."""
     epochs = tuple(
         EpochRecord(steps, 1.0, 0.1, accuracy, loss, test, loss) for steps, accuracy in enumerate(validation, start=1)
@@ -43,6 +43,11 @@ def test_one_seed_has_no_standard_error_only_ties():
 def test_a_tie_goes_to_the_lower_loss_and_then_to_the_lower_lr():
     assert choose_lr({0.1: [run(90, loss=0.5)], 0.3: [run(90, loss=0.4)]}) == 0.3
     assert choose_lr({0.3: [run(90)], 0.1: [run(90)]}) == 0.1
+
+
+def test_without_a_loss_a_tie_goes_to_the_lower_lr():
+    assert choose_lr({0.3: [run(90, loss=None)], 0.1: [run(90, loss=None)]}) == 0.1
+    assert choose_lr({0.1: [run(80, loss=None)], 0.3: [run(90, loss=None)]}) == 0.3
 
 
 def test_an_lr_with_diverged_runs_comes_last():

@@ -104,3 +104,87 @@ def test_training_leaves_torchs_global_generator_alone(plan, runner, name):
     before = torch.random.get_rng_state()
     runner.run(plan.spec(METHODS[name], 0.1, seed=0, steps=1))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [0.1] * 12),
+        ("step:1,0.1", 0.0, [0.1] * 6 + [0.01] * 6),
+        ("steps:1,0.5", 0.5, [0.1 / 3, 0.2 / 3] + [0.1] * 4 + [0.05] * 6),
+    ],
+)
+def test_lr_follows_the_schedule_asked_for(plan, runner, monkeypatch, schedule, warmup, expected):
+    lrs = []
+    original = Training.training_step
+
+    def training_step(self, batch, batch_index):
+        lrs.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(Training, "training_step", training_step)
+    runner.run(replace(plan.spec(METHODS["SGDM"], 0.1, seed=0), schedule=schedule, warmup=warmup))
+    assert lrs == pytest.approx(expected)
+
+
+OPTIMIZERS = [
+    *("SGDW", "SGDW+GC", "Adam", "Adam+GC", "Adagrad", "Adagrad+GC", "RAdam", "RMSprop", "Adadelta", "AdaBelief"),
+    *("AdaHessian", "Apollo", "Ranger", "Lookahead", "Muon", "LN", "IN", "ND", "SGDM+WS", "SGDM+WS+GC", "SGDM+GC-conv"),
+]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_method_learns(plan, runner, name):
+    method = METHODS[name]
+    spec = replace(plan.spec(method, method.lrs[1], seed=0, steps=60), epochs=10)
+    record = runner.run(spec)
+    assert not record.diverged
+    assert record.warnings == ()
+    assert record.epochs[-1].train_loss < 0.97 * record.epochs[0].train_loss
+
+
+def test_bfloat16_is_what_the_network_computes_in(plan, runner, monkeypatch):
+    kinds = {"training": set(), "evaluation": set()}
+    original = torch.nn.functional.linear
+
+    def linear(inputs, weight, bias=None):
+        result = original(inputs, weight, bias)
+        kinds["training" if torch.is_grad_enabled() else "evaluation"].add((weight.dtype, result.dtype))
+        return result
+
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    spec = plan.spec(METHODS["SGDM"], 0.1, seed=0)
+    record = runner.run(replace(spec, precision="bf16-mixed"))
+    assert kinds == {part: {(torch.float32, torch.bfloat16)} for part in kinds}
+    assert not record.diverged
+    assert record.epochs[-1].train_loss != runner.run(spec).epochs[-1].train_loss
+
+
+def test_deterministic_algorithms_are_asked_for_during_the_run_alone(plan, runner, monkeypatch):
+    seen = []
+    original = Training.training_step
+
+    def training_step(self, batch, batch_index):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(Training, "training_step", training_step)
+    spec = plan.spec(METHODS["SGDM"], 0.1, seed=0, steps=1)
+    for deterministic in (True, False):
+        runner.run(replace(spec, deterministic=deterministic))
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_second_order_step_leaves_no_graph_behind(plan, runner, monkeypatch):
+    kept = []
+    original = Training.on_train_batch_end
+
+    def on_train_batch_end(self, outputs, batch, batch_index):
+        kept.append(any(p.grad is not None and p.grad.requires_grad for p in self.model.parameters()))
+        original(self, outputs, batch, batch_index)
+        kept.append(any(p.grad is not None for p in self.model.parameters()))
+
+    monkeypatch.setattr(Training, "on_train_batch_end", on_train_batch_end)
+    runner.run(plan.spec(METHODS["AdaHessian"], 0.1, seed=0, steps=2))
+    assert kept == [True, False, True, False]

@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from wellcond.lab.methods import METHODS
 from wellcond.lab.statistics import spread
 from wellcond.lab.summary import MethodSummary, Summary
 
@@ -34,7 +33,6 @@ class Style:
 # Okabe and Ito's palette, which readers with any colour vision can tell apart; lighter on dark where it needs to be.
 BASELINE = Style("#555555", "#b4b4b4", "o")
 _BY_TECHNIQUE = {
-    (): BASELINE,
     ("GradientCentralization",): Style("#c98500", "#e69f00", "s"),
     ("FeatureWhitening",): Style("#0072b2", "#4aa8e0", "^"),
     ("FeatureDescent",): Style("#d55e00", "#ff7f2a", "D"),
@@ -54,8 +52,13 @@ _BY_LAYERS = {
     "ibn": Style("#c98500", "#e69f00", "v"),
     "kn": Style("#d55e00", "#ff7f2a", "P"),
     "iternorm": Style("#009e73", "#2fc79c", "s"),
+    "ln": Style("#5b6abf", "#98a4ee", "p"),
+    "in": Style("#a0522d", "#d99a73", "h"),
+    "ws": Style("#7a6a00", "#c9b93a", "d"),
+    "nd": Style("#6a51a3", "#a99be0", "8"),
     "dbn": Style("#b8609a", "#dd8fc0", "^"),
 }
+_OTHERS = tuple(_BY_TECHNIQUE.values())
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     for baseline, methods in summary.families().items():
         drawn: list[Series] = []
         for method in methods:
-            style = BASELINE if method.is_baseline else method_style(method.name)
+            style = BASELINE if method.is_baseline else method_style(method, len(drawn))
             # A technique that comes twice in a panel, on another optimizer or in another form, is dotted from then on.
             again = any(series.style == style for series in drawn)
             dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
@@ -105,12 +108,18 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
     return panels
 
 
-def method_style(name: str) -> Style:
-    """Return how a method is drawn beside its baseline."""
-    method = METHODS[name]
+def method_style(method: MethodSummary, place: int = 0) -> Style:
+    """Return how a method is drawn beside its baseline.
+
+    Args:
+        method: The method.
+        place: Its place in the panel, which decides where no technique does: for another optimizer.
+    """
+    if method.layers is not None:
+        return _BY_LAYERS[method.layers]
     if method.norm is not None:
-        return _BY_LAYERS[method.norm.kind]
-    return _BY_TECHNIQUE[tuple(transform.name for transform in method.transforms)]
+        return _BY_LAYERS[method.norm]
+    return _BY_TECHNIQUE.get(method.transforms, _OTHERS[place % len(_OTHERS)])
 
 
 def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Series:

@@ -13,7 +13,21 @@ import torch
 import wellcond
 
 # Files of the lab that decide what a run computes; the others only plan and present.
-_RUN_FILES = ("batches", "extras", "images", "methods", "norms", "parquet", "run", "splits", "stopwatch")
+_RUN_FILES = (
+    "batches",
+    "extras",
+    "images",
+    "layers",
+    "methods",
+    "norms",
+    "optimizers",
+    "parquet",
+    "run",
+    "schedule",
+    "splits",
+    "stopwatch",
+    "weights",
+)
 # Whatever a task or a network consists of counts too.
 _RUN_FOLDERS = ("tasks", "models")
 

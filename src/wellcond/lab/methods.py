@@ -10,7 +10,9 @@ import torch
 
 import wellcond
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.layers import LAYERS, change_layers
 from wellcond.lab.norms import NormSpec, trained_norm
+from wellcond.lab.optimizers import SECOND_ORDER, attached_to, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -55,34 +57,47 @@ class TransformSpec:
         """Return the transform, with the run's intervals if it takes any."""
         options = dict(self.options)
         if self.refreshed:
-            options |= {"stats_every": refresh.stats_every, "solve_every": refresh.solve_every}
+            # Those of its own, if it has any, go before the run's.
+            options = {"stats_every": refresh.stats_every, "solve_every": refresh.solve_every, **options}
         transform: wellcond.GradientTransform = getattr(wellcond, self.name)(**options)
         return transform
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: a torch optimizer, the transforms attached to it from left to right, layers, and an lr grid.
+    """One way to train: an optimizer, the transforms attached to it from left to right, layers, and an lr grid.
 
     Attributes:
         name: What it is called on the command line and in the report.
         description: One line for `wellcond list`.
-        optimizer: The class, as in ``torch.optim.<optimizer>``.
+        optimizer: Its name (see `build_optimizer`).
         options: The optimizer's keyword arguments beside lr, as pairs.
         lrs: The lr grid, ascending; every method tries the same number.
         baseline: The method that its gains and costs are measured against.
         transforms: What is attached.
         norm: The layers that take the place of batch normalization; None leaves it.
+        layers: What is done to convolutions, a key of `LAYERS`; None leaves them.
     """
 
     name: str
     description: str
     optimizer: str
-    options: tuple[tuple[str, float], ...]
+    options: tuple[tuple[str, object], ...]
     lrs: tuple[float, ...]
     baseline: str
     transforms: tuple[TransformSpec, ...] = ()
     norm: NormSpec | None = None
+    layers: str | None = None
+
+    @property
+    def second_order(self) -> bool:
+        """Whether backward has to keep its graph, because the optimizer differentiates the gradient."""
+        return self.optimizer in SECOND_ORDER
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether training normalizes an image with statistics of the batch that it is in."""
+        return self.layers != "nd" and (self.norm is None or self.norm.has_batch_statistics)
 
     def with_layers(self, model: torch.nn.Module, ghost_batch: int | None = None) -> torch.nn.Module:
         """Return the network with the layers that this method trains with.
@@ -91,22 +106,44 @@ class Method:
             model: A network with batch normalization.
             ghost_batch: Images of the groups that batch statistics are taken over; None for the whole batch.
         """
-        norm = trained_norm(self.norm, ghost_batch)
-        return model if norm is None else norm.convert(model)
+        norm = trained_norm(self.norm, ghost_batch) if self.layers != "nd" else None
+        if norm is not None:
+            model = norm.convert(model)
+        return model if self.layers is None else change_layers(model, self.layers)
+
+    def text(self, ghost_batch: int | None = None) -> str:
+        """Return what it trains with, as it would be written.
+
+        >>> METHODS["SGDM+GC"].text()
+        'SGD(momentum=0.9, weight_decay=0.0005) + GradientCentralization'
+        """
+        parts = [f"{self.optimizer}({_written(self.options)})"]
+        for transform in self.transforms:
+            parts.append(f"{transform.name}({_written(transform.options)})" if transform.options else transform.name)
+        norm = trained_norm(self.norm, ghost_batch) if self.layers != "nd" else None
+        if norm is not None:
+            parts.append(norm.text)
+        if self.layers is not None:
+            parts.append(LAYERS[self.layers])
+        return " + ".join(parts)
 
     def build(
         self, model: torch.nn.Module, lr: float, refresh: Refresh
     ) -> tuple[torch.optim.Optimizer, wellcond.Attachment | None]:
         """Return the optimizer of the model's parameters, and the handle of its transforms (None: it has none)."""
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, self.optimizer)(
-            model.parameters(), lr=lr, **dict(self.options)
-        )
+        optimizer = build_optimizer(self.optimizer, model, lr, dict(self.options))
         if not self.transforms:
             return optimizer, None
-        return optimizer, wellcond.attach(optimizer, model, *(spec.build(refresh) for spec in self.transforms))
+        transforms = (spec.build(refresh) for spec in self.transforms)
+        return optimizer, wellcond.attach(attached_to(optimizer), model, *transforms)
+
+
+def _written(options: Sequence[tuple[str, object]]) -> str:
+    return ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value!r}" for key, value in options)
 
 
 _GC = TransformSpec("GradientCentralization")
+_GC_CONV = TransformSpec("GradientCentralization", (("layers", "conv"),))
 _WHITEN = TransformSpec("FeatureWhitening", refreshed=True)
 _DESCEND = TransformSpec("FeatureDescent", refreshed=True)
 
@@ -128,6 +165,22 @@ def _norm(name: str, description: str, norm: NormSpec) -> Method:
 def _adamw(name: str, description: str, *transforms: TransformSpec) -> Method:
     return Method(name, description, "AdamW", (("weight_decay", 0.05),), (3e-3, 1e-2, 3e-2), "AdamW", transforms)
 
+
+def _other(
+    optimizer: str,
+    description: str,
+    lrs: tuple[float, float, float],
+    options: tuple[tuple[str, object], ...] = (),
+    *transforms: TransformSpec,
+) -> Method:
+    """Return a method over another optimizer, a baseline of its own: its lrs are not comparable to another's."""
+    name = "+".join([optimizer, *("GC" for _ in transforms)])
+    return Method(name, description, optimizer, options, lrs, optimizer, transforms)
+
+
+_ADAM = ((1e-3, 3e-3, 1e-2), (("weight_decay", 5e-4),))
+_ADAGRAD = ((0.003, 0.01, 0.03), (("weight_decay", 5e-4),))
+_SGDW = ((0.03, 0.1, 0.3), (("momentum", 0.9), ("weight_decay", 5e-4)))
 
 METHODS = {
     method.name: method
@@ -187,6 +240,59 @@ METHODS = {
         ),
         _norm("IterNorm", "SGDM with batch whitening by Newton iterations", NormSpec("iternorm")),
         _norm("DBN", "SGDM with decorrelated batch normalization: whitening by ZCA", NormSpec("dbn")),
+        _norm("LN", "SGDM with layer normalization, over all channels of an image", NormSpec("ln")),
+        _norm("IN", "SGDM with instance normalization, over each channel of an image", NormSpec("in")),
+        replace(_sgdm("ND", "SGDM with network deconvolution in place of batch normalization"), layers="nd"),
+        replace(_sgdm("SGDM+WS", "SGDM with weight standardization of convolutions"), layers="ws"),
+        replace(_sgdm("SGDM+WS+GC", "SGDM with weight standardization and Gradient Centralization", _GC), layers="ws"),
+        _sgdm("SGDM+GC-conv", "SGDM with Gradient Centralization of convolutions alone", _GC_CONV),
+        _other("SGDW", "SGD with momentum 0.9 and decoupled weight decay", *_SGDW),
+        _other("SGDW", "SGDW with Gradient Centralization", *_SGDW, _GC),
+        _other("Adam", "Adam with weight decay in the gradient", *_ADAM),
+        _other("Adam", "Adam with Gradient Centralization", *_ADAM, _GC),
+        _other("Adagrad", "Adagrad with weight decay in the gradient", *_ADAGRAD),
+        _other("Adagrad", "Adagrad with Gradient Centralization", *_ADAGRAD, _GC),
+        _other("RAdam", "Adam with a rectified step size", *_ADAM),
+        _other("RMSprop", "RMSprop with momentum 0.9", (1e-4, 3e-4, 1e-3), (("momentum", 0.9), ("weight_decay", 5e-4))),
+        _other("Adadelta", "Adadelta with weight decay in the gradient", (0.3, 1.0, 3.0), (("weight_decay", 5e-4),)),
+        _other(
+            "AdaBelief", "steps by how far gradients are from their mean", (1e-3, 3e-3, 1e-2), (("weight_decay", 0.05),)
+        ),
+        _other(
+            "AdaHessian", "steps by an estimate of the Hessian's diagonal", (0.03, 0.1, 0.3), (("weight_decay", 5e-4),)
+        ),
+        replace(
+            _other(
+                "ApolloDQN",
+                "a diagonal quasi-Newton method, Apollo",
+                (0.003, 0.01, 0.03),
+                # Its own warm-up would hold the lr against the schedule; --warmup is there for every method.
+                (("warmup_steps", 0), ("weight_decay", 5e-4)),
+            ),
+            name="Apollo",
+            baseline="Apollo",
+        ),
+        _other(
+            "Ranger",
+            "RAdam with slow weights; its own Gradient Centralization is off",
+            (1e-3, 3e-3, 1e-2),
+            (("use_gc", False), ("weight_decay", 0.05)),
+        ),
+        replace(
+            _other(
+                "Lookahead",
+                "SGDM with slow weights: 5 steps ahead, half of the way kept",
+                (0.03, 0.1, 0.3),
+                (("momentum", 0.9), ("weight_decay", 5e-4)),
+            ),
+            baseline="SGDM",
+        ),
+        _other(
+            "Muon",
+            "orthogonal updates of hidden weights, AdamW for the rest",
+            (0.005, 0.015, 0.05),
+            (("weight_decay", 0.05), ("adamw_lr", 0.01), ("adamw_wd", 0.05)),
+        ),
     )
 }
 """Every method, in the order in which reports list them."""
@@ -198,7 +304,7 @@ def parse_lrs(text: str) -> tuple[str, tuple[float, ...]]:
     """Read an lr grid from the command line.
 
     Args:
-        text: ``OPTIMIZER=LR,LR,...``, the optimizer as its class is called in ``torch.optim``.
+        text: ``OPTIMIZER=LR,LR,...``, the optimizer as `Method.optimizer` has it.
 
     Returns:
         The optimizer and its grid, ascending.
@@ -245,11 +351,12 @@ def with_lrs(methods: Sequence[Method], grids: Mapping[str, tuple[float, ...]]) 
     return changed
 
 
-def select_methods(names: Sequence[str]) -> tuple[Method, ...]:
+def select_methods(names: Sequence[str], more: Mapping[str, Method] | None = None) -> tuple[Method, ...]:
     """Return the methods of these names, in the order given.
 
     Args:
-        names: Names in `METHODS`, exactly as spelled there.
+        names: Names in `METHODS` or `more`, exactly as spelled there.
+        more: Further methods by name; they go before those of `METHODS`.
 
     Returns:
         The methods.
@@ -260,14 +367,15 @@ def select_methods(names: Sequence[str]) -> tuple[Method, ...]:
     >>> [method.baseline for method in select_methods(["W-SGDM", "AdamW"])]
     ['SGDM', 'AdamW']
     """
+    known = METHODS | dict(more or {})
     if not names:
-        raise LabError(f"--methods must name at least one method. Known: {', '.join(METHODS)}")
+        raise LabError(f"--methods must name at least one method. Known: {', '.join(known)}")
     for index, name in enumerate(names):
-        if name not in METHODS:
-            raise unknown_name("method", name, METHODS)
+        if name not in known:
+            raise unknown_name("method", name, known)
         if name in names[:index]:
             raise LabError(f"--methods must name each method once, got {name!r} twice")
-    return tuple(METHODS[name] for name in names)
+    return tuple(known[name] for name in names)
 
 
 def baselines(methods: Sequence[Method]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from wellcond.lab.errors import LabError
-from wellcond.lab.machine import environment
+from wellcond.lab.machine import environment, training_device
 from wellcond.lab.methods import Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
+from wellcond.lab.weights import digest_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Plan:
 
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
-        grouped = method.norm is None or method.norm.has_batch_statistics
         return replace(
             self.template,
             method=method,
@@ -73,7 +73,7 @@ class Plan:
             seed=seed,
             steps=self.steps if steps is None else steps,
             # Without batch statistics it is the same run whatever the groups: comparisons can share it.
-            ghost_batch=self.template.ghost_batch if grouped else None,
+            ghost_batch=self.template.ghost_batch if method.has_batch_statistics else None,
         )
 
     def specs(self) -> list[RunSpec]:
@@ -102,7 +102,8 @@ def make_plan(settings: Settings) -> Plan:
     Raises:
         LabError: If a name is unknown, the data cannot be read, or the numbers do not fit together.
     """
-    methods = with_lrs(select_methods(settings.methods), dict(settings.lrs))
+    overrides = {override.label: override.apply() for override in settings.overrides}
+    methods = with_lrs(select_methods(settings.methods, overrides), dict(settings.lrs))
     task = open_task(settings)
     defaults = task.defaults
     model = settings.model or defaults.model
@@ -121,6 +122,7 @@ def make_plan(settings: Settings) -> Plan:
     steps = epochs * (task.train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
+    _check_training(settings, task, methods, epochs)
     _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
     return Plan(
@@ -149,6 +151,14 @@ def make_plan(settings: Settings) -> Plan:
             validation_images=task.validation_images,
             data=task.fingerprint(),
             environment=environment(settings.jobs, threads),
+            epochs=epochs,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            precision=settings.precision,
+            deterministic=settings.deterministic,
+            label_smoothing=settings.label_smoothing,
+            weights=settings.weights,
+            weights_digest=None if settings.weights is None else digest_of(settings.weights),
         ),
     )
 
@@ -198,9 +208,22 @@ def _check_ghost_batch(settings: Settings, batch_size: int) -> None:
         raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
 
 
+def _check_training(settings: Settings, task: Task, methods: Sequence[Method], epochs: int) -> None:
+    if settings.warmup >= epochs:
+        raise LabError(f"--warmup must be shorter than the run ({epochs} epochs), got {settings.warmup:g}")
+    if settings.label_smoothing and task.kind != "classification":
+        raise LabError(f"--label-smoothing is for classification, got {settings.label_smoothing:g} for {task.kind}")
+    if settings.precision == "16-mixed":
+        if training_device().type != "cuda":
+            raise LabError("--precision 16-mixed needs a CUDA device; bf16-mixed works without")
+        for method in methods:
+            if method.second_order:
+                raise LabError(f"method {method.name} cannot train with --precision 16-mixed, which scales gradients")
+
+
 def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: Settings, refresh: Refresh) -> None:
     """Build every method once, so that options that a transform or a layer refuses are told now."""
-    network = task.initial_model(model, 0, None)
+    network = task.initial_model(model, 0, settings.weights)
     for method in methods:
         try:
             method.build(method.with_layers(copy.deepcopy(network), settings.ghost_batch), method.lrs[0], refresh)

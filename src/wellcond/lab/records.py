@@ -8,9 +8,12 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wellcond.lab.methods import Method
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+"""How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class RunSpec:
 
     Attributes:
         method: How to train.
-        lr: The lr that the cosine schedule starts from.
+        lr: The highest lr of the schedule.
         seed: Weights, split, order and augmentation follow from it, the same for every method.
         steps: Training steps of the run.
         stats_every: Steps between two gatherings of second moments.
@@ -31,6 +34,14 @@ class RunSpec:
         train_images: Images that train.
         validation_images: Images that validate.
         data: The task's fingerprint.
+        epochs: Epochs that the schedule is made for; `steps` may be fewer than they have, at equal wall time.
+        schedule: How the lr goes, in the form that `parse_schedule` reads.
+        warmup: Epochs in which the lr rises at the beginning.
+        precision: How training computes, in Lightning's names.
+        deterministic: Whether only deterministic algorithms may be used.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+        weights: File of the weights that the run begins with; None draws them.
+        weights_digest: Digest of that file.
         environment: The machine, the versions and the sharing of cores that the seconds were measured with.
     """
 
@@ -48,6 +59,14 @@ class RunSpec:
     validation_images: int
     data: str
     environment: str
+    epochs: int
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    precision: Precision = "32-true"
+    deterministic: bool = False
+    label_smoothing: float = 0.0
+    weights: str | None = None
+    weights_digest: str | None = None
 
     @property
     def steps_per_epoch(self) -> int:

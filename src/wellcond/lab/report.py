@@ -9,8 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wellcond.lab import formats
 from wellcond.lab.curves import Axis, Panel, make_panels
 from wellcond.lab.findings import findings, notes
-from wellcond.lab.methods import METHODS
-from wellcond.lab.norms import trained_norm
 from wellcond.lab.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
 from wellcond.lab.shares import method_shares
 from wellcond.lab.summary import MethodSummary, Summary
@@ -71,7 +69,7 @@ def render_report(
         charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
         learned=learned,
         colours=styles,
-        recipes={method.name: _recipe(method.name, settings["ghost_batch"]) for method in summary.methods},
+        recipes={method.name: method.recipe for method in summary.methods},
     )
 
 
@@ -104,13 +102,3 @@ def _learned(method: MethodSummary) -> dict[str, Any] | None:
         "heads": [f"{kind.upper()}, {shares.parts[part]}" for part, kind in columns],
         "rows": [(name, [formats.share_text(share) for share in cells]) for name, cells in rows],
     }
-
-
-def _recipe(name: str, ghost_batch: int | None) -> str:
-    """Return what a method trains with, as it would be written."""
-    method = METHODS[name]
-    options = ", ".join(f"{key}={value:g}" for key, value in method.options)
-    attached = "".join(f" + {transform.name}" for transform in method.transforms)
-    norm = trained_norm(method.norm, ghost_batch)
-    layers = "" if norm is None else f" + {norm.text}"
-    return f"torch.optim.{method.optimizer}({options}){attached}{layers}"

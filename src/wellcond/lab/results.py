@@ -134,6 +134,12 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "stats_every": plan.refresh.stats_every,
         "solve_every": plan.refresh.solve_every,
+        "schedule": plan.settings.schedule,
+        "warmup": plan.settings.warmup,
+        "precision": plan.settings.precision,
+        "deterministic": plan.settings.deterministic,
+        "label_smoothing": plan.settings.label_smoothing,
+        "weights": plan.settings.weights,
         "jobs": plan.settings.jobs,
         "threads": plan.threads,
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,9 +20,10 @@ from wellcond.lab.extras import collect_extras
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
 from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
+from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
 from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Evaluation, Role, SeedData, Task
+from wellcond.lab.tasks.base import ROLES, Evaluation, Role, SeedData, Task
 
 
 class Runner:
@@ -46,16 +48,17 @@ class Runner:
             What was measured. A run whose loss becomes NaN or infinite ends there and is marked as diverged.
         """
         data = self.task.for_seed(spec, self.device, rank=0, ranks=1)
-        model = self.task.initial_model(spec.model, spec.seed, None)
+        model = self.task.initial_model(spec.model, spec.seed, spec.weights)
         # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
         training = Training(spec, spec.method.with_layers(model, spec.ghost_batch), data)
         measure = Measure(data, Stopwatch(self.device))
-        with _quiet() as caught, self._noise(spec.seed):
+        with _quiet() as caught, self._noise(spec.seed), _algorithms(spec.deterministic):
             trainer = pl.Trainer(
                 accelerator="cuda" if self.device.type == "cuda" else "cpu",
                 devices=1,
                 max_steps=spec.steps,
                 max_epochs=-1,
+                precision=spec.precision,
                 callbacks=[measure],
                 barebones=True,
             )
@@ -82,7 +85,7 @@ class Runner:
 
 
 class Training(pl.LightningModule):
-    """The network, its loss, and the method's optimizer under a cosine schedule that ends at 0 with the run."""
+    """The network, its loss, and the method's optimizer under the run's schedule."""
 
     def __init__(self, spec: RunSpec, model: nn.Module, data: SeedData) -> None:
         super().__init__()
@@ -100,6 +103,10 @@ class Training(pl.LightningModule):
         self.losses.append(loss.detach())
         return loss
 
+    def backward(self, loss: Tensor) -> None:
+        """Go backward; keep the graph for an optimizer that differentiates the gradient."""
+        loss.backward(create_graph=self.spec.method.second_order)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the method's optimizer, its transforms attached, and the schedules of the lr and of the layers."""
         spec = self.spec
@@ -108,11 +115,14 @@ class Training(pl.LightningModule):
             members = spec.batch_size if spec.ghost_batch is None else spec.ghost_batch
             self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=spec.steps)
+        schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Let the layers' schedule go on, if it counts steps."""
+        if self.spec.method.second_order:
+            # Gradients with a graph hold all of the step's activations.
+            self.zero_grad(set_to_none=True)
         if self.norm_schedule is not None and self.norm_schedule.every_step:
             self.norm_schedule.scheduler.step()
 
@@ -152,8 +162,9 @@ class Measure(pl.Callback):
         self.stopwatch.stop()
         assert isinstance(pl_module, Training)
         train_loss = pl_module.mean_loss()
-        validation = self._evaluate(pl_module.model, "validation")
-        test = self._evaluate(pl_module.model, "test")
+        validation, test = (
+            self._evaluate(pl_module.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
+        )
         measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):
@@ -177,16 +188,30 @@ class Measure(pl.Callback):
         """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""
         return self.evaluation.seconds / self.evaluated if self.epochs else None
 
-    def _evaluate(self, model: nn.Module, role: Role) -> Evaluation:
+    def _evaluate(self, model: nn.Module, role: Role, autocast: AbstractContextManager[None]) -> Evaluation:
         # Some layers prepare for evaluation when they are told of it; that is part of its cost.
         self.evaluation.start()
         model.eval()
         self.evaluation.stop()
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             evaluation = self.data.evaluate(model, role, self.evaluation)
         model.train()
         self.evaluated += evaluation.images
         return evaluation
+
+
+@contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """Allow only deterministic algorithms in the block, if that is asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        # cuBLAS reads it when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import get_args
 
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS
+from wellcond.lab.overrides import MethodOverride
+from wellcond.lab.records import Precision
+from wellcond.lab.schedule import parse_schedule
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,15 @@ class Settings:
         ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
         stats_every: Steps between two gatherings of second moments.
         solve_every: Steps between two solves.
-        target: Test accuracy, in percent, to count the epochs to.
+        target: Test score, in percent, to count the epochs to.
         jobs: Runs at the same time.
+        weights: File of the weights that runs begin with; None draws them.
+        schedule: How the lr goes, in the form that `parse_schedule` reads.
+        warmup: Epochs in which the lr rises at the beginning.
+        precision: One of `PRECISIONS`.
+        deterministic: Whether only deterministic algorithms may be used.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+        overrides: Methods under labels of their own, which `methods` may name.
     """
 
     data: str = DIGITS
@@ -50,6 +64,13 @@ class Settings:
     solve_every: int | None = None
     target: float | None = None
     jobs: int = 1
+    weights: str | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    precision: Precision = "32-true"
+    deterministic: bool = False
+    label_smoothing: float = 0.0
+    overrides: tuple[MethodOverride, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
@@ -58,6 +79,13 @@ class Settings:
             self._check_positive(name)
         if self.target is not None and not 0 < self.target <= 100:
             raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
+        parse_schedule(self.schedule)
+        if not 0 <= self.warmup < math.inf:
+            raise LabError(f"--warmup must be 0 or more epochs, got {self.warmup:g}")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        if not 0 <= self.label_smoothing < 1:
+            raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)

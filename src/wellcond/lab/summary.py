@@ -81,6 +81,10 @@ class MethodSummary:
         diverged_runs: Runs, of all lrs and budgets, that ended with a NaN or infinite loss.
         warnings: What the transforms and layers warned of.
         curves: The runs at the chosen lr.
+        transforms: Names of its transforms.
+        norm: Kind of its normalization layers; None for batch normalization.
+        layers: What it does to convolutions; None for nothing.
+        recipe: What it trains with, as it would be written.
         extras: What the layers of these runs have learned: from a kind of `EXTRAS` to each seed's, None for a run that
             has none.
     """
@@ -104,6 +108,10 @@ class MethodSummary:
     warnings: tuple[str, ...]
     curves: tuple[Curve, ...]
     extras: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
+    norm: str | None = None
+    layers: str | None = None
+    recipe: str = ""
 
     @property
     def is_baseline(self) -> bool:
@@ -214,6 +222,7 @@ def _summarize_method(
     extra = equal_runs if equal_time is not None and equal_time.steps != plan.steps else []
     lr = comparison.chosen[method.name]
     edges = {method.lrs[0]: "lowest", method.lrs[-1]: "highest"} if len(method.lrs) > 1 else {}
+    same_network = (method.norm, method.layers) == (baseline.norm, baseline.layers)
     return MethodSummary(
         name=method.name,
         description=method.description,
@@ -228,12 +237,16 @@ def _summarize_method(
         final_difference=difference(plan.epochs),
         milliseconds_per_step=1000 * median(times) if times else None,
         time_ratio=comparison.time_ratios[method.name],
-        evaluation_ratio=None if method.norm == baseline.norm else comparison.evaluation_ratios[method.name],
+        evaluation_ratio=None if same_network else comparison.evaluation_ratios[method.name],
         equal_time=equal_time,
         diverged_runs=sum(run.diverged for run in (*all_runs, *extra)),
         warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),
         curves=tuple(_curve(seed, run) for seed, run in enumerate(runs)),
         extras={kind: tuple(run.extras.get(kind) for run in runs) for kind in _extras_of(runs)},
+        transforms=tuple(transform.name for transform in method.transforms),
+        norm=None if method.norm is None else method.norm.kind,
+        layers=method.layers,
+        recipe=method.text(plan.settings.ghost_batch),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.models import MODELS
-from wellcond.lab.settings import Settings
+from wellcond.lab.settings import PRECISIONS, Settings
 
 _DEFAULTS = Settings()
 
@@ -55,6 +55,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", metavar="NAME", help=f"{', '.join(MODELS)} (default: convnet for digits, else resnet8)"
     )
+    model.add_argument(
+        "--weights", metavar="FILE", help="state dict that every run begins with (default: drawn from the seed)"
+    )
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +82,36 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--solve-every", type=int, metavar="N", help="steps between its solves (default: by run length)"
+    )
+    training.add_argument(
+        "--schedule",
+        default=_DEFAULTS.schedule,
+        metavar="NAME",
+        help="cosine (to 0), constant, step:EVERY,FACTOR or steps:EPOCH,...,FACTOR, which multiply the lr by FACTOR "
+        "every EVERY epochs or at these (default: %(default)s)",
+    )
+    training.add_argument(
+        "--warmup",
+        type=float,
+        default=_DEFAULTS.warmup,
+        metavar="EPOCHS",
+        help="let the lr rise over the first epochs (default: not)",
+    )
+    training.add_argument(
+        "--precision",
+        default=_DEFAULTS.precision,
+        metavar="NAME",
+        help=f"{', '.join(PRECISIONS)} (default: %(default)s)",
+    )
+    training.add_argument(
+        "--deterministic", action="store_true", help="use deterministic algorithms only, and fail where there is none"
+    )
+    training.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=_DEFAULTS.label_smoothing,
+        metavar="SHARE",
+        help="share of the target that is spread over all classes in training (default: 0)",
     )
 
 

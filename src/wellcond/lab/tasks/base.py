@@ -16,6 +16,9 @@ Role = Literal["validation", "test"]
 """Which images are evaluated: those that choose the lr, or those that measure."""
 
 
+ROLES: tuple[Role, ...] = ("validation", "test")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A network measured on the images of one role.

@@ -20,6 +20,7 @@ from wellcond.lab.settings import Settings
 from wellcond.lab.splits import derived_seed, draw_split
 from wellcond.lab.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.weights import load_weights
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
 _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
@@ -100,9 +101,12 @@ class InMemoryTask:
         return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network with the weights that this seed gives, leaving torch's global generator as it was."""
+        """Return the network with a file's weights or those of the seed; torch's global generator stays as it was."""
         models.select_model(model, min(self.data.size))
-        return models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed))
+        network = models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed))
+        if weights is not None:
+            load_weights(network, weights)
+        return network
 
     def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
         """Return one seed's images on a device."""
@@ -156,7 +160,7 @@ class InMemorySeed:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the batch's mean cross-entropy."""
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
