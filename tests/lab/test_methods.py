@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import wellcond.nn
 from wellcond.lab.methods import DEFAULT_METHODS, METHODS, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.models import initial_model
 
@@ -59,3 +62,55 @@ def test_the_first_method_stands_in_for_a_baseline_that_is_not_compared():
 def test_intervals_follow_the_run_length(steps, intervals):
     refresh = Refresh.for_run_of(steps)
     assert (refresh.stats_every, refresh.solve_every) == intervals
+
+
+def test_transforms_of_a_wrapped_optimizer_act_and_are_saved():
+    """Lookahead of one step that goes the whole way is the optimizer that it wraps."""
+    plain = METHODS["W-SGDM+GC"]
+    whole = replace(plain, optimizer="Lookahead", options=(*plain.options, ("k", 1), ("alpha", 1.0)))
+    batches = torch.randn(4, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ends, saved = [], []
+    for method in (whole, plain):
+        model = initial_model("convnet", 1, 10, seed=0)
+        optimizer, _ = method.build(model, 0.1, Refresh(1, 2))
+        for batch in batches:
+            optimizer.step(lambda batch=batch, model=model, optimizer=optimizer: _backward(model, batch, optimizer))
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+        saved.append(optimizer.state_dict())
+    for mine, theirs in zip(*ends, strict=True):
+        assert torch.equal(mine, theirs)
+    kept = [key for state in saved[0]["base_optimizer"]["state"].values() for key in state]
+    assert sorted(kept) == sorted(key for state in saved[1]["state"].values() for key in state)
+    assert any(key.startswith("wellcond_") for key in kept)
+
+
+def _backward(model, batch, optimizer):
+    optimizer.zero_grad()
+    loss = model(batch).square().mean()
+    loss.backward()
+    return loss
+
+
+def test_muon_is_for_hidden_weights():
+    model = initial_model("convnet", 1, 10, seed=0)
+    optimizer, _ = METHODS["Muon"].build(model, 0.02, Refresh(1, 2))
+    hidden, rest = optimizer.param_groups
+    assert [parameter.ndim for parameter in hidden["params"]] == [4, 4, 4]
+    assert any(parameter is model[-1].weight for parameter in rest["params"])
+    assert (hidden["use_muon"], rest["use_muon"], hidden["lr"], rest["lr"]) == (True, False, 0.02, 0.01)
+
+
+def test_network_deconvolution_takes_the_place_of_batch_normalization():
+    model = METHODS["ND"].with_layers(initial_model("resnet8", 3, 10, seed=0))
+    kinds = {type(module) for module in model.modules()}
+    assert not kinds & {torch.nn.BatchNorm2d, torch.nn.Conv2d}
+    layers = [module for module in model.modules() if isinstance(module, wellcond.nn.NetworkDeconvolution2d)]
+    assert len(layers) == 9
+    assert all(layer.bias is not None for layer in layers)
+
+
+def test_weight_standardization_leaves_no_mean_in_any_convolution():
+    model = METHODS["SGDM+WS"].with_layers(initial_model("resnet8", 3, 10, seed=0))
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(weights) == 9
+    assert all(weight.mean((1, 2, 3)).abs().max() < 1e-6 for weight in weights)

@@ -33,7 +33,7 @@ def test_options_reach_the_optimizer_and_the_transforms():
     optimizer, handle = method.build(model, 0.2, Refresh(50, 500))
     assert optimizer.param_groups[0]["weight_decay"] == 0.25
     assert optimizer.param_groups[0]["momentum"] == 0.9  # the method's own
-    centralization, whitening = handle.transforms
+    whitening = handle.transforms[1]
     assert (whitening.damping, whitening.stats_every, whitening.solve_every) == (0.5, 3, 6)
     assert METHODS["W-SGDM+GC"].options == (("momentum", 0.9), ("weight_decay", 5e-4))
 

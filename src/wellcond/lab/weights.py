@@ -38,8 +38,9 @@ def load_weights(model: nn.Module, file: str) -> None:
 
 
 def digest_of(file: str) -> str:
-    """Return a digest of a file, so that other weights under the same name are told apart."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """Return a digest of a file, so that other weights under the same name are told apart; of no file, of the name."""
+    path = Path(file)
+    return hashlib.sha256(path.read_bytes() if path.is_file() else file.encode()).hexdigest()
 
 
 def _line(error: Exception) -> str:
