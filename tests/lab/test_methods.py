@@ -65,9 +65,9 @@ def test_intervals_follow_the_run_length(steps, intervals):
 
 
 def test_transforms_of_a_wrapped_optimizer_act_and_are_saved():
-    """Lookahead of one step that goes the whole way is the optimizer that it wraps."""
+    """Lookahead is the optimizer that it wraps until it first looks back."""
     plain = METHODS["W-SGDM+GC"]
-    whole = replace(plain, optimizer="Lookahead", options=(*plain.options, ("k", 1), ("alpha", 1.0)))
+    whole = replace(plain, optimizer="Lookahead", options=(*plain.options, ("k", 100)))
     batches = torch.randn(4, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     ends, saved = [], []
     for method in (whole, plain):

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wellcond.lab import formats
 from wellcond.lab.curves import Axis, Panel, make_panels
 from wellcond.lab.findings import findings, notes
+from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
 from wellcond.lab.shares import method_shares
 from wellcond.lab.summary import MethodSummary, Summary
@@ -68,6 +69,7 @@ def render_report(
         target_text=formats.target_text,
         charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
         learned=learned,
+        schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
         colours=styles,
         recipes={method.name: method.recipe for method in summary.methods},
     )

@@ -27,6 +27,21 @@ class Schedule:
     milestones: tuple[float, ...] = ()
     factor: float = 1.0
 
+    def text(self, warmup: float = 0.0) -> str:
+        """Return it as the end of a sentence about the lr.
+
+        >>> parse_schedule("steps:30,60,0.1").text(warmup=5)
+        'rises over 5 epochs, then is multiplied by 0.1 after 30, 60 epochs'
+        """
+        epochs = ", ".join(f"{milestone:g}" for milestone in self.milestones)
+        said = {
+            "cosine": "follows a cosine to 0 over the run",
+            "constant": "stays the same",
+            "step": f"is multiplied by {self.factor:g} every {epochs} epochs",
+            "steps": f"is multiplied by {self.factor:g} after {epochs} epochs",
+        }[self.kind]
+        return f"rises over {warmup:g} epochs, then {said}" if warmup else said
+
     def changes(self, epochs: int, steps: int) -> list[int]:
         """Return the steps, counted from 0, from which on the lr is multiplied, once for each.
 
