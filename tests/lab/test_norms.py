@@ -37,6 +37,8 @@ OF_METHOD = {
     "KN-fixed": "KalmanBatchNorm2d",
     "IterNorm": "IterNorm2d",
     "DBN": "DecorrelatedBatchNorm2d",
+    "LN": "GroupNorm",
+    "IN": "InstanceNorm2d",
 }
 # Parameters that layers have beside γ and β, by their names in the layer.
 ADDED = {
@@ -44,7 +46,7 @@ ADDED = {
     "SSN": {"mean_logits"},
     "KN": {"transition", "transition_bias", "log_noise", "gain_logit"},
 }
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
 def norms_of(name: str, ghost_batch: int | None = None, model: str = "resnet8") -> list[nn.Module]:
@@ -64,9 +66,9 @@ def test_every_batch_normalization_is_replaced(name, ghost_batch):
     found = norms_of(name, ghost_batch)
     assert len(found) == 9
     assert {type(module).__name__ for module in found} == {OF_METHOD[name]}
-    if name == "GN":
-        assert {module.num_groups for module in found} == {8}
-    else:
+    if name in ("GN", "LN"):
+        assert {module.num_groups for module in found} == {8 if name == "GN" else 1}
+    elif name != "IN":
         assert {module.group_size for module in found} == {ghost_batch}
 
 
