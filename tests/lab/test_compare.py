@@ -235,6 +235,12 @@ def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
     assert estimate_seconds([plan], store)[0] == 11
 
 
+def test_a_method_that_differentiates_its_gradient_can_be_estimated(tmp_path):
+    plan = make_plan(Settings(methods=("AdaHessian",), seeds=1, epochs=1, train_images=64))
+    runs, seconds = estimate_seconds([plan], RunStore(tmp_path))
+    assert (runs, seconds > 0) == (3, True)
+
+
 def test_other_groups_share_the_images(plan):
     grouped = regrouped(plan, 4)
     assert grouped.task is plan.task

@@ -58,7 +58,7 @@ def _seconds_of_run(plan: Plan, method: Method) -> float:
 
             def train() -> None:
                 optimizer.zero_grad()
-                data.loss(model, next(batches)).backward()
+                data.loss(model, next(batches)).backward(create_graph=method.second_order)
                 optimizer.step()
 
             step = _timed(train, device)
