@@ -14,6 +14,7 @@ _LAB_MODULES = (
     "matplotlib",
     "numpy",
     "pyarrow",
+    "pydantic",
     "rich",
     "scipy",
     "sklearn",

@@ -90,11 +90,12 @@ class Plan:
         ]
 
 
-def make_plan(settings: Settings) -> Plan:
+def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     """Check the settings against the data and fill in what they leave open.
 
     Args:
         settings: What was asked for.
+        task: Its task if it is open already; None opens it.
 
     Returns:
         The plan.
@@ -104,7 +105,7 @@ def make_plan(settings: Settings) -> Plan:
     """
     overrides = {override.label: override.apply() for override in settings.overrides}
     methods = with_lrs(select_methods(settings.methods, overrides), dict(settings.lrs))
-    task = open_task(settings)
+    task = task or open_task(settings)
     defaults = task.defaults
     model = settings.model or defaults.model
     batch_size = settings.batch_size or defaults.batch_size
@@ -192,7 +193,21 @@ def output_folder(plan: Plan, out: str | None) -> Path:
     Raises:
         LabError: If it cannot be made or written to.
     """
-    folder = Path(out) if out is not None else Path("runs") / f"compare-{plan.task.name}"
+    return writable_folder(Path(out) if out is not None else Path("runs") / f"compare-{plan.task.name}")
+
+
+def writable_folder(folder: Path) -> Path:
+    """Return a folder for results, made and found writable.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The folder, with its subfolder ``runs``.
+
+    Raises:
+        LabError: If it cannot be made or written to.
+    """
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         probe = folder / "runs" / ".writable"

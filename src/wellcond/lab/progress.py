@@ -61,7 +61,7 @@ class RunProgress:
         """
         self.done += kept
         if kept:
-            self._say(f"{kept} finished runs are there already")
+            self.say(f"{kept} finished runs are there already")
         self.total = self.finished + missing + later
         self._bar.update(self._task, total=self.total)
 
@@ -87,9 +87,10 @@ class RunProgress:
                 if 1 < self.finished < self.total
                 else ""
             )
-            self._say(f"{self.finished} of {self.total} runs{left}")
+            self.say(f"{self.finished} of {self.total} runs{left}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Show a line, unless it is to be quiet."""
         if not self.quiet:
             self.console.print(line, highlight=False)
 

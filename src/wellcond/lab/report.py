@@ -39,18 +39,7 @@ def render_report(
     Returns:
         An HTML page that refers to nothing outside itself.
     """
-    environment = Environment(
-        loader=PackageLoader("wellcond.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {
-        "score": formats.score_text,
-        "spread": formats.spread_text,
-        "difference": formats.difference_text,
-        "lr": formats.lr_text,
-        "time": formats.time_text,
-        "evaluation": formats.evaluation_text,
-        "label": lambda key: key.replace("_", " "),
-    }
+    environment = page_environment()
     panels = {axis: make_panels(summary, axis) for axis in _AXES}
     learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
     styles = {css_class(series): series.style for panel in panels["epochs"] for series in panel.series}
@@ -73,6 +62,23 @@ def render_report(
         colours=styles,
         recipes={method.name: method.recipe for method in summary.methods},
     )
+
+
+def page_environment() -> Environment:
+    """Return what renders the pages, with the filters that write numbers."""
+    environment = Environment(
+        loader=PackageLoader("wellcond.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {
+        "score": formats.score_text,
+        "spread": formats.spread_text,
+        "difference": formats.difference_text,
+        "lr": formats.lr_text,
+        "time": formats.time_text,
+        "evaluation": formats.evaluation_text,
+        "label": lambda key: key.replace("_", " "),
+    }
+    return environment
 
 
 def _chart(panel: Panel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`wellcond list`: the methods, models and data that can be named."""
+"""`wellcond list`: the methods, models, data and recipes that can be named."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import argparse
 from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS, METHODS
 from wellcond.lab.models import MODELS
+from wellcond.lab.recipe import bundled_recipes
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("list", help="show the methods, models or data that can be named")
-    parser.add_argument("what", nargs="?", choices=("methods", "models", "data"), help="default: all three")
+    parser = commands.add_parser("list", help="show the methods, models, data or recipes that can be named")
+    parser.add_argument("what", nargs="?", choices=("methods", "models", "data", "recipes"), help="default: all")
 
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             ("FILE.parquet", "an image column of struct<bytes, path> and an integer label column; a fifth of it tests"),
             ("FOLDER", "the same, with *train*.parquet and *test*.parquet files; shards are joined"),
         ],
+        "recipes": [(recipe.name, f"{recipe.title} ({recipe.source})") for recipe in bundled_recipes()],
     }
     for kind in [what] if what else list(listed):
         if not what:
