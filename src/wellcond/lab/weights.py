@@ -1,47 +1,179 @@
-"""Weights that a run begins with, from a file."""
+"""Weights that a network begins with: a file of the user's, or those that torchvision publishes."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
+import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import LabError, unknown_name
+
+_logger = logging.getLogger(__name__)
+_PUBLISHED = "torchvision:"
+# What checkpoints call the weights beside the optimizer's state and the like.
+_INSIDE = ("state_dict", "model", "model_state_dict")
+# What wrappers put before each name: DataParallel and DistributedDataParallel, torch.compile, Lightning modules.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# DenseNets of old torchvision versions, which its published weights still are, write norm.1 for norm1.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
-def load_weights(model: nn.Module, file: str) -> None:
-    """Give a network the weights of a file.
+def load_weights(model: nn.Module, name: str, weights: str) -> str:
+    """Give a network other weights, in place.
+
+    A classifier of another number of classes, and one that is missing, is left as it was drawn; this is logged.
 
     Args:
         model: The network.
-        file: A state dict as ``torch.save`` writes it, or a dictionary that has one under ``state_dict`` or ``model``.
+        name: What it is called.
+        weights: The path of a state dict, by itself or in a checkpoint under ``state_dict`` or ``model``, as torch or
+            safetensors saves it; or ``torchvision:IMAGENET1K_V1``, which torchvision downloads for its own networks.
+
+    Returns:
+        What was left as it was drawn, as a line to show; empty if all weights were taken.
 
     Raises:
-        LabError: If the file cannot be read, or is of another network.
+        LabError: If there are no such weights, or they are of another network.
     """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise LabError(f"--weights {file}: cannot be read as a state dict ({_line(error)})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise LabError(f"--weights {file}: must hold a state dict, got {type(content).__name__}")
-    try:
-        model.load_state_dict(content)
-    except RuntimeError as error:
-        raise LabError(f"--weights {file}: is of another network: {_line(error)}") from error
+    given = _published(name, weights) if weights.startswith(_PUBLISHED) else _read(weights)
+    wanted = model.state_dict()
+    given = _unwrapped(given, wanted)
+    classifier = _classifier(model)
+    dropped = {
+        key: value
+        for key, value in given.items()
+        if key in wanted and key.rpartition(".")[0] == classifier and value.shape[1:] == wanted[key].shape[1:]
+        if value.shape != wanted[key].shape
+    }
+    kept = {key: value for key, value in given.items() if key not in dropped}
+    headless = {key for key in wanted if key.rpartition(".")[0] == classifier and key not in given}
+    # Saved before torch counted batches: its own loader puts up with that.
+    missing = [
+        key for key in wanted if key not in given and key not in headless and not key.endswith("num_batches_tracked")
+    ]
+    unexpected = [key for key in kept if key not in wanted]
+    if missing or unexpected:
+        raise LabError(f"--weights {weights}: not of model {name}: {_keys(missing, unexpected)}")
+    shapes = [key for key, value in kept.items() if value.shape != wanted[key].shape]
+    if shapes:
+        first = shapes[0]
+        raise LabError(
+            f"--weights {weights}: {first} must be {list(wanted[first].shape)} in model {name}, "
+            f"got {list(kept[first].shape)}"
+        )
+    model.load_state_dict(kept, strict=False)
+    return _note(weights, dropped, headless)
 
 
-def digest_of(file: str) -> str:
+def digest_of(weights: str) -> str:
     """Return a digest of a file, so that other weights under the same name are told apart; of no file, of the name."""
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes() if path.is_file() else file.encode()).hexdigest()
+    path = Path(weights)
+    return hashlib.sha256(path.read_bytes() if path.is_file() else weights.encode()).hexdigest()
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _note(weights: str, dropped: Mapping[str, Tensor], headless: set[str]) -> str:
+    if dropped:
+        listed = ", ".join(f"{key} {list(value.shape)}" for key, value in dropped.items())
+        note = f"--weights {weights}: left out {listed}, a classifier of other classes; it begins at random"
+    elif headless:
+        note = f"--weights {weights}: no {', '.join(sorted(headless))} in there; the classifier begins at random"
+    else:
+        return ""
+    _say_once(note)
+    return note
+
+
+@cache
+def _say_once(note: str) -> None:
+    """Log a line the first time: every run of a comparison loads the same weights."""
+    _logger.warning(note)
+
+
+def _classifier(model: nn.Module) -> str:
+    """Return the qualified name of the last layer with weights that is linear or a convolution."""
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return names[-1]
+
+
+def _unwrapped(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the names of wrappers around the network."""
+    given = {_OLD_DENSENET.sub(r"\1", key): value for key, value in given.items()}
+    while not wanted.keys() & given.keys():
+        wrapper = next((prefix for prefix in _WRAPPERS if any(key.startswith(prefix) for key in given)), None)
+        if wrapper is None:
+            break
+        # What lies beside the network in its wrapper (a loss's buffers, say) is not the network's.
+        given = {key.removeprefix(wrapper): value for key, value in given.items() if key.startswith(wrapper)}
+    return given
+
+
+def _read(weights: str) -> dict[str, Tensor]:
+    path = Path(weights)
+    if not path.is_file():
+        raise LabError(f"--weights must be a file or torchvision:NAME (as torchvision:IMAGENET1K_V1), got {weights}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    for key in _INSIDE:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise LabError(
+            f"--weights {weights}: expected a state dict, by itself or under {', '.join(_INSIDE)}, "
+            f"found {type(content).__name__}"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise LabError(
+            f"--weights {path}: not a file that torch.load(weights_only=True) reads; save the state dict alone"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise LabError(f"--weights {path}: needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise LabError(f"--weights {path}: not a safetensors file ({error})") from error
+
+
+def _published(name: str, weights: str) -> dict[str, Tensor]:
+    library, _, within = name.partition(":")
+    if library != "torchvision":
+        raise LabError(f"--weights {weights}: only models called torchvision:NAME have these, got --model {name}")
+    from torchvision import models
+
+    published = models.get_model_weights(within)
+    wanted = weights.removeprefix(_PUBLISHED)
+    if wanted not in published.__members__:
+        raise unknown_name(f"weights of {name}", wanted, published.__members__)
+    try:
+        state: Mapping[str, Tensor] = published[wanted].get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError) as error:
+        raise LabError(f"--weights {weights}: cannot be downloaded ({error})") from error
+    return dict(state)
+
+
+def _keys(missing: list[str], unexpected: list[str]) -> str:
+    parts = [
+        f"{kind} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    return "; ".join(parts)

@@ -29,7 +29,11 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             )
             for method in METHODS.values()
         ],
-        "models": [(model.name, model.description) for model in MODELS.values()],
+        "models": [
+            *((model.name, model.description) for model in MODELS.values()),
+            ("torchvision:NAME", "an image classifier of torchvision, ImageNet stem (torchvision:resnet50)"),
+            ("timm:NAME", "one of timm, if that is installed (timm:resnet50.a1_in1k)"),
+        ],
         "data": [
             (DIGITS, "scikit-learn's bundled digits: 1,797 images of 8x8 in 10 classes"),
             ("FILE.parquet", "an image column of struct<bytes, path> and an integer label column; a fifth of it tests"),
@@ -41,5 +45,5 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         if not what:
             print(f"{kind}:")
         for name, description in listed[kind]:
-            print(f"  {name:<16}{description}")
+            print(f"  {name:<20}{description}")
     return 0

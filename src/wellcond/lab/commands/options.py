@@ -53,7 +53,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what names the network."""
     model = parser.add_argument_group("network")
     model.add_argument(
-        "--model", metavar="NAME", help=f"{', '.join(MODELS)} (default: convnet for digits, else resnet8)"
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, torchvision:NAME, timm:NAME (default: convnet for digits, else resnet8)",
     )
     model.add_argument(
         "--weights", metavar="FILE", help="state dict that every run begins with (default: drawn from the seed)"

@@ -20,7 +20,6 @@ from wellcond.lab.settings import Settings
 from wellcond.lab.splits import derived_seed, draw_split
 from wellcond.lab.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.weights import load_weights
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
 _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
@@ -101,12 +100,9 @@ class InMemoryTask:
         return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network with a file's weights or those of the seed; torch's global generator stays as it was."""
-        models.select_model(model, min(self.data.size))
-        network = models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed))
-        if weights is not None:
-            load_weights(network, weights)
-        return network
+        """Return the network that a run begins with, leaving torch's global generator as it was."""
+        models.select_model(model, min(self.data.size), self.data.channels)
+        return models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed), weights)
 
     def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
         """Return one seed's images on a device."""
@@ -198,9 +194,9 @@ def open_in_memory(settings: Settings) -> InMemoryTask:
     augmentation = check_augmentation(settings.augmentation or ("none" if settings.data == DIGITS else "crop-flip"))
     model = settings.model or defaults.model
     # The name first: reading a large file only to find the model misspelt would waste a minute.
-    models.select_model(model, image_size=10**6)
+    models.find_model(model)
     data = load_data(settings.data, settings.image_size, settings.test_images, settings.train_images)
-    models.select_model(model, min(data.size))
+    models.select_model(model, min(data.size), data.channels)
     train, validation = _counts(settings, len(data.pool.labels))
     return InMemoryTask(data, train, validation, augmentation, defaults)
 
