@@ -19,6 +19,7 @@ _LAB_MODULES = (
     "scipy",
     "sklearn",
     "torchmetrics",
+    "torchvision",
 )
 
 

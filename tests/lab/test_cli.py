@@ -10,6 +10,7 @@ import pytest
 from wellcond.__main__ import main
 from wellcond.lab.cli import COMMANDS
 from wellcond.lab.methods import METHODS
+from wellcond.lab.models import MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,10 @@ def error(capsys, *arguments: str) -> str:
             "--train-images 1000: there are 1398 images besides the test images, and 500 of them validate",
         ),
         (["--test-images", "1796"], "--test-images 1796: digits has 1797 images, of which at most 1795 can test"),
-        (["--model", "resnet9"], "unknown model 'resnet9': did you mean 'resnet8'? Known: convnet, resnet8, resnet18"),
+        (
+            ["--model", "reznet8"],
+            f"unknown model 'reznet8': did you mean 'resnet8'? Known: {', '.join(MODELS)}, torchvision:NAME, timm:NAME",
+        ),
         (["--model", "resnet18"], "model resnet18 needs images of at least 16x16, got 8x8"),
         (
             ["--augment", "flop"],
@@ -76,7 +80,8 @@ def error(capsys, *arguments: str) -> str:
         ),
         (
             ["--data", "nowhere.parquet"],
-            "--data must be 'digits', a parquet file or a folder of parquet files; there is no nowhere.parquet",
+            "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
+            "there is no nowhere.parquet",
         ),
         (
             ["--image-size", "3"],
@@ -194,8 +199,8 @@ def test_help_is_there(capsys, arguments):
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     output = capsys.readouterr().out
-    for name in (*METHODS, "convnet", "resnet8", "resnet18", "digits", "FILE.parquet"):
-        assert f"  {name} " in output
+    for name in (*METHODS, *MODELS, "torchvision:NAME", "timm:NAME", "digits", "FILE.parquet", "train/CLASS/*"):
+        assert f"  {name}" in output
     assert main(["list", "models"]) == 0
     assert "SGDM" not in capsys.readouterr().out
     assert main(["list", "nothing"]) == 2

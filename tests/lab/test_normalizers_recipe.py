@@ -127,7 +127,8 @@ def test_an_estimate_trains_nothing(tmp_path, monkeypatch):
         (["--scale", "smoke", "--seeds", "0"], "--seeds must be a positive integer, got 0"),
         (
             ["--data", "nowhere.parquet"],
-            "--data must be 'digits', a parquet file or a folder of parquet files; there is no nowhere.parquet",
+            "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
+            "there is no nowhere.parquet",
         ),
     ],
 )

@@ -80,7 +80,8 @@ def load_data(
     """Load the data set that `--data` names.
 
     Args:
-        source: ``"digits"``, a ``.parquet`` file, or a folder of ``*train*.parquet`` and ``*test*.parquet`` files.
+        source: ``"digits"``, a ``.parquet`` file, a folder of ``*train*.parquet`` and ``*test*.parquet`` files, or
+            CIFAR's folder ``cifar-10-batches-py`` or ``cifar-100-python`` or the one above.
         image_size: Height and width to average-pool to; None keeps the images' own.
         test_images: How many images test; None: half of what 1,000 training images leave of the digits, a test file's
             every image, or a fifth of a single file (at most 10,000, and no more than train).
@@ -94,6 +95,12 @@ def load_data(
     """
     if source == DIGITS:
         return _one_set(DIGITS, _digits(), image_size, test_images, default=lambda n: (n - 1000 + 1) // 2)
+    from wellcond.lab.cifar import find_cifar, read_cifar
+
+    cifar = find_cifar(Path(source))
+    if cifar is not None:
+        name = "cifar-10" if cifar.name.startswith("cifar-10-") else "cifar-100"
+        return _two_sets(source, name, *read_cifar(cifar), image_size, test_images)
     # Only now: pyarrow and Pillow take a while to import, and the digits need neither.
     from wellcond.lab.parquet import find_parquet, read_parquet
 
@@ -104,15 +111,24 @@ def load_data(
         return _one_set(
             name, read_parquet(train_files), image_size, test_images, default=lambda n: max(1, min(n // 5, most))
         )
-    pool = read_parquet(train_files)
-    test = read_parquet(test_files)
+    return _two_sets(source, name, read_parquet(train_files), read_parquet(test_files), image_size, test_images)
+
+
+def _two_sets(
+    source: str,
+    name: str,
+    pool: LabelledImages,
+    test: LabelledImages,
+    image_size: int | None,
+    test_images: int | None,
+) -> ImageData:
     if pool.classes != test.classes or pool.images.shape[1:] != test.images.shape[1:]:
         raise LabError(
             f"--data {source}: the train and test files must agree in classes and image shape, "
             f"got {_shape(pool)} and {_shape(test)}"
         )
     if test_images is not None:
-        test = test.take(_draw_test(source, test.labels, test_images, most=len(test.labels)))
+        test = test.take(draw_test(source, test.labels, test_images, most=len(test.labels)))
     return ImageData(name, _resized(pool, image_size), _resized(test, image_size))
 
 
@@ -134,12 +150,23 @@ def _one_set(
     count = len(images.labels)
     wanted = default(count) if test_images is None else test_images
     # At least one image must train and one validate.
-    positions = _draw_test(name, images.labels, wanted, most=count - 2)
+    positions = draw_test(name, images.labels, wanted, most=count - 2)
     images = _resized(images, image_size)
     return ImageData(name, images.take(without(count, positions)), images.take(positions))
 
 
-def _draw_test(source: str, labels: Indices, wanted: int, most: int) -> Indices:
+def draw_test(source: str, labels: Indices, wanted: int, most: int) -> Indices:
+    """Return the positions of the images that test: the same ones for every seed and comparison.
+
+    Args:
+        source: What `--data` named.
+        labels: The class of each image, [n].
+        wanted: How many test.
+        most: How many can.
+
+    Raises:
+        LabError: If more are wanted than can test.
+    """
     if wanted > most:
         raise LabError(f"--test-images {wanted}: {source} has {len(labels)} images, of which at most {most} can test")
     return stratified_draw(labels, wanted, _TEST_SPLIT_SEED)

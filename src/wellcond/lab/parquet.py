@@ -46,7 +46,10 @@ def find_parquet(source: str) -> tuple[list[Path], list[Path]]:
             )
         return train, test
     if not path.exists():
-        raise LabError(f"--data must be 'digits', a parquet file or a folder of parquet files; there is no {source}")
+        raise LabError(
+            "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
+            f"there is no {source}"
+        )
     return [path], []
 
 

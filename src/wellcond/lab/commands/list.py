@@ -8,6 +8,7 @@ from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS, METHODS
 from wellcond.lab.models import MODELS
 from wellcond.lab.recipe import bundled_recipes
+from wellcond.lab.tasks.open import LAYOUTS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,8 +37,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         ],
         "data": [
             (DIGITS, "scikit-learn's bundled digits: 1,797 images of 8x8 in 10 classes"),
-            ("FILE.parquet", "an image column of struct<bytes, path> and an integer label column; a fifth of it tests"),
-            ("FOLDER", "the same, with *train*.parquet and *test*.parquet files; shards are joined"),
+            *((layout.name, layout.description) for layout in LAYOUTS),
         ],
         "recipes": [(recipe.name, f"{recipe.title} ({recipe.source})") for recipe in bundled_recipes()],
     }
@@ -45,5 +45,5 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         if not what:
             print(f"{kind}:")
         for name, description in listed[kind]:
-            print(f"  {name:<20}{description}")
+            print(f"  {name:<19} {description}")
     return 0

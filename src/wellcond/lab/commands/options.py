@@ -20,7 +20,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=_DEFAULTS.data,
         metavar="WHAT",
-        help="digits, a .parquet file in the Hugging Face image layout, or a folder of them (default: %(default)s)",
+        help="digits, a .parquet file in the Hugging Face image layout, or a folder of data: parquet files, CIFAR, a "
+        "folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
     )
     data.add_argument(
         "--train-images", type=int, metavar="N", help="images that train (default: 1000 for digits, else all)"
@@ -39,7 +40,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="images that measure (default: a fifth, or the test file; digits: 399)",
     )
     data.add_argument(
-        "--image-size", type=int, metavar="S", help="average-pool the images to SxS (default: as they are)"
+        "--image-size",
+        type=int,
+        metavar="S",
+        help="average-pool the images to SxS (default: as they are); files of images are cut to it (default: 224)",
     )
     data.add_argument(
         "--augment",

@@ -1,4 +1,4 @@
-"""Classification of images that are in memory as a whole: the digits, and parquet files."""
+"""Classification of images that are in memory as a whole: the digits, CIFAR, and parquet files."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.lab import models
 from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
-from wellcond.lab.errors import LabError
 from wellcond.lab.images import DIGITS, ImageData, load_data
 from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
 from wellcond.lab.splits import derived_seed, draw_split
 from wellcond.lab.stopwatch import Stopwatch
+from wellcond.lab.tasks.accuracy import evaluate_classifier
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.counts import checked_counts, count_images
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
 _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
-_TOP = 5
 
 
 @dataclass(frozen=True)
@@ -161,31 +160,14 @@ class InMemorySeed:
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
         part = self.split.validation if role == "validation" else self.split.test
-        device = part.labels.device
-        loss = torch.zeros((), device=device)
-        first, among = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         batches = evaluation_batches(part.images, part.labels, self.split.moments, self.rank, self.ranks)
-        for images, labels in batches:
-            # A network that is sharded over the ranks needs all of them in every forward pass, images or not.
-            shown = images if len(labels) else torch.zeros_like(part.images[:1], dtype=images.dtype)
-            stopwatch.start()
-            logits = model(shown)
-            stopwatch.stop()
-            logits = logits[: len(labels)].float()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            first += (logits.argmax(1) == labels).sum()
-            if self.classes > _TOP:
-                among += (logits.topk(_TOP, dim=1).indices == labels[:, None]).sum()
-        sums = torch.stack([loss.double(), first.double(), among.double()])
-        if self.ranks > 1:
-            dist.all_reduce(sums)
-        count = len(part.labels)
-        metrics = {f"top-{_TOP}": 100.0 * float(sums[2].float() / count)} if self.classes > _TOP else {}
-        return Evaluation(100.0 * float(sums[1].float() / count), float(sums[0]) / count, count, metrics)
+        return evaluate_classifier(
+            model, batches, len(part.labels), self.classes, part.labels.device, self.ranks, stopwatch
+        )
 
 
 def open_in_memory(settings: Settings) -> InMemoryTask:
-    """Return the task of the digits or of parquet files.
+    """Return the task of the digits, of CIFAR or of parquet files.
 
     Raises:
         LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
@@ -203,16 +185,7 @@ def open_in_memory(settings: Settings) -> InMemoryTask:
 
 def _counts(settings: Settings, pool: int) -> tuple[int, int]:
     """Return how many images of the pool train and how many validate."""
-    train, validation = settings.train_images, settings.validation_images
-    if settings.data == DIGITS:
-        train = train or min(1000, pool - 1)
-        validation = validation or min(398, pool - train)
-    else:
-        validation = validation or max(1, min(pool // 10, 5000, (train or pool) // 2))
-        train = train or pool - validation
-    if train < 1 or validation < 1 or train + validation > pool:
-        raise LabError(
-            f"--train-images {train}: there are {pool} images besides the test images, "
-            f"and {max(1, validation)} of them validate"
-        )
-    return train, validation
+    if settings.data != DIGITS:
+        return count_images(settings, pool)
+    train = settings.train_images or min(1000, pool - 1)
+    return checked_counts(train, settings.validation_images or min(398, pool - train), pool)

@@ -2,9 +2,131 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wellcond.lab.cifar import find_cifar
+from wellcond.lab.errors import LabError
+from wellcond.lab.images import DIGITS
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.base import Task
+from wellcond.lab.tasks.folders import find_folders, open_folders
 from wellcond.lab.tasks.in_memory import open_in_memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which data lies on a disk.
+
+    Attributes:
+        name: What `--data` names, as `wellcond list` shows it.
+        description: One line for `wellcond list`.
+        is_here: Whether a path that exists has this layout.
+        open: From the settings to the task.
+    """
+
+    name: str
+    description: str
+    is_here: Callable[[Path], bool]
+    open: Callable[[Settings], Task]
+
+
+LAYOUTS = (
+    Layout(
+        "FILE.parquet",
+        "an image column of struct<bytes, path> and an integer label column; a fifth of it tests",
+        lambda path: path.is_file(),
+        open_in_memory,
+    ),
+    Layout(
+        "FOLDER",
+        "the same, with *train*.parquet and *test*.parquet files; shards are joined",
+        lambda path: next(path.glob("*.parquet"), None) is not None,
+        open_in_memory,
+    ),
+    Layout(
+        "cifar-10-batches-py, cifar-100-python",
+        "CIFAR as its site gives it out for Python; or the folder above",
+        lambda path: find_cifar(path) is not None,
+        open_in_memory,
+    ),
+    Layout(
+        "train/CLASS/*, val/CLASS/*",
+        "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures. CUB_200_2011, "
+        "stanford_cars, fgvc-aircraft-2013b and stanford_dogs (Images beside lists), with their own lists",
+        lambda path: find_folders(path) is not None,
+        open_folders,
+    ),
+)
+"""Every layout, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where well-known data comes from, for those who name it and have not got it.
+
+    Attributes:
+        pattern: A regular expression that its path matches, whatever the case.
+        name: What it is called.
+        get: What to download and where to put it.
+    """
+
+    pattern: str
+    name: str
+    get: str
+
+
+SOURCES = (
+    Source(
+        r"cifar-?_?100",
+        "CIFAR-100",
+        "download https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz, unpack it, and name cifar-100-python",
+    ),
+    Source(
+        r"cifar",
+        "CIFAR-10",
+        "download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz, unpack it, and name cifar-10-batches-py",
+    ),
+    Source(
+        r"mini.?imagenet",
+        "Mini-ImageNet",
+        "take its 100 classes out of ImageNet, with train/CLASS/*.jpg and val/CLASS/*.jpg of the same classes, and "
+        "name the folder above",
+    ),
+    Source(
+        r"imagenet|ilsvrc",
+        "ImageNet",
+        "download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org, sort them into "
+        "train/CLASS/*.JPEG and val/CLASS/*.JPEG, and name the folder above",
+    ),
+    Source(
+        r"cub",
+        "CUB-200-2011",
+        "download CUB_200_2011.tgz from https://www.vision.caltech.edu/datasets/cub_200_2011, unpack it, and name "
+        "CUB_200_2011",
+    ),
+    Source(
+        r"\bcars\b|stanford.?cars",
+        "Stanford Cars",
+        "put devkit, cars_train, cars_test and cars_test_annos_withlabels.mat (from a mirror: its site is gone) into "
+        "a folder stanford_cars, and name it",
+    ),
+    Source(
+        r"aircraft",
+        "FGVC-Aircraft",
+        "download https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz, unpack it, "
+        "and name fgvc-aircraft-2013b",
+    ),
+    Source(
+        r"\bdogs\b|stanford.?dogs",
+        "Stanford Dogs",
+        "download images.tar and lists.tar from http://vision.stanford.edu/aditya86/ImageNetDogs, unpack both into a "
+        "folder stanford_dogs, and name it",
+    ),
+)
+"""Well-known data; the first pattern that a path matches counts."""
 
 
 def open_task(settings: Settings) -> Task:
@@ -19,4 +141,27 @@ def open_task(settings: Settings) -> Task:
     Raises:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
-    return open_in_memory(settings)
+    if settings.data == DIGITS:
+        return open_in_memory(settings)
+    path = Path(settings.data)
+    if not path.exists():
+        advice = _advice(path)
+        if advice:
+            raise LabError(f"--data {path}: there is no such folder{advice}")
+        raise LabError(
+            "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
+            f"there is no {path}"
+        )
+    for layout in LAYOUTS:
+        if layout.is_here(path):
+            return layout.open(settings)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+    raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`, found {found}{_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    """Return what to download, if the path looks like data that is well known."""
+    for source in SOURCES:
+        if re.search(source.pattern, path.name, re.IGNORECASE):
+            return f"; for {source.name} {source.get}"
+    return ""

@@ -1,0 +1,227 @@
+"""Classification of images that stay in their files: class folders as ImageNet's, and the fine-grained data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wellcond.lab import models
+from wellcond.lab.batches import Batch, check_augmentation
+from wellcond.lab.errors import LabError
+from wellcond.lab.fine_grained import FINE_GRAINED
+from wellcond.lab.image_files import FileData, find_class_folders, read_class_folders
+from wellcond.lab.images import draw_test
+from wellcond.lab.records import RunSpec
+from wellcond.lab.settings import Settings
+from wellcond.lab.splits import Split, derived_seed, draw_split
+from wellcond.lab.stopwatch import Stopwatch
+from wellcond.lab.streams import StreamedBatches, evaluation_stream, loading_processes
+from wellcond.lab.tasks.accuracy import evaluate_classifier
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.counts import count_images
+from wellcond.lab.views import EvaluationViews, Pictures, TrainingViews, evaluation_view, shorter_side, training_view
+
+_IMAGE_SIZE = 224
+# From so many images on, the sources' own network, epochs and batch size.
+_LARGE = 100_000
+_LARGE_DEFAULTS = Defaults(model="torchvision:resnet50", epochs=100, batch_size=256)
+_DEFAULTS = Defaults(model="torchvision:resnet18", epochs=30, batch_size=32)
+
+
+class FolderTask:
+    """Classification of labelled image files, cut to one size on the way.
+
+    Args:
+        data: The data set, its test images set apart.
+        train_images: Images that train in each seed.
+        validation_images: Images that choose the lr in each seed.
+        augmentation: One of `AUGMENTATIONS`.
+        image_size: Height and width that the network sees.
+        workers: Processes that decode; 0 decodes in the one that trains.
+    """
+
+    kind = "classification"
+    score = "accuracy"
+
+    def __init__(
+        self,
+        data: FileData,
+        train_images: int,
+        validation_images: int,
+        augmentation: str,
+        image_size: int = _IMAGE_SIZE,
+        workers: int = 0,
+    ) -> None:
+        self.data = data
+        self.train_images = train_images
+        self.validation_images = validation_images
+        self.augmentation = augmentation
+        self.image_size = image_size
+        self.workers = workers
+        self.defaults = default_of(data)
+
+    @property
+    def name(self) -> str:
+        """What the data is called."""
+        return self.data.name
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing, in percent."""
+        return 100.0 / self.classes
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are to tell apart."""
+        return len(self.data.pool.classes)
+
+    @property
+    def test_images(self) -> int:
+        """Images that measure."""
+        return len(self.data.test.labels)
+
+    @cached_property
+    def pool(self) -> Pictures:
+        """The images that train and validate, decoded once if they fit into memory."""
+        return Pictures(self.data.pool)
+
+    @cached_property
+    def test(self) -> Pictures:
+        """The images that measure, decoded once if they fit into memory."""
+        return Pictures(self.data.test)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the images' names, sizes in bytes and classes, and of how they are cut."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return f"{self.data.fingerprint()}-{self.data.crop}-{self.image_size}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return classes, image size, and what images go through."""
+        size, side = self.image_size, shorter_side(self.image_size)
+        centre = f"shorter side {side}, its centre"
+        cuts = {
+            "none": centre,
+            "flip": f"{centre}, mirrored at random",
+            "crop-flip": "a random area and shape, mirrored at random"
+            if self.data.crop == "area"
+            else f"shorter side {side}, a random place, mirrored at random",
+        }
+        return {
+            "classes": self.classes,
+            "channels": 3,
+            "image_size": f"{size}x{size}",
+            "training cut": cuts[self.augmentation],
+            "evaluation cut": centre,
+        }
+
+    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with, leaving torch's global generator as it was."""
+        models.select_model(model, self.image_size)
+        return models.initial_model(model, 3, self.classes, derived_seed("weights", seed), weights)
+
+    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> FolderSeed:
+        """Return one seed's images."""
+        drawn = draw_split(self.data.pool.labels, spec.train_images, spec.validation_images, spec.seed)
+        return FolderSeed(self, drawn, spec, device, rank, ranks)
+
+
+class FolderSeed:
+    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
+
+    Args:
+        task: The data.
+        drawn: Which images train and which validate.
+        spec: The run.
+        device: Where the batches go.
+        rank: Which process of the run this is.
+        ranks: How many processes the run has.
+    """
+
+    def __init__(
+        self, task: FolderTask, drawn: Split, spec: RunSpec, device: torch.device, rank: int, ranks: int
+    ) -> None:
+        self.task, self.drawn, self.spec, self.device = task, drawn, spec, device
+        self.rank, self.ranks = rank, ranks
+
+    def batches(self) -> EpochBatches:
+        """Return the training batches."""
+        task, spec = self.task, self.spec
+        view = training_view(task.data.crop, spec.augmentation, task.image_size)
+        return StreamedBatches(
+            TrainingViews(task.pool, view, spec.seed),
+            self.drawn.train,
+            spec.batch_size,
+            task.image_size,
+            self.device,
+            task.workers,
+            self.rank,
+            self.ranks,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the batch's mean cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
+        """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
+        task = self.task
+        pictures = task.pool if role == "validation" else task.test
+        positions = self.drawn.validation if role == "validation" else torch.arange(task.test_images).numpy()
+        batches = evaluation_stream(
+            EvaluationViews(pictures, evaluation_view(task.image_size)),
+            positions,
+            self.spec.batch_size,
+            task.image_size,
+            self.device,
+            task.workers,
+            self.rank,
+            self.ranks,
+        )
+        return evaluate_classifier(model, batches, len(positions), task.classes, self.device, self.ranks, stopwatch)
+
+
+def default_of(data: FileData) -> Defaults:
+    """Return what suits data of this size."""
+    return _LARGE_DEFAULTS if len(data.pool.labels) >= _LARGE else _DEFAULTS
+
+
+def find_folders(path: Path) -> Callable[[], FileData] | None:
+    """Return what lists the images of a path; None if it has none of the layouts."""
+    for kind in FINE_GRAINED:
+        folder = kind.find(path)
+        if folder is not None:
+            return lambda: kind.open(folder)
+    found = find_class_folders(path)
+    return None if found is None else lambda: read_class_folders(str(path), *found)
+
+
+def open_folders(settings: Settings) -> FolderTask:
+    """Return the task of class folders or of a fine-grained data set.
+
+    Raises:
+        LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
+    """
+    augmentation = check_augmentation(settings.augmentation or "crop-flip")
+    size = settings.image_size or _IMAGE_SIZE
+    if settings.model is not None:
+        models.select_model(settings.model, size)
+    read = find_folders(Path(settings.data))
+    if read is None:
+        raise LabError(f"--data {settings.data}: holds no class folders and none of the lists that are known")
+    data = read()
+    models.select_model(settings.model or default_of(data).model, size)
+    if settings.test_images is not None:
+        chosen = draw_test(settings.data, data.test.labels, settings.test_images, most=len(data.test.labels))
+        data = FileData(data.name, data.pool, data.test.take(chosen), data.crop)
+    train, validation = count_images(settings, len(data.pool.labels))
+    return FolderTask(data, train, validation, augmentation, size, loading_processes(settings.jobs))
