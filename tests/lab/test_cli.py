@@ -101,7 +101,7 @@ def error(capsys, *arguments: str) -> str:
         (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1"),
         (
             ["--weights", "gone.pt"],
-            "--weights gone.pt: cannot be read as a state dict ([Errno 2] No such file or directory: 'gone.pt')",
+            "--weights must be a file or torchvision:NAME (as torchvision:IMAGENET1K_V1), got gone.pt",
         ),
         (["--lr", "1"], "unrecognized arguments: --lr 1"),
         (["--lrs", "0.1,0.2"], "--lrs must look like SGD=0.02,0.06,0.2, got '0.1,0.2'"),

@@ -93,11 +93,11 @@ def test_weights_without_a_classifier(tmp_path, given, caplog):
 def test_weights_of_another_network(tmp_path, given):
     file = tmp_path / "weights.pt"
     torch.save({**given, "extra": torch.ones(1)}, file)
-    with pytest.raises(LabError, match="not of model convnet: unexpected extra"):
+    with pytest.raises(LabError, match="is of another network than convnet: unexpected extra"):
         initial_model("convnet", 3, 10, 0, str(file))
     del given["0.0.weight"]
     torch.save(given, file)
-    with pytest.raises(LabError, match=r"not of model convnet: missing 0\.0\.weight"):
+    with pytest.raises(LabError, match=r"another network than convnet: missing 0\.0\.weight"):
         initial_model("convnet", 3, 10, 0, str(file))
     torch.save(initial_model("convnet", 1, 10, 0).state_dict(), file)
     with pytest.raises(LabError, match=r"0\.0\.weight must be \[16, 3, 3, 3\] in model convnet, got \[16, 1, 3, 3\]"):
@@ -112,13 +112,13 @@ def test_files_that_hold_no_weights(tmp_path):
         initial_model("convnet", 3, 10, 0, "nowhere.pt")
     file = tmp_path / "weights.pt"
     file.write_text("nothing")
-    with pytest.raises(LabError, match="not a file that torch.load"):
+    with pytest.raises(LabError, match="cannot be read as a state dict"):
         initial_model("convnet", 3, 10, 0, str(file))
     torch.save({"arguments": argparse.Namespace(lr=1)}, file)  # what weights_only refuses
-    with pytest.raises(LabError, match="save the state dict alone"):
+    with pytest.raises(LabError, match="cannot be read as a state dict by .*; save it alone"):
         initial_model("convnet", 3, 10, 0, str(file))
     torch.save([1, 2], file)
-    with pytest.raises(LabError, match="expected a state dict, by itself or under state_dict, model, .*found list"):
+    with pytest.raises(LabError, match="must hold a state dict, by itself or under state_dict, model, .*got list"):
         initial_model("convnet", 3, 10, 0, str(file))
 
 

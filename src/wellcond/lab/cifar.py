@@ -36,7 +36,7 @@ def read_cifar(folder: Path) -> tuple[LabelledImages, LabelledImages]:
     Raises:
         LabError: If a file is missing or damaged.
     """
-    # Only now: torchvision takes a second to import.
+    # Only now: torchvision takes seconds to import.
     from torchvision import datasets
 
     original = datasets.CIFAR10 if folder.name == FOLDERS[0] else datasets.CIFAR100

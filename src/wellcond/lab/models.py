@@ -40,7 +40,7 @@ def _resnet(name: str, widths: tuple[int, ...], blocks: tuple[int, ...]) -> Mode
     )
 
 
-# torchvision takes a second to import, and most comparisons need no network of its blocks: it waits for a build.
+# torchvision takes seconds to import, and most comparisons need no network of its blocks: it waits for a build.
 def _bottleneck(name: str, planes: tuple[int, ...], blocks: tuple[int, ...]) -> ModelSpec:
     def build(channels: int, classes: int) -> nn.Module:
         from wellcond.lab.networks.cifar_stem import bottleneck_resnet

@@ -21,16 +21,16 @@ class Settings:
     """What was asked for; None stands for the default that suits the data.
 
     Attributes:
-        data: ``"digits"``, a parquet file, or a folder of them.
+        data: ``"digits"``, a parquet file, or a folder in one of `LAYOUTS`.
         methods: Names in `METHODS`.
-        model: A name in `MODELS`.
+        model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         lrs: lr grids by optimizer, where they are not the methods' own.
         seeds: How many paired seeds.
         epochs: Epochs of a run.
         train_images: Images that train.
         validation_images: Images that choose the lr.
         test_images: Images that measure.
-        image_size: Height and width to average-pool the images to.
+        image_size: Height and width to average-pool the images to, or to cut files of images to.
         augmentation: A name in `AUGMENTATIONS`.
         batch_size: Images of a batch.
         ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
@@ -38,7 +38,7 @@ class Settings:
         solve_every: Steps between two solves.
         target: Test score, in percent, to count the epochs to.
         jobs: Runs at the same time.
-        weights: File of the weights that runs begin with; None draws them.
+        weights: File of the weights that runs begin with, or ``torchvision:NAME`` of published ones; None draws them.
         schedule: How the lr goes, in the form that `parse_schedule` reads.
         warmup: Epochs in which the lr rises at the beginning.
         precision: One of `PRECISIONS`.

@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
     ]
     unexpected = [key for key in kept if key not in wanted]
     if missing or unexpected:
-        raise LabError(f"--weights {weights}: not of model {name}: {_keys(missing, unexpected)}")
+        raise LabError(f"--weights {weights}: is of another network than {name}: {_keys(missing, unexpected)}")
     shapes = [key for key, value in kept.items() if value.shape != wanted[key].shape]
     if shapes:
         first = shapes[0]
@@ -126,8 +126,8 @@ def _read(weights: str) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise LabError(
-            f"--weights {weights}: expected a state dict, by itself or under {', '.join(_INSIDE)}, "
-            f"found {type(content).__name__}"
+            f"--weights {weights}: must hold a state dict, by itself or under {', '.join(_INSIDE)}, "
+            f"got {type(content).__name__}"
         )
     return {str(key): value for key, value in content.items()}
 
@@ -137,7 +137,7 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise LabError(
-            f"--weights {path}: not a file that torch.load(weights_only=True) reads; save the state dict alone"
+            f"--weights {path}: cannot be read as a state dict by torch.load(weights_only=True); save it alone"
         ) from error
 
 

@@ -62,7 +62,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(MODELS)}, torchvision:NAME, timm:NAME (default: convnet for digits, else resnet8)",
     )
     model.add_argument(
-        "--weights", metavar="FILE", help="state dict that every run begins with (default: drawn from the seed)"
+        "--weights",
+        metavar="FILE",
+        help="state dict that every run begins with, or torchvision:IMAGENET1K_V1 and the like for the models of "
+        "torchvision; a classifier of other classes is left out (default: drawn from the seed)",
     )
 
 

@@ -170,7 +170,7 @@ class FolderSeed:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the batch's mean cross-entropy."""
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
