@@ -71,16 +71,22 @@ def test_class_folders_are_listed_with_their_roles(data):
     assert data.pool.classes == ("n00", "n01", "n02")
 
 
-@pytest.mark.parametrize("change", ["class missing", "class empty"])
+@pytest.mark.parametrize("change", ["class missing", "class empty", "no classes"])
 def test_class_folders_that_do_not_fit(tmp_path, change):
     root = write_class_folders(tmp_path, train=2, val=1)
     if change == "class missing":
         (root / "val" / "n01").rename(root / "val" / "n09")
         message = "train and val must hold the same class folders, but only one of them has n01, n09"
-    else:
+    elif change == "class empty":
         for file in (root / "train" / "n01").iterdir():
             file.unlink()
-        message = "train must hold a folder of images a class; .*n01"
+        message = "train must hold a folder of images a class: .*n01"
+    else:  # ImageNet's validation images as they are given out
+        for file in [*(root / "val").glob("*/*")]:
+            file.rename(root / "val" / f"{file.parent.name}{file.name}")
+        for folder in [*(root / "val").glob("n*[0-9]")]:
+            folder.rmdir()
+        message = "val must hold a folder of images a class: "
     with pytest.raises(LabError, match=message):
         read_class_folders(str(root), *find_class_folders(root))
 
@@ -141,6 +147,10 @@ def test_grey_images_become_rgb_and_broken_ones_are_named(tmp_path):
     assert torch.equal(streamed[0], torch.full((3, 20, 20), 7))
     with pytest.raises(LabError, match=r"train_1\.JPEG cannot be decoded"):
         Pictures(data.pool)
+    views = EvaluationViews(streamed, evaluation_view(SIZE))
+    for workers in (0, 1):
+        with pytest.raises(LabError, match=r"^--data: .*train_1\.JPEG cannot be decoded$"):
+            list(evaluation_stream(views, np.array([0, 1]), 2, SIZE, CPU, workers))
 
 
 def test_the_evaluation_sees_the_centre_at_eight_sevenths(tmp_path):

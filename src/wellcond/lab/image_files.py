@@ -130,8 +130,8 @@ def read_class_folders(source: str, train: Path, held_out: Path) -> FileData:
         try:
             read = ImageFolder(str(folder), allow_empty=folder == held_out)
         except FileNotFoundError as error:
-            reason = str(error).split(".")[0]
-            raise LabError(f"--data {source}: {folder.name} must hold a folder of images a class; {reason}") from error
+            reason = " ".join(str(error).split())
+            raise LabError(f"--data {source}: {folder.name} must hold a folder of images a class: {reason}") from error
         parts.append(read)
     pool, test = parts
     if pool.classes != test.classes:
@@ -144,7 +144,7 @@ def read_class_folders(source: str, train: Path, held_out: Path) -> FileData:
     pool, test = (
         listed(
             folder,
-            [str(Path(file).relative_to(folder)) for file, _ in read.samples],
+            [file.removeprefix(f"{folder}{os.sep}") for file, _ in read.samples],
             [label for _, label in read.samples],
             tuple(read.classes),
         )
