@@ -54,6 +54,15 @@ def test_fine_grained_sets_by_their_folder_and_the_one_above(tmp_path, write, na
     assert opened(folder) == opened(tmp_path) == (FolderTask, name, 3)
 
 
+@pytest.mark.parametrize("write", [write_cub, write_cars, write_aircraft, write_dogs])
+def test_fine_grained_sets_by_another_name(tmp_path, write):
+    folder = write(tmp_path).rename(tmp_path / "mine")
+    task = open_task(Settings(data=str(folder), image_size=32))
+    for part in (task.data.pool, task.data.test):
+        assert all(part.path(position).is_relative_to(folder) for position in range(len(part.labels)))
+        assert all(part.path(position).is_file() for position in range(len(part.labels)))
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [

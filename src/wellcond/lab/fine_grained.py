@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from wellcond.lab.errors import LabError
@@ -73,17 +75,18 @@ def _read_cub(folder: Path) -> tuple[ImageFiles, ImageFiles]:
 def _read_cars(folder: Path) -> tuple[ImageFiles, ImageFiles]:
     from torchvision.datasets import StanfordCars
 
-    _check_parent(folder, "stanford_cars")
-    train, test = (StanfordCars(folder.parent, split, loader=_path) for split in ("train", "test"))
-    return _listed(folder, train), _listed(folder, test)
+    with _called(folder, "stanford_cars") as root:
+        train, test = (StanfordCars(root, split, loader=_path) for split in ("train", "test"))
+        return _listed(folder, root / "stanford_cars", train), _listed(folder, root / "stanford_cars", test)
 
 
 def _read_aircraft(folder: Path) -> tuple[ImageFiles, ImageFiles]:
     from torchvision.datasets import FGVCAircraft
 
-    _check_parent(folder, "fgvc-aircraft-2013b")
-    train, test = (FGVCAircraft(folder.parent, split, loader=_path) for split in ("trainval", "test"))
-    return _listed(folder, train), _listed(folder, test)
+    name = "fgvc-aircraft-2013b"
+    with _called(folder, name) as root:
+        train, test = (FGVCAircraft(root, split, loader=_path) for split in ("trainval", "test"))
+        return _listed(folder, root / name, train), _listed(folder, root / name, test)
 
 
 def _read_dogs(folder: Path) -> tuple[ImageFiles, ImageFiles]:
@@ -109,15 +112,21 @@ def _path(path: Any) -> str:
     return str(path)
 
 
-def _listed(folder: Path, read: Any) -> ImageFiles:
+@contextmanager
+def _called(folder: Path, name: str) -> Iterator[Path]:
+    """Give the folder above one of this name, which torchvision insists on; a link stands in for another name."""
+    if folder.name == name:
+        yield folder.parent
+        return
+    with TemporaryDirectory() as above:
+        (Path(above) / name).symlink_to(folder.resolve(), target_is_directory=True)
+        yield Path(above)
+
+
+def _listed(folder: Path, seen: Path, read: Any) -> ImageFiles:
     rows = [read[position] for position in range(len(read))]
-    files = [str(Path(file).relative_to(folder)) for file, _ in rows]
+    files = [str(Path(file).relative_to(seen)) for file, _ in rows]
     return listed(folder, files, [int(label) for _, label in rows], tuple(map(str, read.classes)))
-
-
-def _check_parent(folder: Path, name: str) -> None:
-    if folder.name != name:
-        raise LabError(f"--data {folder}: the folder must be called {name}, as torchvision does")
 
 
 FINE_GRAINED = (
