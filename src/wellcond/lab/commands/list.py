@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     for kind in [what] if what else list(listed):
         if not what:
             print(f"{kind}:")
+        width = max(len(name) for name, _ in listed[kind])
         for name, description in listed[kind]:
-            print(f"  {name:<19} {description}")
+            print(f"  {name:<{width}}  {description}")
     return 0

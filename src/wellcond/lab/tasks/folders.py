@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,16 +194,6 @@ def default_of(data: FileData) -> Defaults:
     return _LARGE_DEFAULTS if len(data.pool.labels) >= _LARGE else _DEFAULTS
 
 
-def find_folders(path: Path) -> Callable[[], FileData] | None:
-    """Return what lists the images of a path; None if it has none of the layouts."""
-    for kind in FINE_GRAINED:
-        folder = kind.find(path)
-        if folder is not None:
-            return lambda: kind.open(folder)
-    found = find_class_folders(path)
-    return None if found is None else lambda: read_class_folders(str(path), *found)
-
-
 def open_folders(settings: Settings) -> FolderTask:
     """Return the task of class folders or of a fine-grained data set.
 
@@ -215,13 +204,21 @@ def open_folders(settings: Settings) -> FolderTask:
     size = settings.image_size or _IMAGE_SIZE
     if settings.model is not None:
         models.select_model(settings.model, size)
-    read = find_folders(Path(settings.data))
-    if read is None:
-        raise LabError(f"--data {settings.data}: holds no class folders and none of the lists that are known")
-    data = read()
+    data = _read(settings.data)
     models.select_model(settings.model or default_of(data).model, size)
     if settings.test_images is not None:
         chosen = draw_test(settings.data, data.test.labels, settings.test_images, most=len(data.test.labels))
         data = FileData(data.name, data.pool, data.test.take(chosen), data.crop)
     train, validation = count_images(settings, len(data.pool.labels))
     return FolderTask(data, train, validation, augmentation, size, loading_processes(settings.jobs))
+
+
+def _read(source: str) -> FileData:
+    for kind in FINE_GRAINED:
+        folder = kind.find(Path(source))
+        if folder is not None:
+            return kind.open(folder)
+    found = find_class_folders(Path(source))
+    if found is None:
+        raise LabError(f"--data {source}: holds no class folders and none of the lists that are known")
+    return read_class_folders(source, *found)

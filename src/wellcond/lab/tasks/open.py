@@ -9,10 +9,12 @@ from pathlib import Path
 
 from wellcond.lab.cifar import find_cifar
 from wellcond.lab.errors import LabError
+from wellcond.lab.fine_grained import FINE_GRAINED
+from wellcond.lab.image_files import find_class_folders
 from wellcond.lab.images import DIGITS
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.folders import find_folders, open_folders
+from wellcond.lab.tasks.folders import open_folders
 from wellcond.lab.tasks.in_memory import open_in_memory
 
 
@@ -53,10 +55,15 @@ LAYOUTS = (
         open_in_memory,
     ),
     Layout(
+        "CUB_200_2011, stanford_cars, fgvc-aircraft-2013b, stanford_dogs",
+        "the fine-grained sets as they unpack, with their own lists; or the folder above",
+        lambda path: any(kind.find(path) is not None for kind in FINE_GRAINED),
+        open_folders,
+    ),
+    Layout(
         "train/CLASS/*, val/CLASS/*",
-        "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures. CUB_200_2011, "
-        "stanford_cars, fgvc-aircraft-2013b and stanford_dogs (Images beside lists), with their own lists",
-        lambda path: find_folders(path) is not None,
+        "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures",
+        lambda path: find_class_folders(path) is not None,
         open_folders,
     ),
 )
