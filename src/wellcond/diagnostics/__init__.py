@@ -6,11 +6,13 @@ from wellcond.diagnostics.landscape import Landscape, landscape
 from wellcond.diagnostics.laws import Histogram, NoiseDistribution
 from wellcond.diagnostics.lipschitz import Lipschitz, Smoothness, lipschitz
 from wellcond.diagnostics.noise import BatchNoise, LayerNoise, batch_noise
+from wellcond.diagnostics.spectrum import FeatureSpectrum, LayerSpectrum, Spectrum, feature_spectrum
 from wellcond.diagnostics.weights import LayerWeightMeans, WeightMeans, weight_means
 
 __all__ = [
     "BatchNoise",
     "Disparity",
+    "FeatureSpectrum",
     "GradientRecorder",
     "GradientStatistics",
     "Histogram",
@@ -18,13 +20,16 @@ __all__ = [
     "LayerDisparity",
     "LayerGradients",
     "LayerNoise",
+    "LayerSpectrum",
     "LayerWeightMeans",
     "Lipschitz",
     "NoiseDistribution",
     "Smoothness",
+    "Spectrum",
     "WeightMeans",
     "batch_noise",
     "disparity",
+    "feature_spectrum",
     "gradient_statistics",
     "landscape",
     "lipschitz",

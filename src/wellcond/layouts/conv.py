@@ -39,6 +39,10 @@ class ConvLayout(Layout):
         """
         return patch_rows(self.padded(module, inputs), self.window(module))
 
+    def output_rows(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Lay out the channels of every position, those of all groups side by side."""
+        return _channel_rows(module, output)
+
     def window(self, module: nn.Module) -> Window:
         """Return the kernel's own window."""
         conv = cast(nn.Conv2d, module)
@@ -107,6 +111,10 @@ class ConvTransposeLayout(Layout):
         """
         return patch_rows(self.padded(module, inputs, output_size), self.window(module))
 
+    def output_rows(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Lay out the channels of every position, those of all groups side by side."""
+        return _channel_rows(module, output)
+
     def window(self, module: nn.Module) -> Window:
         """Return a window of stride 1."""
         conv = cast(nn.ConvTranspose2d, module)
@@ -141,6 +149,12 @@ class ConvTransposeLayout(Layout):
 def _with_batch_axis(conv: nn.Module, inputs: Tensor) -> Tensor:
     axes = len(cast(nn.Conv2d, conv).kernel_size)
     return inputs.unsqueeze(0) if inputs.dim() == axes + 1 else inputs
+
+
+def _channel_rows(conv: nn.Module, output: Any) -> Tensor | None:
+    if not isinstance(output, Tensor):
+        return None
+    return _with_batch_axis(conv, output).movedim(1, -1).flatten(0, -2).unsqueeze(0)
 
 
 def _padding(conv: nn.Conv2d) -> list[int]:

@@ -143,6 +143,19 @@ class Layout:
         """
         raise TypeError(f"{type(module).__name__}: {self.missing_rows}")
 
+    def output_rows(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Lay out what the layer's forward returned as rows.
+
+        Args:
+            module: The layer.
+            output: What it returned.
+
+        Returns:
+            Shape [1, n, out] of all output units; None where a call does not return the weight's products: these are
+            then those of `rows` and `matrix`.
+        """
+        return None
+
     def counts(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Count, where rows are ``one_hot``, how often each input occurs.
 

@@ -21,6 +21,10 @@ class LinearLayout(Layout):
         """Flatten all axes but the last into rows."""
         return inputs.reshape(1, -1, inputs.shape[-1])
 
+    def output_rows(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Flatten all axes but the last into rows."""
+        return _last_axis_rows(output)
+
 
 class WhitenedLinearLayout(LinearLayout):
     """A linear map that whitens its input itself: its gradient is not to be preconditioned by their second moment.
@@ -55,6 +59,10 @@ class BilinearLayout(Layout):
         """
         assert second is not None
         return (inputs.unsqueeze(-1) * second.unsqueeze(-2)).reshape(1, -1, inputs.shape[-1] * second.shape[-1])
+
+    def output_rows(self, module: nn.Module, output: Any) -> Tensor | None:
+        """Flatten all axes but the last into rows."""
+        return _last_axis_rows(output)
 
 
 class EmbeddingLayout(Layout):
@@ -122,3 +130,7 @@ class RecurrentLayout(Layout):
         names = [name for name, _ in module.named_parameters(recurse=False)]
         biases = {name.replace("weight", "bias"): name for name in names if name.startswith("weight")}
         return [(weight, bias if bias in names else None) for bias, weight in biases.items()]
+
+
+def _last_axis_rows(output: Any) -> Tensor | None:
+    return output.reshape(1, -1, output.shape[-1]) if isinstance(output, Tensor) else None
