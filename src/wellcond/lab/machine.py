@@ -16,6 +16,7 @@ import wellcond
 _RUN_FILES = (
     "batches",
     "extras",
+    "gamma_decay",
     "images",
     "layers",
     "methods",

@@ -217,6 +217,11 @@ METHODS = {
         _norm("BRN", "SGDM with Batch Renormalization", NormSpec("brn")),
         _norm("PN", "SGDM with population normalization", NormSpec("pn", (("momentum", 0.01),))),
         _norm(
+            "PN+gamma-decay",
+            "PN with the gamma decay that batch normalization's noise amounts to",
+            NormSpec("pn", (("momentum", 0.01),), noise_decay=True),
+        ),
+        _norm(
             "GN",
             "SGDM with group normalization (8 groups), which has no batch statistics",
             NormSpec("gn", (("num_groups", 8),)),

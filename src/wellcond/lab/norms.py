@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 import wellcond.nn
+from wellcond.lab.gamma_decay import BatchNoiseDecay
 
 # Of these every image is normalized by its own values alone: there is no batch to take in groups.
 _WITHOUT_BATCH_STATISTICS = ("gn", "ln", "in")
@@ -48,11 +49,14 @@ class NormSpec:
         kind: What `wellcond.nn.convert_norm` calls them (its ``to``).
         options: The layers' keyword arguments, as pairs.
         schedule: Keyword arguments of the layers' schedule, as pairs; only for kinds that have one.
+        noise_decay: Whether the loss takes the gamma decay that batch normalization's noise would be; only for
+            population normalization.
     """
 
     kind: str
     options: tuple[tuple[str, object], ...] = ()
     schedule: tuple[tuple[str, object], ...] = ()
+    noise_decay: bool = False
 
     @property
     def has_batch_statistics(self) -> bool:
@@ -69,6 +73,8 @@ class NormSpec:
         "convert_norm(to='mbn') + MomentumScheduler(target='derived')"
         """
         conversion = f"convert_norm({_written((('to', self.kind), *self.options))})"
+        if self.noise_decay:
+            conversion += " + gamma_decay"
         if self.kind not in _SCHEDULERS:
             return conversion
         return f"{conversion} + {_SCHEDULERS[self.kind]}({_written(self.schedule)})"
@@ -77,6 +83,19 @@ class NormSpec:
         """Return the network with these layers in place of its batch normalization, all weights kept."""
         options: dict[str, Any] = dict(self.options)
         return wellcond.nn.convert_norm(model, to=self.kind, **options)
+
+    def make_decay(self, model: nn.Module, members: int, every: int) -> BatchNoiseDecay | None:
+        """Return the penalty of these layers' scales.
+
+        Args:
+            model: The network that has them.
+            members: Images that share statistics.
+            every: Steps between two measurements of its strength.
+
+        Returns:
+            The penalty; None if the layers have none.
+        """
+        return BatchNoiseDecay(model, members, every) if self.noise_decay else None
 
     def make_schedule(self, model: nn.Module, steps: int, steps_per_epoch: int, members: int) -> NormSchedule | None:
         """Return the schedule of these layers over a run.

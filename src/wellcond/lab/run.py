@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import wellcond
 from wellcond.lab.extras import collect_extras
+from wellcond.lab.gamma_decay import BatchNoiseDecay
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
 from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
@@ -95,13 +96,15 @@ class Training(pl.LightningModule):
         self.losses: list[Tensor] = []
         self.handle: wellcond.Attachment | None = None
         self.norm_schedule: NormSchedule | None = None
+        self.decay: BatchNoiseDecay | None = None
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Return the batch's loss, kept for the epoch's mean."""
-        loss = self.data.loss(self.model, batch)
+        with nullcontext() if self.decay is None else self.decay.observing():
+            loss = self.data.loss(self.model, batch)
         # Kept on the device: reading it here would make every step wait for the device.
         self.losses.append(loss.detach())
-        return loss
+        return loss if self.decay is None else self.decay.added_to(loss)
 
     def backward(self, loss: Tensor) -> None:
         """Go backward; keep the graph for an optimizer that differentiates the gradient."""
@@ -114,6 +117,7 @@ class Training(pl.LightningModule):
         if norm is not None:
             members = spec.batch_size if spec.ghost_batch is None else spec.ghost_batch
             self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
+            self.decay = norm.make_decay(self.model, members, spec.stats_every)
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
