@@ -188,7 +188,7 @@ def diagnose(
             landscape=tried(diagnostics.landscape, model, batches[0], loss, **one),
             landscape_centred=tried(diagnostics.landscape, model, batches[0], loss, centralize=True, **one),
             noise=tried(diagnostics.batch_noise, model, batches, batch_size, **one),
-            disparity=tried(_disparity, model, batches, batch_size, call),
+            disparity=tried(measured_disparity, model, batches, batch_size, call),
             training=training,
         )
     finally:
@@ -253,7 +253,9 @@ def tried(probe: Callable[..., _Result], *arguments: Any, **options: Any) -> Pro
         return Probe(None, " ".join(str(error).split()))
 
 
-def _disparity(model: nn.Module, batches: Sequence[Any], batch_size: int, call: Call | None) -> Disparity:
+def measured_disparity(
+    model: nn.Module, batches: Sequence[Any], batch_size: int, call: Call | None = None
+) -> Disparity:
     """Measure the running statistics, and EvalNorm and BSR fitted to other batches, as far as there are any."""
     measured = batches[1::2] or batches
     own = diagnostics.disparity(model, measured, batch_size=batch_size, call=call)

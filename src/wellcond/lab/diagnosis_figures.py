@@ -72,8 +72,10 @@ def draw(plot: Draw) -> Markup:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", dpi=_RESOLUTION, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return Markup(re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", _shrunk(svg), count=1))
+    head, mark, body = svg[svg.index("<svg") :].partition(">")
+    # The page decides how large it is.
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Markup(head + mark + _shrunk(body))
 
 
 def sections(diagnosis: Diagnosis) -> Iterator[Section]:
@@ -216,12 +218,12 @@ def _make_small(ax: Axes) -> None:
     legend = ax.get_legend()
     if legend is not None:
         for text in legend.get_texts():
-            text.set_fontsize("x-small")
+            text.set_fontsize("small" if len(legend.get_texts()) <= 4 else "x-small")
     ax.set_title("")
 
 
 def _shrunk(svg: str) -> str:
-    """Leave out what decides nothing: comments, and digits beyond a hundredth of a point."""
+    """Leave out what decides nothing: comments, metadata, and digits of places beyond a hundredth of a point."""
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
+    return re.sub(r'(?<= [dxy]=")[^"]*(?=")', lambda places: re.sub(r"(\.\d\d)\d+", r"\1", places[0]), svg)

@@ -97,7 +97,7 @@ def _centring(found: GradientStatistics) -> str:
             f"squared gradient ({most})."
         )
     listed = ", ".join(
-        f"{100 * shares[name]:.0f} % in {name} (by chance {100 / found.layers[name].inputs:.1g} %)"
+        f"{100 * shares[name]:.0f} % in {name} (by chance {100 / found.layers[name].inputs:.2g} %)"
         for name in notable[:_NAMED]
     )
     return f"Gradient centralization would take row means out of the squared gradient: {listed}."
@@ -163,8 +163,8 @@ def _noise(diagnosis: Diagnosis) -> Iterator[str]:
         return
     name, own = next(iter(found.layers.items()))
     yield (
-        f"{name or '(model)'}: the mean of a batch of {found.batch_size} is as noisy as that of {own.effective:.3g} "
-        f"independent values, of {own.elements:.4g} that it is taken over; its distance from the normal law is "
+        f"{name or '(model)'}: the mean of a batch of {found.batch_size} is as noisy as that of {own.effective:,.0f} "
+        f"independent values, of {own.elements:,.0f} that it is taken over; its distance from the normal law is "
         f"{own.mean.distance:.2f}, the variance's from the chi-square law {own.variance.distance:.2f}."
     )
 

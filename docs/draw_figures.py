@@ -1,0 +1,447 @@
+"""Draws the figures of docs/diagnostics.md from small networks that it trains on scikit-learn's digits.
+
+    python docs/draw_figures.py        # about a minute
+
+Pictures and figures.json go to docs/results. The curves of "BN = PN + gamma decay" are drawn from
+docs/results/pn-gamma-decay.json, which `wellcond compare` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+import wellcond
+from wellcond import diagnostics, theory
+from wellcond.lab.batches import TrainingBatches, channel_moments
+from wellcond.lab.diagnosis import measured_disparity
+from wellcond.lab.images import load_data
+from wellcond.lab.machine import machine, versions
+from wellcond.lab.models import initial_model
+from wellcond.lab.results import rounded
+from wellcond.lab.splits import draw_split
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = 5
+BATCH = 32
+LR = 0.1
+# Of the network that all figures but 3.3 are of: two convolutions behind batch normalization, and the classifier.
+LAYERS = {"1.0": "second convolution", "3.0": "third convolution", "6": "classifier"}
+
+
+def digits(batch_size: int, seed: int) -> TrainingBatches:
+    """Return shuffled batches of 1000 digits."""
+    data = load_data("digits", None, None, None)
+    labels = torch.from_numpy(data.pool.labels)
+    part = torch.from_numpy(draw_split(data.pool.labels, 1000, 1, seed).train)
+    images = data.pool.images[part]
+    return TrainingBatches(images, labels[part], channel_moments(images), batch_size, "none", seed)
+
+
+def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean cross-entropy."""
+    return F.cross_entropy(output, batch[1])
+
+
+def sgdm(model: nn.Module) -> torch.optim.Optimizer:
+    """Return plain SGD with momentum."""
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+
+
+def centred(model: nn.Module) -> torch.optim.Optimizer:
+    """Return SGD with momentum and gradient centralization."""
+    optimizer = sgdm(model)
+    wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+    return optimizer
+
+
+def fsgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return feature descent."""
+    return wellcond.optim.FSGD(model, lr=LR, momentum=0.9, stats_every=1, solve_every=5)
+
+
+def train(
+    model: nn.Module,
+    batches: TrainingBatches,
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    epochs: int = 1,
+) -> diagnostics.GradientStatistics:
+    """Train, and return the gradients on the way, before they are centred."""
+    optimizer = make(model)
+    recorder = diagnostics.GradientRecorder(model)
+    model.train()
+    for _ in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss(model(batch[0]), batch).backward()
+            recorder.record()
+            optimizer.step()
+    optimizer.zero_grad()
+    return recorder.result()
+
+
+def convnet(seed: int = 0) -> nn.Module:
+    """Return the network of nearly all figures."""
+    return initial_model("convnet", 1, 10, seed)
+
+
+def panels(count: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    """Return a row of axes."""
+    figure = Figure(figsize=(4.2 * count, height), layout="constrained")
+    return figure, [figure.add_subplot(1, count, place + 1) for place in range(count)]
+
+
+def noise(folder: Path) -> dict[str, Any]:
+    """Draw figure 2.1, and MBN's noise beside both predictions."""
+    model, batches = convnet(), digits(BATCH, 0)
+    train(model, batches, sgdm)
+    images = torch.cat([own for own, _ in batches])
+    # Independent batches, as the laws have them: drawn with replacement.
+    generator = torch.Generator().manual_seed(0)
+    loader = [images[torch.randint(len(images), (1600,), generator=generator)] for _ in range(30)]
+    model = nn.Sequential(model[0])
+    plain = diagnostics.batch_noise(model, loader, 16)
+    # As in the thesis, of one channel: those of a layer have noises of different strength.
+    conv, channel = model[0][0], 0
+    single = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1))
+    single[0].weight.data.copy_(conv.weight[channel : channel + 1])
+    alone = diagnostics.batch_noise(single, loader, 16)
+    momenta = [0.0, 0.25, 0.5, 0.75, 0.9]
+    averaged = {own: diagnostics.batch_noise(model, loader, 16, momentum=own) for own in momenta}
+    figure, axes = panels(3)
+    alone.plot(axes[0], noise="mean")
+    alone.plot(axes[1], noise="variance")
+    rows = {}
+    first = averaged[0.0].layers["0.1"]
+    for own, found in averaged.items():
+        layer = found.layers["0.1"]
+        rows[str(own)] = {
+            "found": layer.mean.found.variance,
+            "derived": theory.batch_mean_noise(1, own).variance / first.effective,
+            "thesis": theory.batch_mean_noise(1, own, formula="thesis").variance / first.effective,
+        }
+    for what, style in (("found", "o"), ("derived", "-"), ("thesis", "--")):
+        axes[2].plot(momenta, [row[what] for row in rows.values()], style, label=what)
+    axes[2].set_xlabel("momentum λ of MBN")
+    axes[2].set_ylabel("variance of the mean's noise")
+    axes[2].set_yscale("log")
+    axes[2].legend()
+    for ax in axes[:2]:
+        ax.set_title("")
+        ax.legend(fontsize="x-small", loc="upper center")
+        ax.set_ylim(top=1.5 * ax.get_ylim()[1])
+        ax.locator_params(axis="x", nbins=5)
+    save(figure, folder / "figure-noise.png")
+    layer, one = plain.layers["0.1"], alone.layers["1"]
+    return {
+        "batch_size": 16,
+        "batches": layer.batches,
+        "one_channel": noise_numbers(one),
+        "all_channels": noise_numbers(layer),
+        "momentum": rows,
+    }
+
+
+def noise_numbers(layer: diagnostics.LayerNoise) -> dict[str, float]:
+    """Return how well the laws describe a layer's noise; the last, of as many values of the laws themselves."""
+    return {
+        "effective": layer.effective,
+        "distance_of_means": layer.mean.distance,
+        "distance_of_variances": layer.variance.distance,
+        "freedom": layer.freedom,
+        "distance_of_fitted_variances": layer.freedom_distance,
+        "distance_of_the_law_itself": 0.87 / math.sqrt(layer.batches * layer.channels),
+    }
+
+
+def disparity(folder: Path) -> dict[str, Any]:
+    """Draw figure 3.3: statistics of two samples in training, and what evaluation takes for them."""
+    found = {}
+    for seed in range(SEEDS):
+        model = initial_model("resnet8", 1, 10, seed)
+        batches = digits(BATCH, seed)
+        train(wellcond.nn.convert_norm(model, to="ghost", group_size=2), batches, sgdm, epochs=3)
+        found[seed] = measured_disparity(wellcond.nn.convert_norm(model, to="bn"), list(batches), 2)
+    figure, axes = panels(1, 3.6)
+    found[0].plot(axes[0])
+    axes[0].set_xlabel("batch normalization, from the first to the last")
+    axes[0].set_xticks([])
+    axes[0].set_ylim(top=1.5 * axes[0].get_ylim()[1])
+    save(figure, folder / "figure-disparity.png")
+    return {kind: [own.mean[kind] for own in found.values()] for kind in found[0].kinds}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Draw figure 4.4: means of weight vectors before and after training, without and with centralization."""
+    figure, axes = panels(2)
+    moved = {}
+    for ax, (name, make) in zip(axes, {"SGDM": sgdm, "SGDM+GC": centred}.items(), strict=True):
+        model = convnet()
+        before = diagnostics.weight_means(model)
+        train(model, digits(BATCH, 0), make, epochs=6)
+        after = diagnostics.weight_means(model)
+        before.plot(ax, label="initial")
+        after.plot(ax, label=f"after 6 epochs of {name}")
+        pairs = [
+            (a, b)
+            for own, other in zip(before.layers.values(), after.layers.values(), strict=True)
+            for a, b in zip(own.means, other.means, strict=True)
+        ]
+        moved[name] = max(abs(a - b) for a, b in pairs)
+        for line in ax.get_lines():
+            line.set_markersize(4)
+    save(figure, folder / "figure-weights.png")
+    return {"largest_change": moved}
+
+
+def gradients(folder: Path) -> dict[str, Any]:
+    """Draw figure 4.5: norm and largest entry of gradients, trained without and with centralization."""
+    figure, axes = panels(4, 3.2)
+    rows: dict[str, Any] = {}
+    for name, make in {"without GC": sgdm, "with GC": centred}.items():
+        found = train(convnet(), digits(BATCH, 0), make, epochs=6)
+        for place, (weight, called) in enumerate({"0.0.weight": "first conv", "6.weight": "classifier"}.items()):
+            layer = found.layers[weight]
+            for offset, quantity in enumerate(("norm", "largest")):
+                # What the optimizer is given.
+                own = layer.of(quantity if make is sgdm else f"centred_{quantity}")  # type: ignore[arg-type]
+                ax = axes[2 * place + offset]
+                ax.plot(own, linewidth=0.8, label=name)
+                ax.set_title(f"{called}, {'norm' if quantity == 'norm' else 'largest entry'}", fontsize="medium")
+                ax.set_yscale("log")
+                ax.set_xlabel("iteration")
+                rows.setdefault(f"{called}, {quantity}", {})[name] = sum(own) / len(own)
+    axes[0].legend(fontsize="small")
+    save(figure, folder / "figure-gradients.png")
+    return rows
+
+
+def spectra(folder: Path) -> dict[str, Any]:
+    """Draw figure 5.1: spectra of output features after an epoch of SGDM and of FSGD."""
+    figure, axes = panels(len(LAYERS))
+    rows: dict[str, Any] = {}
+    for name, make in {"SGDM": sgdm, "FSGD": fsgd}.items():
+        for seed in range(SEEDS):
+            model = convnet(seed)
+            batches = digits(BATCH, seed)
+            train(model, batches, make)
+            found = diagnostics.feature_spectrum(model.eval(), list(batches))
+            for ax, (layer, called) in zip(axes, LAYERS.items(), strict=True):
+                own = found.layers[layer].output
+                row = rows.setdefault(called, {}).setdefault(name, {"condition": [], "effective_rank": []})
+                row["condition"].append(own.condition)
+                row["effective_rank"].append(own.effective_rank)
+                if seed == 0:
+                    values = own.relative()
+                    ax.plot(range(1, len(values) + 1), [math.log10(1 / value) for value in values], ".-", label=name)
+                    ax.set_title(f"{called}, {own.width} outputs", fontsize="medium")
+    axes[0].set_ylabel("log₁₀(λ₁/λᵢ)")
+    for ax in axes:
+        ax.set_xlabel("i")
+        ax.legend()
+    save(figure, folder / "figure-spectra.png")
+    return rows
+
+
+def smoothness(folder: Path) -> dict[str, Any]:
+    """Draw the loss along a step, with and without batch normalization and centralization, and inequality 4.8."""
+    batch = next(iter(digits(256, 1)))
+    figure, axes = panels(3, 3.4)
+    rows: dict[str, Any] = {}
+    plain = convnet()
+    for block in plain:
+        if isinstance(block, nn.Sequential):
+            block[1] = nn.Identity()
+    for ax, (name, model) in zip(axes, {"batch normalization": convnet(), "none": plain}.items(), strict=False):
+        train(model, digits(BATCH, 0), sgdm, epochs=4)
+        for centralize in (False, True):
+            found = diagnostics.landscape(model, batch, loss, centralize=centralize)
+            found.plot(ax, label="centred" if centralize else "gradient")
+            called = f"{name}, centred" if centralize else name
+            rows[called] = {"effective_smoothness": found.effective_smoothness, "losses": list(found.losses)}
+        ax.set_ylabel("loss")
+        ax.set_title(f"normalization: {name}", fontsize="medium")
+        if model is not plain:
+            checked = diagnostics.lipschitz(model, batch, loss, per_layer=True)
+    checked.plot(axes[2])
+    save(figure, folder / "figure-smoothness.png")
+    own = checked.whole
+    return {
+        "landscape": rows,
+        "inequality": {
+            "holds": checked.holds,
+            "gradient_ratio": own.gradient_ratio,
+            "hessian_ratio": own.hessian_ratio,
+            "residual": own.residual,
+        },
+    }
+
+
+def closed_forms(draws: int = 2_000_000) -> dict[str, Any]:
+    """Return the closed forms of the noise as printed, as derived, and as drawn."""
+    generator = torch.Generator().manual_seed(0)
+    m, x, momentum = 8, 1.0, 0.75
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    batches = normal(draws // m, m)
+    mean, var = batches.mean(1), batches.var(1, unbiased=False)
+    normalized = (x - mean) / var.sqrt()
+    # Exponential averages of independent batches, as far back as they reach.
+    powers = (1 - momentum) * momentum ** torch.arange(80, dtype=torch.float64)
+    averages = normal(draws // 80, 80).mul_(1 / math.sqrt(m)) @ powers
+
+    def row(drawn: Tensor, derived: float, thesis: float, *, square: bool) -> dict[str, float]:
+        values = (drawn - drawn.mean()).square() if square else drawn
+        return {
+            "drawn": float(values.mean()),
+            "error": float(values.std() / len(values) ** 0.5),
+            "derived": derived,
+            "thesis": thesis,
+        }
+
+    wide = normal(draws // 100, 100)
+    rows = {
+        "Var ξ_μ of BN (2.2), m = 8": row(mean, theory.batch_mean_noise(m).variance, 1 / m, square=True),
+        "E ξ_σ of BN (2.2), m = 8": row(var, theory.batch_variance_noise(m).mean, (m - 1) / m, square=False),
+        "Var ξ_σ of BN (2.2), m = 8": row(
+            var, theory.batch_variance_noise(m).variance, 2 * (m - 1) / m**2, square=True
+        ),
+        "Var ξ_σ for large m (theorem 1), m = 100": row(
+            wide.var(1, unbiased=False),
+            theory.large_batch_variance_noise(100).variance,
+            theory.large_batch_variance_noise(100, formula="thesis").variance,
+            square=True,
+        ),
+        "E x̂ (2.4), m = 8, x̃ = 1": row(
+            normalized,
+            theory.normalized_mean(x, m),
+            theory.normalized_mean(x, m, formula="thesis"),
+            square=False,
+        ),
+        "Var x̂ (2.4), m = 8, x̃ = 1": row(
+            normalized,
+            theory.normalized_variance(x, m),
+            theory.normalized_variance(x, m, formula="thesis"),
+            square=True,
+        ),
+        "Var ξ_μ of MBN (2.11), m = 8, λ = 0.75": row(
+            averages,
+            theory.batch_mean_noise(m, momentum).variance,
+            theory.batch_mean_noise(m, momentum, formula="thesis").variance,
+            square=True,
+        ),
+        "Var σ_B/σ (slides), m = 100": row(
+            wide.std(1, unbiased=False), theory.large_batch_deviation_noise(100).variance, 2 / 400, square=True
+        ),
+    }
+    return rows | penalties(normal, draws // 20)
+
+
+def penalties(normal: Callable[..., Tensor], draws: int, m: int = 32) -> dict[str, Any]:
+    """Return the explicit regularizers of a small network, and what drawn noise adds to the loss where it is 0."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = torch.tensor([[0.5, -1.0, 1.5, 0.8]], dtype=torch.float64)
+    # Each element has the noise of a batch of its own.
+    shift = normal(draws, 4) / math.sqrt(m)
+    scale = normal(draws * 4, m).var(1, unbiased=False).view(draws, 4)
+    log_mean, log_variance = theory.log_batch_variance_noise(m)
+    with torch.no_grad():
+        target = network(x)
+        added = 0.5 * (network(x + shift) - target).square().sum(1)
+        multiplied = 0.5 * (network(x / scale.sqrt()) - target).square().sum(1)
+    formulas = {
+        "R_add": theory.additive_noise_penalty(network, x, theory.batch_mean_noise(m).variance),
+        "R_mul": theory.multiplicative_noise_penalty(network, x, log_variance + log_mean**2),
+    }
+    found = {}
+    for (name, formula), drawn in zip(formulas.items(), (added, multiplied), strict=True):
+        found[f"{name} of a network of 4-8-2 units, m = {m}"] = {
+            "drawn": float(drawn.mean()),
+            "error": float(drawn.std() / len(drawn) ** 0.5),
+            "derived": float(formula.detach()),
+            "thesis": None,
+        }
+    return found
+
+
+def population(folder: Path) -> dict[str, Any]:
+    """Draw the curves of BN, PN, and PN with gamma decay, from the comparison's results."""
+    results = json.loads((RESULTS / "pn-gamma-decay.json").read_text(encoding="utf-8"))
+    figure, axes = panels(2)
+    called = {"SGDM": "BN", "PN": "PN", "PN+gamma-decay": "PN + gamma decay"}
+    last: dict[str, Any] = {}
+    for method in results["methods"]:
+        for ax, quantity in zip(axes, ("train_loss", "test_score"), strict=True):
+            curves = torch.tensor([curve[quantity] for curve in method["curves"]], dtype=torch.float64)
+            epochs = range(1, curves.shape[1] + 1)
+            [line] = ax.plot(epochs, curves.mean(0), marker=".", label=called[method["name"]])
+            low, high = curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0)
+            ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
+            last.setdefault(called[method["name"]], {})[quantity] = curves[:, -1].tolist()
+    for ax, label in zip(axes, ("training loss", "test accuracy in %"), strict=True):
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(label)
+        ax.legend()
+    save(figure, folder / "figure-pn.png")
+    return last
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a picture, of few colours: that makes it small."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    Image.open(buffer).convert("RGB").quantize(32).save(file, optimize=True)
+
+
+def parts(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Draw every figure and yield its name and what it shows in numbers."""
+    yield "noise", noise(folder)
+    yield "disparity", disparity(folder)
+    yield "weights", weights(folder)
+    yield "gradients", gradients(folder)
+    yield "spectra", spectra(folder)
+    yield "smoothness", smoothness(folder)
+    yield "closed_forms", closed_forms()
+    yield "population", population(folder)
+
+
+def main(arguments: list[str]) -> int:
+    """Draw everything; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures and the numbers")
+    folder = parser.parse_args(arguments).out
+    folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    found = {
+        "command": shlex.join(["python", "docs/draw_figures.py", *arguments]),
+        "versions": versions(),
+        "machine": machine(),
+        "figures": dict(parts(folder)),
+    }
+    text = json.dumps(rounded(copy.deepcopy(found)), ensure_ascii=False, indent=1)
+    (folder / "figures.json").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
