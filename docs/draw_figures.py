@@ -2,7 +2,7 @@
 
     python docs/draw_figures.py        # about a minute
 
-Pictures and figures.json go to docs/results. The curves of "BN = PN + gamma decay" are drawn from
+Pictures and their numbers go to docs/results. The curves of "BN = PN + gamma decay" are drawn from
 docs/results/pn-gamma-decay.json, which `wellcond compare` wrote.
 """
 
@@ -15,7 +15,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import wellcond
 from wellcond import diagnostics, theory
 from wellcond.lab.batches import TrainingBatches, channel_moments
 from wellcond.lab.diagnosis import measured_disparity
+from wellcond.lab.gamma_decay import BatchNoiseDecay
 from wellcond.lab.images import load_data
 from wellcond.lab.machine import machine, versions
 from wellcond.lab.models import initial_model
@@ -39,6 +40,8 @@ from wellcond.lab.splits import draw_split
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 5
+# Batches whose effect on the loss is averaged.
+DRAWS = 600
 BATCH = 32
 LR = 0.1
 # Of the network that all figures but 3.3 are of: two convolutions behind batch normalization, and the classifier.
@@ -184,7 +187,21 @@ def disparity(folder: Path) -> dict[str, Any]:
     axes[0].set_xticks([])
     axes[0].set_ylim(top=1.5 * axes[0].get_ylim()[1])
     save(figure, folder / "figure-disparity.png")
-    return {kind: [own.mean[kind] for own in found.values()] for kind in found[0].kinds}
+    inference = json.loads((RESULTS / "norm-inference.json").read_text(encoding="utf-8"))["results"]
+    names = {"ema": "EMA", "evalnorm": "EvalNorm, fitted", "bsr": "BSR calibrated, clamp"}
+    digits_found = {kind: [own.mean[kind] for own in found.values()] for kind in found[0].kinds}
+    measured = {"digits, m = 2": digits_found} | {
+        f"CIFAR-10, m = {m}": {kind: rows[name]["disparity"] for kind, name in names.items()}
+        for m, rows in inference.items()
+    }
+    return {
+        name: {
+            "disparity": kinds,
+            # BSR < EvalNorm < EMA
+            "in_order": sum(a < b < c for a, b, c in zip(kinds["bsr"], kinds["evalnorm"], kinds["ema"], strict=True)),
+        }
+        for name, kinds in measured.items()
+    }
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -293,8 +310,8 @@ def smoothness(folder: Path) -> dict[str, Any]:
     }
 
 
-def closed_forms(draws: int = 2_000_000) -> dict[str, Any]:
-    """Return the closed forms of the noise as printed, as derived, and as drawn."""
+def closed_forms(folder: Path, draws: int = 2_000_000) -> dict[str, Any]:
+    """Return the closed forms of the noise as printed, as derived, and as drawn; there is no picture of them."""
     generator = torch.Generator().manual_seed(0)
     m, x, momentum = 8, 1.0, 0.75
 
@@ -384,25 +401,100 @@ def penalties(normal: Callable[..., Tensor], draws: int, m: int = 32) -> dict[st
 
 
 def population(folder: Path) -> dict[str, Any]:
-    """Draw the curves of BN, PN, and PN with gamma decay, from the comparison's results."""
+    """Draw the curves of BN, PN, and PN with gamma decay, and the formula itself on a trained network."""
     results = json.loads((RESULTS / "pn-gamma-decay.json").read_text(encoding="utf-8"))
-    figure, axes = panels(2)
+    figure, axes = panels(3)
     called = {"SGDM": "BN", "PN": "PN", "PN+gamma-decay": "PN + gamma decay"}
     last: dict[str, Any] = {}
     for method in results["methods"]:
-        for ax, quantity in zip(axes, ("train_loss", "test_score"), strict=True):
+        for ax, quantity in zip(axes, ("train_loss", "test_score"), strict=False):
             curves = torch.tensor([curve[quantity] for curve in method["curves"]], dtype=torch.float64)
             epochs = range(1, curves.shape[1] + 1)
             [line] = ax.plot(epochs, curves.mean(0), marker=".", label=called[method["name"]])
             low, high = curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0)
             ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.13, linewidth=0)
             last.setdefault(called[method["name"]], {})[quantity] = curves[:, -1].tolist()
-    for ax, label in zip(axes, ("training loss", "test accuracy in %"), strict=True):
+    for ax, label in zip(axes, ("training loss", "test accuracy in %"), strict=False):
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         ax.legend()
+    gaps = noise_losses()
+    sizes = [int(m) for m in gaps]
+    for which, color in (("first layer", "tab:blue"), ("all layers", "tab:orange")):
+        for key, marker in ((f"{which}, independent", "o"), (which, "x")):
+            means, errors = zip(*(gap[key] for gap in gaps.values()), strict=True)
+            axes[2].errorbar(sizes, means, yerr=errors, fmt=marker, color=color, label=key)
+        axes[2].plot(sizes, [gap[f"penalty, {which}"] for gap in gaps.values()], color=color, label=f"ζγ², {which}")
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_yscale("symlog", linthresh=1e-3)
+    axes[2].set_xlabel("m")
+    axes[2].set_ylabel("loss of BN − loss of PN")
+    axes[2].axhline(0.0, color="grey", linewidth=0.8)
+    axes[2].set_ylim(-2, 3000)
+    axes[2].legend(fontsize="x-small", loc="upper center", ncols=2)
     save(figure, folder / "figure-pn.png")
-    return last
+    return {"last_epoch": last, "fixed_weights": gaps}
+
+
+def noise_losses() -> dict[str, Any]:
+    """Return what statistics of batches of m add to the loss of a trained network, and the gamma decay it should be."""
+    model, batches = convnet(), digits(BATCH, 0)
+    train(model, batches, sgdm)
+    images = torch.cat([own for own, _ in batches])
+    labels = torch.cat([own for _, own in batches])
+    wellcond.calibrate(model, [images], len(images), "bn")
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    with torch.no_grad():
+        # Labels of the network's own distribution: the Fisher information is then the curvature that autograd has.
+        drawn = torch.multinomial(model(images).softmax(1), 1, generator=generator).squeeze(1)
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def above(m: int, by_batch: list[str], *, independent: bool) -> tuple[float, float]:
+        """Compare the loss by batch statistics with that by the population's, on the same images."""
+        changed = copy.deepcopy(model)
+        layers = [changed.get_submodule(name) for name in by_batch]
+        for layer in layers:
+            layer.momentum = 1.0
+        differences = []
+        with torch.no_grad():
+            for _ in range(DRAWS):
+                chosen = torch.randint(len(images), (2, max(m, 100)), generator=generator)
+                for layer in layers:
+                    layer.train()
+                # The layers keep what they normalize with.
+                output = changed(images[chosen[0, :m]])
+                tested = chosen[0, :m]
+                if independent:
+                    for layer in layers:
+                        layer.eval()
+                        # As the batch normalizes: biased.
+                        layer.running_var *= 1 - 1 / (m * 64)
+                    tested = chosen[1]
+                    output = changed(images[tested])
+                both = (F.cross_entropy(own, labels[tested]) for own in (output, model(images[tested])))
+                differences.append(float(next(both) - next(both)))
+        found = torch.tensor(differences, dtype=torch.float64)
+        return float(found.mean()), float(found.std() / len(found) ** 0.5)
+
+    found = {}
+    for m in (4, 8, 16, 32, 64):
+        normalized = wellcond.nn.convert_norm(copy.deepcopy(model), to="pn").eval()
+        decay = BatchNoiseDecay(normalized, members=m, every=1)
+        with decay.observing():
+            F.cross_entropy(normalized(images), drawn).backward()
+        penalties = {
+            name: float((zeta * normalized.get_submodule(name).weight.detach().square()).sum())
+            for name, zeta in decay.coefficients.items()
+        }
+        found[str(m)] = {
+            f"{called}{', independent' if independent else ''}": above(m, names, independent=independent)
+            for called, names in (("first layer", norms[:1]), ("all layers", norms))
+            for independent in (True, False)
+        }
+        found[str(m)]["penalty, first layer"] = penalties[norms[0]]
+        found[str(m)]["penalty, all layers"] = sum(penalties.values())
+    return found
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -410,18 +502,6 @@ def save(figure: Figure, file: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
     Image.open(buffer).convert("RGB").quantize(32).save(file, optimize=True)
-
-
-def parts(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Draw every figure and yield its name and what it shows in numbers."""
-    yield "noise", noise(folder)
-    yield "disparity", disparity(folder)
-    yield "weights", weights(folder)
-    yield "gradients", gradients(folder)
-    yield "spectra", spectra(folder)
-    yield "smoothness", smoothness(folder)
-    yield "closed_forms", closed_forms()
-    yield "population", population(folder)
 
 
 def main(arguments: list[str]) -> int:
@@ -432,15 +512,29 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.use("agg")
     torch.manual_seed(0)
-    found = {
+    setting = {
         "command": shlex.join(["python", "docs/draw_figures.py", *arguments]),
         "versions": versions(),
         "machine": machine(),
-        "figures": dict(parts(folder)),
     }
-    text = json.dumps(rounded(copy.deepcopy(found)), ensure_ascii=False, indent=1)
-    (folder / "figures.json").write_text(text + "\n", encoding="utf-8")
+    for name, make in FIGURES.items():
+        content = rounded({"figure": name, **setting, "found": make(folder)})
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (folder / f"figure-{name}.json").write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+FIGURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "noise": noise,
+    "disparity": disparity,
+    "weights": weights,
+    "gradients": gradients,
+    "spectra": spectra,
+    "smoothness": smoothness,
+    "closed-forms": closed_forms,
+    "pn": population,
+}
+"""Every figure by its name: from the folder of its picture to what it shows in numbers."""
 
 
 if __name__ == "__main__":
