@@ -243,6 +243,18 @@ def test_a_sketch_bounds_what_it_does_not_know(centred: bool) -> None:
     assert exact.effective_rank <= rough.effective_rank <= 1.4 * exact.effective_rank
 
 
+def test_a_wide_moment_is_never_laid_out() -> None:
+    torch.manual_seed(0)
+    # The moment itself would be 20 GB.
+    width, x = 50_000, torch.randn(20, 50_000)
+    found = feature_spectrum(nn.Linear(width, 1), [x], sketch=8).layers[""].input
+    assert found.traces[0] == pytest.approx(float(x.double().square().sum() / 20), rel=1e-12)
+    exact = torch.linalg.svdvals(x.double()).square() / 20
+    for own, value in zip(found.eigenvalues[0], exact.tolist(), strict=False):
+        assert own <= value * (1 + 1e-9)
+        assert value <= own + found.missing
+
+
 def test_a_sketch_is_completed_by_the_flattest_spectrum() -> None:
     # 1 of the trace is in the 2 directions beyond the sketch: the third eigenvalue cannot be below their mean.
     found = Spectrum(1, 5, 10, ((4.0, 2.0, 0.4),), (7.4,), exact=False)

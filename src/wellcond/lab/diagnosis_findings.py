@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from wellcond.diagnostics import GradientStatistics, Spectrum
-from wellcond.lab.diagnosis import Diagnosis
+from wellcond.lab.diagnosis import PROBES, Diagnosis
 
 # Feature energy that few directions hold where a layer is worth a sentence, and which part of d "few" is.
 _ENERGY = 0.9
@@ -188,8 +188,9 @@ def _disparity(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _left_out(diagnosis: Diagnosis) -> Iterator[str]:
-    for reason in dict.fromkeys(probe.reason for probe in (diagnosis.noise, diagnosis.disparity) if probe.reason):
-        yield f"Not measured: {reason}."
+    reasons = [getattr(diagnosis, name).reason for name in PROBES]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        yield f"Not measured: {reason.rstrip('.')}."
 
 
 def _some(names: list[str]) -> str:
