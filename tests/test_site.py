@@ -1,0 +1,146 @@
+"""The documentation site is whole: every public name, warning and decision is in it; its commands are understood."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import wellcond
+from wellcond.lab.cli import _parser as command_line
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# names --------------------------------------------------------------------------------------------------------------
+
+
+def public_names() -> set[str]:
+    modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics}
+    found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
+    found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam")}
+    public = {
+        name for name, value in vars(wellcond.theory).items() if getattr(value, "__module__", "") == "wellcond.theory"
+    }
+    found |= {f"theory.{name}" for name in public if not name.startswith("_")}
+    return found - {"__version__", "nn", "optim", "theory", "diagnostics"}
+
+
+def test_every_public_name_is_in_the_api_pages() -> None:
+    shown = [
+        name
+        for page in (DOCS / "api").glob("*.md")
+        for name in re.findall(r"^::: wellcond\.(\S+)", page.read_text(), re.M)
+    ]
+    assert len(shown) == len(set(shown))
+    # `attach` is a module's name, too, and has to be told from it.
+    assert public_names() <= {"attach" if name == "transforms.attach.attach" else name for name in shown}
+
+
+def test_every_decision_is_listed_under_its_title() -> None:
+    listed = dict(re.findall(r"^\d+\. \[(.+)\]\(decisions/(\S+)\)$", (DOCS / "decisions.md").read_text(), re.M))
+    files = sorted((DOCS / "decisions").glob("*.md"))
+    titles = [file.read_text().splitlines()[0].removeprefix("# ").partition(". ")[2] for file in files]
+    assert listed == {title: file.name for title, file in zip(titles, files, strict=True)}
+
+
+# warnings -----------------------------------------------------------------------------------------------------------
+
+
+def text_of(message: ast.expr) -> str:
+    """Return a message's text with … for what is filled in."""
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    assert isinstance(message, ast.JoinedStr), ast.dump(message)
+    parts = [part.value if isinstance(part, ast.Constant) else "…" for part in message.values]
+    return re.sub("…+", "…", "".join(parts))
+
+
+def warnings_in_the_source() -> dict[str, str]:
+    """Return the text of every warning with its category's name."""
+    found = {}
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                category = ast.unparse(node.args[1]) if len(node.args) > 1 else "UserWarning"
+                found[text_of(node.args[0])] = category
+    return found
+
+
+def test_every_warning_is_explained_and_every_explained_one_exists() -> None:
+    table = re.findall(r"^\| `(.+?)` \| .+ \| .+ \|$", (DOCS / "warnings.md").read_text(encoding="utf-8"), re.M)
+    assert len(table) == len(set(table))
+    assert set(table) == set(warnings_in_the_source())
+
+
+def test_every_warning_is_of_the_one_category() -> None:
+    assert set(warnings_in_the_source().values()) == {"WellcondWarning"}
+
+
+# commands -----------------------------------------------------------------------------------------------------------
+
+
+def shown_commands(page: Path) -> list[str]:
+    """Return a page's whole `wellcond …` commands: in shell blocks, in indented blocks, and below quoted tables."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    in_shell = False
+    commands = []
+    for line in lines:
+        if line.startswith("```"):
+            in_shell = line == "```sh"
+        elif in_shell and line.startswith("wellcond "):
+            commands.append(line)
+        elif made := re.match(r"`(wellcond .+?)`", line):
+            commands.append(made[1])
+        elif line.startswith("    wellcond "):
+            commands.append(line.strip())
+    return commands
+
+
+@each_page
+def test_the_commands_that_it_shows_are_understood(page: Path) -> None:
+    for command in shown_commands(page):
+        program, *arguments = shlex.split(command, comments=True)
+        assert program == "wellcond"
+        command_line().parse_args(arguments)
+
+
+def test_commands_are_found() -> None:
+    assert "wellcond compare --methods SGDM,SGDM+GC,W-SGDM --seeds 3 --out runs/try" in shown_commands(DOCS / "lab.md")
+    assert any("--lrs SGD=" in command for command in shown_commands(ROOT / "README.md"))
+
+
+def test_code_in_pages_is_marked_with_what_it_is() -> None:
+    for page in PAGES:
+        for fence in re.findall(r"^```(.+)$", page.read_text(encoding="utf-8"), re.M):
+            assert fence in ("python", "sh"), f"{page}: {fence}"
+
+
+# quotes -------------------------------------------------------------------------------------------------------------
+
+
+def test_quoted_rows_are_those_of_the_whole_table_and_must_exist() -> None:
+    spec = importlib.util.spec_from_file_location("quote_results", DOCS / "quote_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    quotes = importlib.util.module_from_spec(spec)
+    sys.modules["quote_results"] = quotes
+    spec.loader.exec_module(quotes)
+    whole = quotes.quoted("<!-- begin digits -->\n<!-- end digits -->").splitlines()
+    some = quotes.quoted("<!-- begin digits, rows: SGDM | W-SGDM -->\n<!-- end digits -->").splitlines()
+    assert some[0] == "<!-- begin digits, rows: SGDM | W-SGDM -->"
+    rows = [line for line in some if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["method", "---", "SGDM", "W-SGDM"]
+    assert set(rows) <= set(whole)
+    assert quotes.quoted("\n".join(some)).splitlines() == some
+    with pytest.raises(KeyError, match="no such row: Nonsense"):
+        quotes.quoted("<!-- begin digits, rows: SGDM | Nonsense -->\n<!-- end digits -->")
