@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import re
 import subprocess
@@ -36,10 +35,8 @@ class Run(NamedTuple):
     printed: list[str]
 
 
-@functools.cache
 def run_page(page: Path, folder: Path) -> Run:
     """Run a page in a process of its own, forked from one that has imported the library already."""
-    folder.mkdir()
     out, err = folder / "out", folder / "err"
     mark = "\x00next block\x00"
     session = [f"import os, sys; sys.stdout, sys.stderr = open({str(out)!r}, 'w'), open({str(err)!r}, 'w')"]
@@ -58,25 +55,12 @@ def run_page(page: Path, folder: Path) -> Run:
     return Run(process.exitcode, err.read_text(encoding="utf-8"), out.read_text(encoding="utf-8").split(mark))
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pages")
-
-
-def run(page: Path, folder: Path) -> Run:
-    return run_page(page, folder / name_of(page).replace("/", "_"))
-
-
 @pytest.mark.parametrize("page", CODED, ids=name_of)
-def test_its_code_runs_from_top_to_bottom(page: Path, folder: Path) -> None:
-    done = run(page, folder)
+def test_its_code_runs_from_top_to_bottom_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+    done = run_page(page, tmp_path)
     assert done.exit_code == 0, done.errors
-
-
-@pytest.mark.parametrize("page", CODED, ids=name_of)
-def test_what_it_shows_is_what_its_code_prints(page: Path, folder: Path) -> None:
-    printed = run(page, folder).printed
-    for block, output in zip(SHOWN.finditer(page.read_text(encoding="utf-8")), printed, strict=False):
+    blocks = SHOWN.finditer(page.read_text(encoding="utf-8"))
+    for block, output in zip(blocks, done.printed, strict=False):
         if block["output"] is not None and "print(" in block["code"]:
             assert output.split() == block["output"].split()
 
@@ -90,7 +74,7 @@ def test_the_readme_and_the_pages_on_techniques_have_code() -> None:
 def test_a_page_that_fails_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint('one')\n```\n\n    one\n\n```python\nraise RuntimeError('two')\n```\n")
-    done = run_page(page, tmp_path / "run")
+    done = run_page(page, tmp_path)
     assert done.exit_code == 1
     assert "RuntimeError: two" in done.errors
     assert done.printed[0] == "one\n"
