@@ -41,6 +41,7 @@ def run_page(page: Path, folder: Path) -> Run:
     mark = "\x00next block\x00"
     session = [f"import os, sys; sys.stdout, sys.stderr = open({str(out)!r}, 'w'), open({str(err)!r}, 'w')"]
     session.append(f"os.chdir({str(folder)!r})")
+    session.append("import warnings, wellcond; warnings.simplefilter('error', wellcond.WellcondWarning)")
     for block in SHOWN.finditer(page.read_text(encoding="utf-8")):
         session += [block["code"], f"print({mark!r}, end='')"]
     context = multiprocessing.get_context("forkserver")
