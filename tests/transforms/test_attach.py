@@ -39,6 +39,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="at least one transform"):
             wellcond.attach(sgd(model), model)
 
+    @pytest.mark.parametrize(
+        ("transform", "hint"),
+        [
+            (GradientCentralization, r"did you mean GradientCentralization\(\)\?"),
+            ([GradientCentralization()], "give them one by one, not as a sequence"),
+            ("gc", "got 'gc'$"),
+        ],
+    )
+    def test_what_is_no_transform(self, transform: Any, hint: str) -> None:
+        model = linear()
+        with pytest.raises(TypeError, match=f"transforms must be GradientTransforms, got .*{hint}"):
+            wellcond.attach(sgd(model), model, transform)
+
     def test_a_kind_twice_in_one_call_or_in_two(self) -> None:
         model = linear()
         optimizer = sgd(model)

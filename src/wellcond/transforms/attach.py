@@ -171,6 +171,8 @@ class Attachment:
         for transform in self.transforms:
             if not isinstance(transform, GradientTransform):
                 hint = f": did you mean {transform.__name__}()?" if isinstance(transform, type) else ""
+                if isinstance(transform, (list, tuple)):
+                    hint = ": give them one by one, not as a sequence"
                 raise TypeError(f"transforms must be GradientTransforms, got {transform!r}{hint}")
             if transform.name in attached:
                 raise ValueError(
