@@ -6,10 +6,11 @@ import ast
 import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 import wellcond
 from wellcond.lab.cli import _parser as command_line
@@ -126,16 +127,21 @@ def test_code_in_pages_is_marked_with_what_it_is() -> None:
             assert fence in ("python", "sh"), f"{page}: {fence}"
 
 
-# quotes -------------------------------------------------------------------------------------------------------------
+# quotes and pictures ------------------------------------------------------------------------------------------------
+
+
+def program(name: str) -> Any:
+    """Import one of the programs in docs, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_quoted_rows_are_those_of_the_whole_table_and_must_exist() -> None:
-    spec = importlib.util.spec_from_file_location("quote_results", DOCS / "quote_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    quotes = importlib.util.module_from_spec(spec)
-    sys.modules["quote_results"] = quotes
-    spec.loader.exec_module(quotes)
+    quotes = program("quote_results")
     whole = quotes.quoted("<!-- begin digits -->\n<!-- end digits -->").splitlines()
     some = quotes.quoted("<!-- begin digits, rows: SGDM | W-SGDM -->\n<!-- end digits -->").splitlines()
     assert some[0] == "<!-- begin digits, rows: SGDM | W-SGDM -->"
@@ -145,3 +151,36 @@ def test_quoted_rows_are_those_of_the_whole_table_and_must_exist() -> None:
     assert quotes.quoted("\n".join(some)).splitlines() == some
     with pytest.raises(KeyError, match="no such row: Nonsense"):
         quotes.quoted("<!-- begin digits, rows: SGDM | Nonsense -->\n<!-- end digits -->")
+
+
+def test_pictures_show_the_committed_numbers() -> None:
+    assert program("plot_results").main(["--check"]) == 0, "run: python docs/plot_results.py"
+
+
+def test_every_picture_is_drawn_from_numbers_and_shown() -> None:
+    pictures = {path.name for path in (DOCS / "results").glob("*.png")}
+    assert pictures == set(program("plot_results").PICTURES)
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert pictures <= set(re.findall(r"!\[[^\]]+\]\([^)]*results/([\w-]+\.png)\)", texts))
+
+
+@pytest.mark.parametrize("name", ["norm-small-batch-curves.png", "normalizers.png"])
+def test_a_picture_says_which_numbers_it_shows(name: str, tmp_path: Path) -> None:
+    plots = program("plot_results")
+    path = tmp_path / name
+    plots.draw(name, path)
+    with Image.open(path) as picture:
+        assert picture.info["numbers"] == plots.digest_of(plots.PICTURES[name][0])
+        assert picture.width > 800
+
+
+def test_pictures_of_other_numbers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = program("plot_results")
+    for path in (DOCS / "results").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    assert plots.main(["--check"]) == 0
+    (tmp_path / "digits.json").write_bytes((tmp_path / "digits.json").read_bytes() + b" ")
+    assert plots.main(["--check"]) == 1
+    assert plots.is_stale("digits-curves-epochs.png")
+    assert not plots.is_stale("normalizers.png")
