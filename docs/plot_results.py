@@ -21,9 +21,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from wellcond.lab.curves import BASELINE, method_style
-
 RESULTS = Path(__file__).parent / "results"
+# Colour and marker: Okabe and Ito's palette, which readers with any colour vision can tell apart.
+BASELINE = ("#555555", "o")
+STYLES = {
+    "SGDM+GC": ("#c98500", "s"),
+    "AdamW+GC": ("#c98500", "s"),
+    "W-SGDM": ("#0072b2", "^"),
+    "W-Adam": ("#0072b2", "^"),
+    "FSGD": ("#d55e00", "D"),
+    "FAdam": ("#d55e00", "D"),
+    "W-SGDM+GC": ("#009e73", "v"),
+    "FSGD+GC": ("#b8609a", "P"),
+    "MBN": ("#0072b2", "<"),
+    "BSR": ("#d55e00", ">"),
+    "EvalNorm": ("#c98500", "X"),
+    "GN": ("#7a6a00", "*"),
+    "SN": ("#0072b2", "D"),
+    "IBN": ("#c98500", "v"),
+    "KN": ("#d55e00", "P"),
+    "IterNorm": ("#009e73", "s"),
+}
 SHARES = {"in": "#0072b2", "ln": "#d55e00", "bn": "#999999"}
 
 
@@ -37,7 +55,7 @@ def draw_curves(figure: Figure, results: dict[str, Any]) -> None:
         family = [method for method in methods if method["baseline"] == baseline]
         for method in family:
             is_baseline = method["name"] == baseline
-            style = BASELINE if is_baseline else method_style(method["name"])
+            colour, marker = BASELINE if is_baseline else STYLES[method["name"]]
             runs = [curve["test_score"] for curve in method["curves"]]
             # A diverged run ends early; the curve goes as far as every seed does.
             by_epoch = list(zip(*runs, strict=False))
@@ -46,13 +64,13 @@ def draw_curves(figure: Figure, results: dict[str, Any]) -> None:
             stds = [stdev(scores) for scores in by_epoch]
             low = [max(0.0, mean - std) for mean, std in zip(means, stds, strict=True)]
             high = [min(100.0, mean + std) for mean, std in zip(means, stds, strict=True)]
-            axes.fill_between(epochs, low, high, color=style.light, alpha=0.13, linewidth=0)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.13, linewidth=0)
             axes.plot(
                 epochs,
                 means,
-                color=style.light,
+                color=colour,
                 linestyle="dashed" if is_baseline else "solid",
-                marker=style.marker,
+                marker=marker,
                 markersize=4.5,
                 linewidth=1.8,
                 label=method["name"],
@@ -74,7 +92,7 @@ def draw_normalizers(figure: Figure, results: dict[str, Any]) -> None:
     axes = figure.add_subplot(1, 2, 1)
     names = list(next(iter(groups.values()))["methods"])
     for rank, name in enumerate(names):
-        style = BASELINE if name == "BN" else method_style(name)
+        colour, marker = BASELINE if name == "BN" else STYLES[name]
         scores = [group["methods"][name]["accuracy"] for group in groups.values()]
         # Side by side, so that error bars do not hide each other.
         shift = 1.0 + 0.035 * (rank - (len(names) - 1) / 2)
@@ -82,8 +100,8 @@ def draw_normalizers(figure: Figure, results: dict[str, Any]) -> None:
             [m * shift for m in groups],
             [score["mean"] for score in scores],
             yerr=[score["std"] for score in scores],
-            color=style.light,
-            marker=style.marker,
+            color=colour,
+            marker=marker,
             markersize=5,
             linewidth=1.6,
             linestyle="dashed" if name == "BN" else "solid",

@@ -7,13 +7,15 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from PIL import Image
 
 import wellcond
 from wellcond.lab.cli import _parser as command_line
+from wellcond.lab.recipe import Scale, load_recipe
+from wellcond.lab.recipe_panels import scaled_panels
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -124,7 +126,18 @@ def test_commands_are_found() -> None:
 def test_code_in_pages_is_marked_with_what_it_is() -> None:
     for page in PAGES:
         for fence in re.findall(r"^```(.+)$", page.read_text(encoding="utf-8"), re.M):
-            assert fence in ("python", "sh"), f"{page}: {fence}"
+            assert fence in ("python", "sh", "toml"), f"{page}: {fence}"
+
+
+def test_recipes_that_pages_show_are_recipes(tmp_path: Path) -> None:
+    shown = [block for page in PAGES for block in re.findall(r"```toml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    assert shown
+    for text in shown:
+        file = tmp_path / "shown.toml"
+        file.write_text(text, encoding="utf-8")
+        recipe = load_recipe(file)
+        for scale in get_args(Scale):
+            assert scaled_panels(recipe, scale)
 
 
 # quotes and pictures ------------------------------------------------------------------------------------------------
