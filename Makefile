@@ -1,9 +1,9 @@
-# `make demo` runs the main job, `make test` the tests. Each makes or reuses `.venv`.
+# `make demo` runs the main job, `make test` the tests, `make docs` builds the site. Each makes or reuses `.venv`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types contract check clean
+.PHONY: demo test lint types contract docs build check clean
 
 demo: $(VENV)/.lab
 	$(BIN)/wellcond compare --out runs/demo
@@ -22,11 +22,19 @@ types: $(VENV)/.dev
 contract: $(VENV)/.dev
 	$(BIN)/lint-imports
 
+# The site, in site/; warnings, such as of a link to nowhere, are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The wheel and the source distribution, in dist/.
+build: $(VENV)/.dev
+	$(BIN)/python -m build
+
 # What CI runs.
-check: lint types contract test
+check: lint types contract docs test
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache
 
 # A stamp file per set of extras: reinstalled when pyproject.toml changes.
 $(VENV)/bin/python:
@@ -39,3 +47,7 @@ $(VENV)/.lab: $(VENV)/bin/python pyproject.toml
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[lab,dev]"
 	touch $@ $(VENV)/.lab
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	touch $@

@@ -5,6 +5,7 @@
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where docs/results/NAME.json holds what
 `wellcond compare` (results.json), a recipe, a benchmark (--json) or docs/draw_figures.py wrote.
+``<!-- begin NAME, rows: A | B -->`` quotes these rows alone, and what was found of all of them is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -21,7 +23,7 @@ from wellcond.lab.formats import score_text
 from wellcond.lab.statistics import paired_difference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -339,12 +341,55 @@ def _difference(value: dict[str, Any]) -> str:
     return f"{value['mean']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]"
 
 
+def with_rows(results: dict[str, Any], rows: Sequence[str]) -> dict[str, Any]:
+    """Return results with the named rows alone, and without what was found of all of them.
+
+    Args:
+        results: What a file in docs/results holds.
+        rows: Their names, as the table's first column has them; one that a file with several tables has in only one of
+            them is left out of the others.
+
+    Raises:
+        KeyError: If there is no such row.
+    """
+    found: set[str] = set()
+
+    def chosen(table: dict[str, Any]) -> dict[str, Any]:
+        found.update(name for name in rows if name in table)
+        return {name: row for name, row in table.items() if name in rows}
+
+    less = dict(results)
+    if "findings" in less:
+        less["findings"] = []
+    if "groups" in less:
+        less["groups"] = {m: group | {"methods": chosen(group["methods"])} for m, group in less["groups"].items()}
+        if "SN" not in rows:
+            less["groups"] = {m: group | {"shares": None} for m, group in less["groups"].items()}
+        less["notes"] = [note for note in less["notes"] if note.split(" at m = ")[0] in rows]
+    elif "methods" in less:
+        less["methods"] = list(chosen({method["name"]: method for method in less["methods"]}).values())
+    elif "shapes" in less:
+        tables = ("training", "evaluation", "peak_extra_nc")
+        less["shapes"] = [
+            {key: chosen(value) if key in tables else value for key, value in shape.items()} for shape in less["shapes"]
+        ]
+    elif "options" in less:
+        less["results"] = {m: chosen(table) for m, table in less["results"].items()}
+    else:
+        less["results"] = chosen(less["results"])
+    if unknown := set(rows) - found:
+        raise KeyError(f"no such row: {', '.join(sorted(unknown))}")
+    return less
+
+
 def quoted(page: str) -> str:
     """Return a page with every quoted table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, rows = match["name"], match["rows"]
         results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        if rows is not None:
+            results = with_rows(results, [row.strip() for row in rows.split("|")])
         if results.get("recipe") == "normalizers":
             body = normalizers_table(results)
         elif "methods" in results:
@@ -357,9 +402,11 @@ def quoted(page: str) -> str:
             body = inference_table(results)
         else:
             body = step_table(results) if "plain SGD" in results["results"] else cost_table(results)
-        return f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
+        head = name if rows is None else f"{name}, rows: {rows}"
+        return f"<!-- begin {head} -->\n{body}\n<!-- end {name} -->"
 
-    return re.sub(r"<!-- begin (?P<name>[\w-]+) -->.*?<!-- end (?P=name) -->", table, page, flags=re.DOTALL)
+    marks = r"<!-- begin (?P<name>[\w-]+)(?:, rows: (?P<rows>[^\n]*?))? -->.*?<!-- end (?P=name) -->"
+    return re.sub(marks, table, page, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:

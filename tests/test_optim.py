@@ -83,9 +83,11 @@ class TestEveryNamedOptimizer:
     def test_names_a_wrong_option(self, named: Any, base: Any, transform: Any) -> None:
         with pytest.raises(ValueError, match="stats_every must be a positive integer, got 0"):
             named(net(), lr=0.1, stats_every=0)
-        with pytest.raises(TypeError, match="dampling"):
+        with pytest.raises(TypeError, match=f"{named.__name__} has no option 'dampling': did you mean 'damping'"):
             named(net(), lr=0.1, dampling=0.1)
-        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator"):
+        with pytest.raises(TypeError, match="has no option 'quux'$"):
+            named(net(), lr=0.1, quux=1)
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator: parameters .* params="):
             named(net().parameters(), lr=0.1)
 
     def test_is_not_copied_without_its_model(self, named: Any, base: Any, transform: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any, NoReturn
 
@@ -20,6 +21,11 @@ class _Attached:
 
     def _attach(self, model: nn.Module, options: dict[str, Any]) -> None:
         assert isinstance(self, torch.optim.Optimizer)
+        known = list(inspect.signature(self.transform_type).parameters)
+        for option in options.keys() - known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{type(self).__name__} has no option {option!r}{hint}")
         self.attachment = attach(self, model, self.transform_type(**options))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -30,7 +36,9 @@ class _Attached:
 
 def _parameters(model: nn.Module, params: ParamsT | None) -> ParamsT:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: parameters or groups of them go to params="
+        )
     return model.parameters() if params is None else params
 
 

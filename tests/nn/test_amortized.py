@@ -20,6 +20,7 @@ from wellcond.nn.amortized import AmortizedLayer
 from wellcond.nn.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.whitened import WhitenedConv2d, WhitenedLinear
+from wellcond.warning import WellcondWarning
 
 FLOAT64 = torch.float64
 LINEAR = [WhitenedLinear, EigenLinear, GeneralizedWhitenedLinear]
@@ -277,7 +278,7 @@ def test_failed_factorizations_keep_the_last_good_constants(cls: Any) -> None:
     good = copy.deepcopy(layer)
     for child in layer.children():
         child.covariance.fill_(float("nan"))
-    with pytest.warns(RuntimeWarning, match=r"no finite power .* earlier one is kept"):
+    with pytest.warns(WellcondWarning, match=r"no finite power .* earlier one is kept"):
         assert not layer.refresh()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wellcond import WellcondWarning
 from wellcond.nn import (
     SparseSwitchableNorm1d,
     SparseSwitchableNorm2d,
@@ -213,7 +214,7 @@ def test_layers_that_stay_are_named() -> None:
     model = nn.Sequential(SparseSwitchableNorm2d(4), chosen("ln"), nn.Sequential(half, chosen("bn"))).double()
     original = copy.deepcopy(model)
     with pytest.warns(
-        UserWarning, match="'0' has not chosen yet; '2.0' chose 'in' for the means and 'bn' for"
+        WellcondWarning, match="'0' has not chosen yet; '2.0' chose 'in' for the means and 'bn' for"
     ) as record:
         fold_switchable(model)
     assert len(record) == 1
@@ -249,7 +250,7 @@ def test_a_layer_that_is_used_twice() -> None:
 
 def test_folded_twice() -> None:
     model = nn.Sequential(chosen("in"), SparseSwitchableNorm2d(4))
-    with pytest.warns(UserWarning, match="'1'"):
+    with pytest.warns(WellcondWarning, match="'1'"):
         fold_switchable(model)
     with pytest.raises(ValueError, match="no layer can be folded"):
         fold_switchable(model)

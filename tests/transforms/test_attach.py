@@ -39,6 +39,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="at least one transform"):
             wellcond.attach(sgd(model), model)
 
+    @pytest.mark.parametrize(
+        ("transform", "hint"),
+        [
+            (GradientCentralization, r"did you mean GradientCentralization\(\)\?"),
+            ([GradientCentralization()], "give them one by one, not as a sequence"),
+            ("gc", "'gc'$"),
+        ],
+    )
+    def test_what_is_no_transform(self, transform: Any, hint: str) -> None:
+        model = linear()
+        with pytest.raises(TypeError, match=f"transforms must be GradientTransforms, got .*{hint}"):
+            wellcond.attach(sgd(model), model, transform)
+
     def test_a_kind_twice_in_one_call_or_in_two(self) -> None:
         model = linear()
         optimizer = sgd(model)
@@ -326,7 +339,7 @@ class TestCheckpoints:
         plain.step()
         optimizer = sgd(model, momentum=0.9)
         wellcond.attach(optimizer, model, FeatureWhitening())
-        with pytest.warns(WellcondWarning, match=r"no statistics of whitening for 1 weights? \(weight\)"):
+        with pytest.warns(WellcondWarning, match=r"no statistics of whitening for 1 of the weights \(weight\)"):
             optimizer.load_state_dict(plain.state_dict())
         assert torch.equal(
             optimizer.state[model.weight]["momentum_buffer"], plain.state[model.weight]["momentum_buffer"]

@@ -22,6 +22,7 @@ from wellcond.linalg import DampingMode, check_damping
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.kept import KeptStatistics
 from wellcond.nn.optimizer_steps import OPTIMIZER_STEPS
+from wellcond.warning import WellcondWarning
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -230,7 +231,7 @@ class AmortizedLayer(KeptStatistics):
                 warnings.warn(
                     f"{type(self).__name__}: no finite power of the covariance was found; the earlier one is kept "
                     "(failed_refreshes counts how often; a larger damping helps)",
-                    RuntimeWarning,
+                    WellcondWarning,
                     stacklevel=2,
                 )
         return solved

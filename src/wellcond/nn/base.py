@@ -29,6 +29,7 @@ from wellcond.moments import (
 from wellcond.nn.kept import KeptStatistics
 from wellcond.normalize import normalize
 from wellcond.ranks import Ranks
+from wellcond.warning import WellcondWarning
 
 
 class Batch(NamedTuple):
@@ -324,8 +325,8 @@ class PastStatistics:
         if min(distances) > 1e-3 * float(batch.var.sqrt().sum()):
             warnings.warn(
                 f"a forward pass inside a backward pass is none of the last {self._length} that activation "
-                "checkpointing could repeat: it is normalized with the statistics of now",
-                RuntimeWarning,
+                "checkpointing could repeat: it is normalized with the statistics of now, so its gradients may be off",
+                WellcondWarning,
                 stacklevel=2,
             )
             return None

@@ -10,6 +10,7 @@ from torch import nn
 
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm
+from wellcond.warning import WellcondWarning
 
 
 def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> nn.Module:
@@ -33,7 +34,7 @@ def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | 
         ValueError: If there is no such layer, or none can be folded.
 
     Warns:
-        UserWarning: About layers that stay, by name, and why.
+        WellcondWarning: About layers that stay, by name, and why.
 
     Example:
         >>> import torch
@@ -60,7 +61,9 @@ def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | 
         options = {} if plain.group_size is None else {"group_size": plain.group_size}
         convert_norm(model, plain.kind, lambda _, module, alike=alike: module in alike, **options)  # type: ignore[misc]
     if left:
-        warnings.warn(f"fold_switchable: these layers stay as they are: {'; '.join(left)}", stacklevel=2)
+        warnings.warn(
+            f"fold_switchable: these layers stay as they are: {'; '.join(left)}", WellcondWarning, stacklevel=2
+        )
     return model
 
 

@@ -217,7 +217,10 @@ def _network(model: nn.Module, known: tuple[_Network, ...]) -> _Network:
         if source is not None and isinstance(model, getattr(source, network.name)):
             return network
     names = ", ".join(f"{network.source}.{network.name}" for network in known)
-    raise TypeError(f"{type(model).__module__}.{type(model).__qualname__} is not a network that is known: {names}")
+    raise TypeError(
+        f"{type(model).__module__}.{type(model).__qualname__} is not a network that is known: {names}; in others "
+        "convert_norm(model, to='ibn' or 'in', where=...) converts the layers that you name"
+    )
 
 
 def _checked_stages(model: nn.Module, network: _Network, stages: Iterable[int]) -> list[int]:

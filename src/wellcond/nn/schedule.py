@@ -90,7 +90,10 @@ class MomentumScheduler(_LayerScheduler):
         theory.stat_momentum(1, total_epochs, 1, target=target)
         self.layers = [module for module in model.modules() if isinstance(module, MomentumBatchNorm)]
         if not self.layers:
-            raise ValueError("MomentumScheduler found no MomentumBatchNorm1d, 2d or 3d in the model")
+            raise ValueError(
+                "MomentumScheduler found no MomentumBatchNorm1d, 2d or 3d in the model: "
+                "convert_norm(model, to='mbn') makes them"
+            )
         self.total_epochs = total_epochs
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
@@ -192,7 +195,10 @@ class BatchRenormScheduler(_LayerScheduler):
                 raise ValueError(f"{name} must be larger than warmup_steps ({warmup_steps}), got {value}")
         self.layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
         if not self.layers:
-            raise ValueError("BatchRenormScheduler found no BatchRenorm1d, 2d or 3d in the model")
+            raise ValueError(
+                "BatchRenormScheduler found no BatchRenorm1d, 2d or 3d in the model: "
+                "convert_norm(model, to='brn') makes them"
+            )
         self.warmup_steps, self.r_steps, self.d_steps = warmup_steps, r_steps, d_steps
         self.ends = [(layer.r_max, layer.d_max) for layer in self.layers]
         self._set()
@@ -249,7 +255,10 @@ class SparsityScheduler(_LayerScheduler):
         check_positive_integer("total_steps", total_steps)
         self.layers = [module for module in model.modules() if isinstance(module, SparseSwitchableNorm)]
         if not self.layers:
-            raise ValueError("SparsityScheduler found no SparseSwitchableNorm1d, 2d or 3d in the model")
+            raise ValueError(
+                "SparsityScheduler found no SparseSwitchableNorm1d, 2d or 3d in the model: "
+                "convert_norm(model, to='ssn') makes them"
+            )
         self.total_steps = total_steps
         self._set()
 

@@ -171,6 +171,8 @@ class Attachment:
         for transform in self.transforms:
             if not isinstance(transform, GradientTransform):
                 hint = f": did you mean {transform.__name__}()?" if isinstance(transform, type) else ""
+                if isinstance(transform, (list, tuple)):
+                    hint = ": give them one by one, not as a sequence"
                 raise TypeError(f"transforms must be GradientTransforms, got {transform!r}{hint}")
             if transform.name in attached:
                 raise ValueError(
@@ -227,8 +229,8 @@ class Attachment:
         found = read_state(transform, slot, entry, warn_if_rounded=True)
         if found is None and any(str(key).startswith(state_key(transform, "")) for key in entry):
             warnings.warn(
-                f"the optimizer's state holds statistics of {transform.name} for {slot.layer.name} in another form: "
-                "they start anew",
+                f"the optimizer's state holds statistics of {transform.name} for {slot.layer.name} in another form "
+                "(saved with other options?): they start anew",
                 WellcondWarning,
                 stacklevel=2,
             )
@@ -422,8 +424,8 @@ class Attachment:
         if without:
             names = " or ".join(transform.name for transform in self.transforms)
             warnings.warn(
-                f"the loaded optimizer state has no statistics of {names} for "
-                f"{len(without)} weights ({without[0]}{', …' if len(without) > 1 else ''}): they start anew",
+                f"the loaded optimizer state has no statistics of {names} for {len(without)} of the weights "
+                f"({without[0]}{', …' if len(without) > 1 else ''}): they start anew",
                 WellcondWarning,
                 stacklevel=3,
             )

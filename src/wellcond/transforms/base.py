@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from wellcond.layouts import Layer
 from wellcond.ranks import Ranks
+from wellcond.warning import WellcondWarning as WellcondWarning
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-
-
-class WellcondWarning(UserWarning):
-    """Something that does not stop training but that a user should know."""
 
 
 @dataclass(frozen=True)

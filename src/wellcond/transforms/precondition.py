@@ -222,7 +222,7 @@ class FeaturePreconditioner(GradientTransform):
             slot.state["step"] = _count(slot, "step") + 1
         if unseen:
             warnings.warn(
-                f"{len(unseen)} layers have gradients but their inputs were not seen, so these stay as they are "
+                f"for {len(unseen)} of {len(slots)} weights inputs were not seen, so their gradients stay as they are "
                 f"({', '.join(unseen[:3])}{', …' if len(unseen) > 3 else ''}): was the model compiled and run before "
                 "attaching, or is it called without its modules' forward?",
                 WellcondWarning,
@@ -298,7 +298,8 @@ class FeaturePreconditioner(GradientTransform):
                 if _count(slot, "failed") == 0:
                     warnings.warn(
                         f"the second moment of layer '{slot.layer.module_name}' could not be factorized: "
-                        "its last good preconditioner stays in use (counted in handle.stats())",
+                        "its last good preconditioner stays in use (handle.stats() counts how often; a larger damping "
+                        "helps)",
                         WellcondWarning,
                         stacklevel=2,
                     )
