@@ -119,8 +119,8 @@ def erased(pixels: Tensor, chances: np.random.Generator) -> Tensor:
         if 0 < rows < height and 0 < columns < width:
             top, left = chances.integers(height - rows + 1), chances.integers(width - columns + 1)
             pixels = pixels.clone()
-            pixels[:, top : top + rows, left : left + columns] = torch.tensor(
-                _MEAN_COLOUR, dtype=pixels.dtype
-            )[:, None, None]
+            pixels[:, top : top + rows, left : left + columns] = torch.tensor(_MEAN_COLOUR, dtype=pixels.dtype)[
+                :, None, None
+            ]
             return pixels
     return pixels
