@@ -235,8 +235,11 @@ def grouped_order(
     Returns:
         ``len(images) // batch_size`` batches.
 
-    >>> grouped_order(np.arange(5), np.array([True, False, False, True, False]), 2, seed=0, epoch=0)
-    [[0, 3], [4, 1]]
+    >>> upright = np.array([True, False, False, True, False])
+    >>> sorted(sorted(batch) for batch in grouped_order(np.arange(5), upright, 1, seed=0, epoch=0))
+    [[0], [1], [2], [3], [4]]
+    >>> len(grouped_order(np.arange(5), upright, 2, seed=0, epoch=0))
+    2
     """
     generator = np.random.default_rng(derived_seed(f"order of epoch {epoch}", seed))
     order = generator.permutation(len(images))
