@@ -19,6 +19,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
     """Print what was asked for, one line each, and return the exit code."""
+    # Here: torchvision's detectors take seconds to import, and the other commands may not need them.
+    from wellcond.lab.tasks.detectors import DETECTORS
+    from wellcond.lab.tasks.reid_networks import REID_NETWORKS
+
     what = arguments.what
     # Plain lines rather than a table: they can be searched and cut by other programs at any width.
     listed = {
@@ -32,6 +36,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         ],
         "models": [
             *((model.name, model.description) for model in MODELS.values()),
+            *((model.name, model.description) for model in DETECTORS.values()),
+            *((model.name, model.description) for model in REID_NETWORKS.values()),
             ("torchvision:NAME", "an image classifier of torchvision, ImageNet stem (torchvision:resnet50)"),
             ("timm:NAME", "one of timm, if that is installed (timm:resnet50.a1_in1k)"),
         ],

@@ -14,8 +14,10 @@ from wellcond.lab.image_files import find_class_folders
 from wellcond.lab.images import DIGITS
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.base import Task
+from wellcond.lab.tasks.coco import GET_COCO, is_coco
 from wellcond.lab.tasks.folders import open_folders
 from wellcond.lab.tasks.in_memory import open_in_memory
+from wellcond.lab.tasks.reid_images import GET_REID, is_reid
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,19 @@ class Layout:
     description: str
     is_here: Callable[[Path], bool]
     open: Callable[[Settings], Task]
+
+
+def _open_detection(settings: Settings) -> Task:
+    # Here: torchvision's detectors take seconds to import, and few need them.
+    from wellcond.lab.tasks.detection import open_detection
+
+    return open_detection(settings)
+
+
+def _open_reid(settings: Settings) -> Task:
+    from wellcond.lab.tasks.reid import open_reid
+
+    return open_reid(settings)
 
 
 LAYOUTS = (
@@ -61,6 +76,18 @@ LAYOUTS = (
         open_folders,
     ),
     Layout(
+        "annotations/instances_train*.json, train*/, and the same of val",
+        "COCO: detection, or with masks instance segmentation; val only measures",
+        is_coco,
+        _open_detection,
+    ),
+    Layout(
+        "bounding_box_train, query, bounding_box_test",
+        "Market-1501, DukeMTMC-reID: person re-identification; the query's persons only measure",
+        is_reid,
+        _open_reid,
+    ),
+    Layout(
         "train/CLASS/*, val/CLASS/*",
         "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures",
         lambda path: find_class_folders(path) is not None,
@@ -86,6 +113,8 @@ class Source:
 
 
 SOURCES = (
+    Source("coco", "COCO", GET_COCO),
+    Source("market|duke", "Market-1501 and DukeMTMC-reID", GET_REID),
     Source(
         r"cifar-?_?100",
         "CIFAR-100",
