@@ -76,3 +76,17 @@ def time_text(method: MethodSummary) -> str:
 def evaluation_text(method: MethodSummary) -> str:
     """Return the time to evaluate an image as a ratio to the baseline's, where that is another network."""
     return NOTHING if method.evaluation_ratio is None else f"x {method.evaluation_ratio:.2f}"
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> bytes_text(512), bytes_text(2_500), bytes_text(134_087_000), bytes_text(12_000_000_000)
+    ('512 B', '2.5 kB', '134.1 MB', '12.0 GB')
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
