@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from wellcond.lab.engine import execute
 from wellcond.lab.lr_choice import choose_lr
 from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.statistics import median_ratio
-from wellcond.lab.workers import execute
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ _RUN_FILES = (
     "extras",
     "images",
     "layers",
+    "memory",
     "methods",
     "norms",
     "optimizers",
@@ -69,8 +70,13 @@ def environment(jobs: int, threads: int) -> str:
     Returns:
         A digest of machine, versions, wellcond's own code, and the two arguments.
     """
-    digest = hashlib.sha256(repr((machine(), versions(), jobs, threads)).encode())
     # The version alone would take runs of changed code for current ones.
+    return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest())).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """Return a digest of the code that decides what a run computes."""
+    digest = hashlib.sha256()
     package = Path(wellcond.__file__).parent
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).parts

@@ -34,7 +34,7 @@ examples:
       layers instead of transforms: their cost is in the forward and backward pass"""
 
 
-def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's options."""
     parser = commands.add_parser(
         "bench",
@@ -153,7 +153,7 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     console.print(table)
     if refreshed:
         console.print(
-            f"\nA preconditioner gathers second moments once in {settings['stats_every']} steps and solves for all layers "
-            f"once in {settings['solve_every']}.",
+            f"\nA preconditioner gathers second moments once in {settings['stats_every']} steps "
+            f"and solves for all layers once in {settings['solve_every']}.",
             highlight=False,
         )
