@@ -16,7 +16,6 @@ from wellcond.lab.schedule import parse_schedule
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-
 ENGINES = ("local", "ray")
 """What can execute runs: this machine, or the machines of a Ray cluster."""
 
