@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -96,7 +97,7 @@ class Workload:
 
     def timer(self, method: Method, refresh: Refresh) -> StepTimer:
         """Return what times the method's steps with these intervals."""
-        return StepTimer(*self.build(method, refresh), self.loss())
+        return StepTimer(*self.build(method, refresh), self.loss(), method.second_order)
 
 
 def measure_steps(methods: Sequence[Method], workload: Workload, rounds: int) -> list[StepCost]:
@@ -114,6 +115,13 @@ def measure_steps(methods: Sequence[Method], workload: Workload, rounds: int) ->
         LabError: If the network is unknown or the images are too small for it.
     """
     select_model(workload.model, workload.image_size)
+    with warnings.catch_warnings():
+        # Second-order optimizers keep the graph of a gradient, which each step here forgets.
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+        return _measure(methods, workload, rounds)
+
+
+def _measure(methods: Sequence[Method], workload: Workload, rounds: int) -> list[StepCost]:
     refreshing = [method for method in methods if any(spec.refreshed for spec in method.transforms)]
     timers = {method.name: workload.timer(method, Refresh(_NEVER, _NEVER)) for method in methods}
     observing = {_observing(method): workload.timer(method, Refresh(1, _NEVER)) for method in refreshing}

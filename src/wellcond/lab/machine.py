@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,7 @@ _RUN_FILES = (
     "optimizers",
     "parquet",
     "run",
+    "run_memory",
     "schedule",
     "splits",
     "stopwatch",
@@ -58,6 +60,14 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+@cache
+def machine_text() -> str:
+    """Return the processor, its cores, and the GPU if there is one, in words."""
+    here = machine()
+    cores = f"{here['processor']} ({here['cores']} cores)"
+    return f"{here['gpu']}, {cores}" if "gpu" in here else cores
 
 
 def environment(jobs: int, threads: int) -> str:

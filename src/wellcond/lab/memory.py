@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def measure_memory(
     return Memory(
         parameters=tensor_bytes(model.parameters()),
         buffers=tensor_bytes(model.buffers()),
-        optimizer_state=tensor_bytes(_tensors(list(optimizer.state.values()))),
+        optimizer_state=tensor_bytes(_tensors(optimizer.state_dict())),  # also of optimizers within optimizers
         peak=peak,
     )
 
@@ -87,7 +88,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -103,7 +104,7 @@ def _cuda_peak(act: Step, device: torch.device) -> int:
 
 
 def _cpu_peak(act: Step) -> int:
-    with _silent_kineto(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with _silent_kineto(), _without_collections(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         act()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -111,6 +112,19 @@ def _cpu_peak(act: Step) -> int:
         held += event.nbytes()  # negative where memory is released
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect garbage now and none in the block: when Python does, the count would depend on what ran before."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

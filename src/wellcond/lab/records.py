@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from wellcond.lab.memory import Memory
 from wellcond.lab.methods import Method
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -121,6 +122,8 @@ class RunRecord:
         evaluation_seconds: Seconds that the network takes to evaluate an image; None if no epoch ended with finite
             losses.
         extras: What the trained layers have learned, by kind (see `EXTRAS`); nothing of a diverged run.
+        memory: The bytes that its training takes on a device; None where they were not counted.
+        machine: What executed it, in words.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -130,6 +133,8 @@ class RunRecord:
     warnings: tuple[str, ...]
     evaluation_seconds: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    memory: Memory | None = None
+    machine: str = ""
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -166,7 +171,13 @@ class RunStore:
                 return None
             result = dict(content["result"])
             epochs = tuple(EpochRecord(**epoch) for epoch in result.pop("epochs"))
-            record = RunRecord(epochs=epochs, warnings=tuple(result.pop("warnings")), **result)
+            memory = result.pop("memory")
+            record = RunRecord(
+                epochs=epochs,
+                warnings=tuple(result.pop("warnings")),
+                memory=None if memory is None else Memory(**memory),
+                **result,
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import wellcond
 from wellcond.lab.extras import collect_extras
+from wellcond.lab.machine import machine_text
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
 from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
+from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
 from wellcond.lab.stopwatch import Stopwatch
@@ -37,6 +39,7 @@ class Runner:
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task = task
         self.device = device
+        self.memory = RunMemory(task, device)
 
     def run(self, spec: RunSpec) -> RunRecord:
         """Train and measure one run.
@@ -63,6 +66,7 @@ class Runner:
                 barebones=True,
             )
             trainer.fit(training, train_dataloaders=data.batches())
+            memory = self.memory.of(spec, data)
         return RunRecord(
             epochs=tuple(measure.epochs),
             diverged=measure.diverged,
@@ -73,6 +77,8 @@ class Runner:
             ),
             evaluation_seconds=measure.evaluation_seconds(),
             extras={} if measure.diverged else collect_extras(training.model),
+            memory=memory,
+            machine=machine_text(),
         )
 
     @contextmanager

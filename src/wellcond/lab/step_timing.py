@@ -32,17 +32,24 @@ class StepTimer:
         model: The network, in training mode.
         optimizer: Its optimizer.
         loss: From the network to the loss of a batch, always the same.
+        second_order: Whether backward keeps its graph, for an optimizer that differentiates the gradient.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[nn.Module], Tensor]) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[nn.Module], Tensor],
+        second_order: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.second_order = model, optimizer, loss, second_order
         self._is_cuda = next(model.parameters()).is_cuda
 
     def seconds(self) -> tuple[float, float]:
         """Time one training step, and ``optimizer.step()`` in it, waiting for the device."""
         start = self._now()
         self.optimizer.zero_grad()
-        self.loss(self.model).backward()
+        self.loss(self.model).backward(create_graph=self.second_order)
         between = self._now()
         self.optimizer.step()
         end = self._now()
