@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import wellcond
-from wellcond.lab.commands import bench, compare, reproduce
+from wellcond.lab.commands import bench, calibrate, compare, reproduce
 from wellcond.lab.commands import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError
 
@@ -24,7 +24,13 @@ class Command(Protocol):
         """Do what it says and return the exit code."""
 
 
-COMMANDS: dict[str, Command] = {"compare": compare, "reproduce": reproduce, "bench": bench, "list": listing}
+COMMANDS: dict[str, Command] = {
+    "compare": compare,
+    "reproduce": reproduce,
+    "calibrate": calibrate,
+    "bench": bench,
+    "list": listing,
+}
 """Every command by its name, in the order in which the help shows them."""
 
 

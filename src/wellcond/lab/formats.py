@@ -78,6 +78,30 @@ def evaluation_text(method: MethodSummary) -> str:
     return NOTHING if method.evaluation_ratio is None else f"x {method.evaluation_ratio:.2f}"
 
 
+def epoch_text(method: MethodSummary) -> str:
+    """Return the seconds of an epoch's steps, to three digits."""
+    seconds = method.seconds_per_epoch
+    if seconds is None:
+        return NOTHING
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def memory_text(method: MethodSummary) -> str:
+    """Return the peak memory of a step, and but for a baseline its ratio to the baseline's."""
+    if method.memory is None:
+        return NOTHING
+    peak = bytes_text(method.memory.peak)
+    return peak if method.is_baseline or method.memory_ratio is None else f"{peak}, x {method.memory_ratio:.2f}"
+
+
+def state_text(method: MethodSummary) -> str:
+    """Return the size of the optimizer's state, that of the transforms included, and its ratio to the parameters."""
+    if method.memory is None:
+        return NOTHING
+    ratio = method.memory.optimizer_state / method.memory.parameters
+    return f"{bytes_text(method.memory.optimizer_state)}, x {ratio:.2f}"
+
+
 def bytes_text(count: int) -> str:
     """Return a number of bytes for people.
 

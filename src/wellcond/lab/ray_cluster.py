@@ -117,12 +117,12 @@ def _check_machines(needs: dict[str, float]) -> None:
 
 def _anywhere(settings: Settings) -> Settings:
     """Return the settings with paths that do not depend on the folder in which a process runs."""
-    paths = {
-        name: str(Path(value).resolve())
-        for name in ("data", "weights")
-        if (value := getattr(settings, name)) is not None and Path(value).exists()
-    }
-    return replace(settings, **paths)
+    weights = settings.weights
+    return replace(
+        settings,
+        data=str(Path(settings.data).resolve()) if Path(settings.data).exists() else settings.data,
+        weights=weights if weights is None or not Path(weights).exists() else str(Path(weights).resolve()),
+    )
 
 
 def _work(settings: Settings, expected: tuple[dict[str, str], str], threads: int, spec: RunSpec) -> RunRecord | str:

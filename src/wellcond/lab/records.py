@@ -8,10 +8,13 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from wellcond.lab.memory import Memory
 from wellcond.lab.methods import Method
+
+Coverage: TypeAlias = list[dict[str, Any]]
+"""One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
@@ -124,6 +127,7 @@ class RunRecord:
         extras: What the trained layers have learned, by kind (see `EXTRAS`); nothing of a diverged run.
         memory: The bytes that its training takes on a device; None where they were not counted.
         machine: What executed it, in words.
+        coverage: What each transform did with each parameter and kept for it, by transform.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -135,6 +139,7 @@ class RunRecord:
     extras: dict[str, Any] = field(default_factory=dict)
     memory: Memory | None = None
     machine: str = ""
+    coverage: dict[str, Coverage] = field(default_factory=dict)
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -20,7 +20,7 @@ from wellcond.lab.extras import collect_extras
 from wellcond.lab.machine import machine_text
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
-from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
+from wellcond.lab.records import Coverage, EpochRecord, RunRecord, RunSpec
 from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
@@ -79,6 +79,7 @@ class Runner:
             extras={} if measure.diverged else collect_extras(training.model),
             memory=memory,
             machine=machine_text(),
+            coverage=training.coverage(),
         )
 
     @contextmanager
@@ -140,6 +141,11 @@ class Training(pl.LightningModule):
     def transform_stats(self) -> dict[str, Any]:
         """Return what the transforms count; empty without transforms."""
         return {} if self.handle is None else dict(self.handle.stats())
+
+    def coverage(self) -> dict[str, Coverage]:
+        """Return what the transforms do with each parameter; empty without transforms."""
+        rows = {} if self.handle is None else self.handle.coverage()
+        return {name: [row._asdict() | {"shape": list(row.shape)} for row in some] for name, some in rows.items()}
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last call."""
