@@ -92,7 +92,7 @@ def draw_scatter(scatter: Scatter) -> Markup:
         height = place(x_low, y)[1]
         kind = "zero" if y == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{height + 4.5:.1f}" text-anchor="end">{y:+g}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{height + 4.5:.1f}" text-anchor="end">{f"{y:+g}" if y else "0"}</text>')
     for x in ticks(x_low, x_high, 6):
         across = place(x, y_low)[0]
         parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{x:g}</text>')
