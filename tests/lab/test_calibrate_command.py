@@ -77,7 +77,7 @@ def test_the_file_holds_the_calibrated_network_and_the_table_its_scores(plan, tr
         f"{loss:.4g}" for loss in (before[1], after[1])
     ]
     assert any(line.startswith("398 validation") for line in lines)
-    assert f"from 256 training images in batches of {M}" in "\n".join(lines)
+    assert f"from 400 training images in batches of {M}" in "\n".join(lines)
     for name, parameter in trained.named_parameters():
         assert torch.equal(written[name], parameter)
 

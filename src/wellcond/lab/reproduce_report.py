@@ -152,7 +152,10 @@ def render_page(reproduction: Reproduction) -> str:
     """Return the reproduction as an HTML page that refers to nothing outside itself."""
     drawn = {panel.name: make_panels(panel.summary, "epochs") for panel in reproduction.panels}
     styles = {
-        css_class(series): series.style for charts in drawn.values() for chart in charts for series in chart.series
+        css_class(series.style): series.style
+        for charts in drawn.values()
+        for chart in charts
+        for series in chart.series
     }
     return (
         page_environment()

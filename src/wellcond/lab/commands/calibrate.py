@@ -37,7 +37,7 @@ The file written is a plain state dict. In Python, with the same network:
   model = wellcond.nn.convert_norm(model, "bsr")      (not for bn)
   model.load_state_dict(torch.load("resnet8-bsr.pt"))"""
 
-# Images of the loader's batches, which the pass divides into batches of m: as many as keep the device busy.
+# The most images of the loader's batches, which the pass divides into batches of m: as many as keep the device busy.
 _LOADED = 256
 
 
@@ -103,8 +103,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         raise LabError(f"calibrate is for classification, and {settings.data} is for {plan.task.kind}")
     device = training_device()
     model = plan.task.initial_model(plan.model, arguments.seed, settings.weights).to(device)
-    # As many whole batches of m as make a batch of about 256 images.
-    loaded = m * max(1, min(_LOADED, plan.task.train_images) // m)
+    # Whole batches of m that leave out as few of the images as can be.
+    images = plan.task.train_images
+    loaded = m * max(1, images // -(-images // _LOADED) // m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
     before = _evaluate(model, data, device)
