@@ -94,6 +94,13 @@ def memory_text(method: MethodSummary) -> str:
     return peak if method.is_baseline or method.memory_ratio is None else f"{peak}, x {method.memory_ratio:.2f}"
 
 
+def memory_ratio_text(method: MethodSummary) -> str:
+    """Return a baseline's peak memory, or another method's ratio to its baseline's."""
+    if method.is_baseline and method.memory is not None:
+        return bytes_text(method.memory.peak)
+    return NOTHING if method.memory_ratio is None or method.is_baseline else f"x {method.memory_ratio:.2f}"
+
+
 def state_text(method: MethodSummary) -> str:
     """Return the size of the optimizer's state, that of the transforms included, and its ratio to the parameters."""
     if method.memory is None:
