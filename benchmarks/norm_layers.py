@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timing import quartiles, ratios, setting, write
+from timing import setting, write
 from torch import Tensor, nn
 
 import wellcond.nn as wnn
+from wellcond.lab.step_timing import quartiles, ratio_quartiles
 
 SHAPES = ((128, 64, 32, 32), (32, 256, 16, 16), (2, 64, 56, 56))
 BASE = "nn.BatchNorm2d"
@@ -152,7 +153,7 @@ def table(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float
     """Return each one's milliseconds and ratio to the base, and print them."""
     rows = {}
     for name, own in times.items():
-        low, median, high = ratios(own, times[base])
+        low, median, high = ratio_quartiles(own, times[base])
         rows[name] = {"ms": 1e3 * quartiles(own)[1], "ratio": median, "ratio_low": low, "ratio_high": high}
         print(f"  {name:32}{rows[name]['ms']:9.2f} ms   x {median:.3f} ({low:.3f} to {high:.3f})")
     return rows

@@ -35,11 +35,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Trainer, arguments, random_batch, ratios, setting, time_rounds, write
+from timing import Trainer, arguments, random_batch, setting, write
 from torch import Tensor, nn
 
 import wellcond
 from wellcond import FeatureDescent, FeatureWhitening
+from wellcond.lab.step_timing import ratio_quartiles, time_rounds
 
 NEVER = 10**9
 STATS_EVERY, SOLVE_EVERY = FeatureWhitening().stats_every, FeatureWhitening().solve_every
@@ -210,7 +211,7 @@ def main() -> None:
     plain_peak = run_peak(options, "")
     trainers = {"SGDM": Trainer(options.model, images, labels)}
     figures = setting(options, images.device)
-    parameters = sum(p.numel() for p in trainers["SGDM"].net.parameters())
+    parameters = sum(p.numel() for p in trainers["SGDM"].model.parameters())
     print(f"{options.model}, batch {options.batch}, {figures['machine']}, torch {torch.__version__}")
     head = f"{'':22}{'step':>8}{'(quartiles)':>17}{'product':>11}{'statistics':>13}{'solve':>10}{'amortised':>11}"
     print(f"{head}{'state':>9}{'peak':>10}")
@@ -226,7 +227,7 @@ def main() -> None:
         first, _ = own["observing"].seconds()
         times, parts = time_rounds(own, options.rounds)
         base, base_part = (statistics.median(values["SGDM"]) for values in (times, parts))
-        low, ratio, high = ratios(times["ordinary"], times["SGDM"])
+        low, ratio, high = ratio_quartiles(times["ordinary"], times["SGDM"])
         product = statistics.median(parts["ordinary"]) - base_part
         whole = {key: statistics.median(values) for key, values in times.items()}
         observed = max(0.0, whole["observing"] - whole["ordinary"])

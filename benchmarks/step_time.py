@@ -17,11 +17,12 @@ import statistics
 from typing import Any
 
 import torch
-from timing import Trainer, arguments, random_batch, ratios, setting, time_rounds, write
+from timing import Trainer, arguments, random_batch, setting, write
 from torch import nn
 
 import wellcond
 from wellcond import GradientCentralization
+from wellcond.lab.step_timing import ratio_quartiles, time_rounds
 
 CENTRALIZATIONS = {
     "GC": GradientCentralization(),
@@ -46,7 +47,7 @@ def main() -> None:
     print(f"{'plain SGD':28} {plain * 1e3:9.1f} ms")
     rows: dict[str, dict[str, Any]] = {"plain SGD": {"ms": plain * 1e3}}
     for name in CENTRALIZATIONS:
-        low, ratio, high = ratios(times[name], times["plain SGD"])
+        low, ratio, high = ratio_quartiles(times[name], times["plain SGD"])
         extra = statistics.median(parts[name]) - plain_part
         by_part = 1 + extra / plain
         rows[name] = {"ratio": ratio, "lower_quartile": low, "upper_quartile": high, "ratio_by_optimizer_part": by_part}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a network in training, rounds that turn, ratios to a baseline in the same round."""
+"""What the benchmarks share, beside `wellcond.lab.step_timing`: their options, their network, what they write."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import argparse
 import json
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wellcond.lab.models import MODELS
+from wellcond.lab.step_timing import StepTimer
 
 Attach = Callable[[torch.optim.Optimizer, nn.Module], object]
 
 
-class Trainer:
+class Trainer(StepTimer):
     """A network, SGD with momentum and weight decay, and what is attached to it."""
 
     def __init__(self, model: str, images: Tensor, labels: Tensor, attach: Attach | None = None) -> None:
         torch.manual_seed(0)
-        self.images, self.labels = images, labels
-        self.net = MODELS[model].build(images.shape[1], 10).to(images.device)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        self.attached = None if attach is None else attach(self.optimizer, self.net)
-
-    def seconds(self) -> tuple[float, float]:
-        """Time one training step, and `optimizer.step()` in it, waiting for the device."""
-        synchronize = torch.cuda.synchronize if self.images.is_cuda else (lambda: None)
-        synchronize()
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.net(self.images), self.labels).backward()
-        synchronize()
-        between = time.perf_counter()
-        self.optimizer.step()
-        synchronize()
-        end = time.perf_counter()
-        return end - start, end - between
+        net = MODELS[model].build(images.shape[1], 10).to(images.device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        super().__init__(net, optimizer, lambda net: F.cross_entropy(net(images), labels))
+        self.attached = None if attach is None else attach(optimizer, net)
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -76,34 +61,6 @@ def setting(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "machine": f"{processor}, {torch.get_num_threads()} threads, {where}{capability}",
         **{name: getattr(options, name) for name in ("batch", "model", "rounds") if hasattr(options, name)},
     }
-
-
-def time_rounds(trainers: dict[str, Trainer], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Run every trainer once a round, in an order that turns; return whole steps' and optimizer steps' seconds."""
-    for trainer in trainers.values():
-        trainer.seconds()
-        trainer.seconds()
-    names = list(trainers)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    parts: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            whole, part = trainers[name].seconds()
-            times[name].append(whole)
-            parts[name].append(part)
-    return times, parts
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
-
-
-def ratios(own: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Return quartiles of the ratio to the baseline in the same round."""
-    return quartiles([a / b for a, b in zip(own, base, strict=True)])
 
 
 def write(path: Path | None, figures: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from wellcond.lab.compare import Comparison, run_comparison
 from wellcond.lab.curves import BASELINE, Style, method_style
+from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.estimate import estimate_seconds
 from wellcond.lab.extras import Shares
@@ -41,7 +42,6 @@ from wellcond.lab.share_bars import SHARE_STYLES
 from wellcond.lab.shares import PARTS, SharesSummary, average_share, method_shares
 from wellcond.lab.statistics import Difference, paired_difference
 from wellcond.lab.summary import summarize
-from wellcond.lab.workers import RunFailedError
 
 FORMAT = 1
 """The version of normalizers.json's layout."""

@@ -20,7 +20,7 @@ def no_training(monkeypatch):
 
     # In this order: compare takes its own from workers when it is first imported.
     monkeypatch.setattr("wellcond.lab.compare.execute", refuse)
-    monkeypatch.setattr("wellcond.lab.workers.execute", refuse)
+    monkeypatch.setattr("wellcond.lab.compare.execute", refuse)
 
 
 def error(capsys, *arguments: str) -> str:

@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 
 from wellcond.lab.findings import findings, notes
-from wellcond.lab.formats import difference_text, evaluation_text, lr_text, spread_text, target_text, time_text
+from wellcond.lab.formats import (
+    difference_text,
+    epoch_text,
+    evaluation_text,
+    lr_text,
+    memory_ratio_text,
+    memory_text,
+    spread_text,
+    state_text,
+    target_text,
+    time_text,
+)
+from wellcond.lab.memory import Memory
 from wellcond.lab.statistics import Difference, Spread
 from wellcond.lab.summary import Curve, EqualTime, GridPoint, MethodSummary, Summary
 
@@ -164,3 +176,32 @@ def test_what_evaluation_costs_is_said_of_methods_with_other_layers():
 )
 def test_numbers_are_written_with_one_digit_that_matters(text, expected):
     assert text == expected
+
+
+def test_memory_is_said_beside_the_baselines():
+    lighter, heavier = (
+        replace(method(name, "SGDM"), memory_ratio=ratio) for name, ratio in (("Lion", 0.9), ("W-SGDM", 1.204))
+    )
+    said = findings(summary(replace(method("SGDM", "SGDM"), memory_ratio=1.0), lighter, heavier))
+    assert "At its peak a step holds 0.90 times (Lion) and 1.20 times (W-SGDM) as much memory as with SGDM." in said
+    assert not any("memory" in line for line in findings(summary(method("SGDM", "SGDM"), method("W-SGDM", "SGDM"))))
+
+
+def test_costs_are_written_with_what_they_are_a_ratio_to():
+    memory = Memory(parameters=2_000_000, buffers=0, optimizer_state=3_000_000, peak=34_560_000)
+    plain = replace(method("SGDM", "SGDM"), memory=memory, memory_ratio=1.0, seconds_per_epoch=0.12345)
+    whitened = replace(method("W-SGDM", "SGDM"), memory=memory, memory_ratio=1.204, seconds_per_epoch=123.45)
+    assert (memory_text(plain), memory_text(whitened)) == ("34.6 MB", "34.6 MB, x 1.20")
+    assert (memory_ratio_text(plain), memory_ratio_text(whitened)) == ("34.6 MB", "x 1.20")
+    assert state_text(whitened) == "3.0 MB, x 1.50"
+    assert (epoch_text(plain), epoch_text(whitened)) == ("0.123 s", "123 s")
+    unknown = method("FSGD", "SGDM")
+    written = (memory_text, memory_ratio_text, state_text, epoch_text)
+    assert [text(unknown) for text in written] == ["–"] * 4
+
+
+def test_runs_of_several_machines_are_noted():
+    one = notes(summary(method("SGDM", "SGDM"), machines=("A (2 cores)",)))
+    assert one == []
+    (several,) = notes(summary(method("SGDM", "SGDM"), machines=("A (2 cores)", "B (64 cores)")))
+    assert several.startswith("Runs were executed on A (2 cores) and B (64 cores): times")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -110,8 +112,54 @@ def test_the_report_is_one_well_formed_page_that_refers_to_nothing(results):
         assert f'<th scope="row">{method["name"]}</th>' in page
     for text in ("Findings", "Equal time", "Paired seeds", "max-width: 760px", "prefers-color-scheme: dark"):
         assert text in page
-    assert page.count("<figure>") == 4
+    # A scatter, two charts of accuracy and two of losses for each of two families.
+    assert page.count("<figure>") == 10
+    assert "url(" not in page
+    assert "@import" not in page
     assert content["versions"]["torch"] in page
+
+
+def test_the_scatters_points_are_the_summarys_numbers(results):
+    folder, _ = results
+    page = (folder / "report.html").read_text()
+    points = {
+        unescape(name): (float(cost), float(gain))
+        for name, cost, gain in re.findall(r'data-method="([^"]+)" data-cost="([^"]+)" data-gain="([^"]+)"', page)
+    }
+    methods = json.loads((folder / "results.json").read_text())["methods"]
+    assert points.keys() == {method["name"] for method in methods}
+    for method in methods:
+        cost, gain = points[method["name"]]
+        if method["name"] == method["baseline"]:
+            assert (cost, gain) == (1.0, 0.0)
+        else:
+            assert cost == pytest.approx(method["time_ratio"], rel=1e-5)
+            assert gain == pytest.approx(method["final_difference"]["mean"], rel=1e-5)
+    # Each but the baselines has its interval drawn.
+    assert page.count('class="interval"') == 2
+
+
+def test_costs_are_in_the_json_the_table_and_the_report(results):
+    folder, printed = results
+    page = (folder / "report.html").read_text()
+    methods = {method["name"]: method for method in json.loads((folder / "results.json").read_text())["methods"]}
+    plain, whitened = methods["SGDM"], methods["W-SGDM"]
+    assert plain["memory_ratio"] == 1.0
+    assert plain["memory"]["optimizer_state"] == plain["memory"]["parameters"]  # the momentum
+    assert methods["AdamW"]["memory"]["optimizer_state"] == pytest.approx(2 * plain["memory"]["parameters"], rel=1e-3)
+    assert whitened["memory_ratio"] == pytest.approx(whitened["memory"]["peak"] / plain["memory"]["peak"], rel=1e-4)
+    for method in methods.values():
+        assert method["seconds_per_epoch"] == pytest.approx(method["milliseconds_per_step"] * 3 / 1000, rel=1e-4)
+    for text in (f"{whitened['memory_ratio']:.2f} times (W-SGDM)", f"x {whitened['memory_ratio']:.2f}"):
+        assert text in printed
+        assert text in page
+    # What is kept for a parameter, in the words of the attachment's own report.
+    (rows,) = whitened["coverage"].values()
+    assert plain["coverage"] == {}
+    kept = whitened["memory"]["optimizer_state"] - plain["memory"]["optimizer_state"]
+    assert sum(row["state_bytes"] or 0 for row in rows) == pytest.approx(kept, rel=0.02)
+    for row in rows:
+        assert f'<th scope="row">{row["name"]}</th>' in page
 
 
 def test_what_a_name_holds_is_escaped(tmp_path, write_images, capsys):
@@ -136,7 +184,7 @@ def test_the_table_is_readable_when_piped(results):
     assert max(len(line) for line in lines if not line.startswith("Written")) <= 120
     assert "\x1b" not in printed
     assert "…" not in printed
-    assert sum(line.startswith("W-SGDM ") for line in lines) == 2
+    assert sum(line.startswith("W-SGDM ") for line in lines) == 3
     for text in ("epochs to 95 %", "time/step", "equal time", "Findings", "±", "["):
         assert text in printed
     assert lines[-1].split()[1:] == [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import wellcond
-from wellcond.lab.commands import compare, diagnose, reproduce
+from wellcond.lab.commands import bench, calibrate, compare, diagnose, reproduce
 from wellcond.lab.commands import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError
 
@@ -27,7 +27,9 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "compare": compare,
     "reproduce": reproduce,
+    "calibrate": calibrate,
     "diagnose": diagnose,
+    "bench": bench,
     "list": listing,
 }
 """Every command by its name, in the order in which the help shows them."""

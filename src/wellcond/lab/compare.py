@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from wellcond.lab.engine import execute
 from wellcond.lab.lr_choice import choose_lr
 from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.statistics import median_ratio
-from wellcond.lab.workers import execute
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Comparison:
         chosen: The lr chosen for each method.
         time_ratios: Each method's time per step over its baseline's; None where no pair of runs has times.
         evaluation_ratios: Each method's time to evaluate an image over its baseline's; None where no pair has times.
+        memory_ratios: Each method's peak memory over its baseline's; None where no pair has it.
         equal_time_steps: Steps that each method but the baselines can take in its baseline's wall time.
     """
 
@@ -32,6 +33,7 @@ class Comparison:
     chosen: dict[str, float]
     time_ratios: dict[str, float | None]
     evaluation_ratios: dict[str, float | None]
+    memory_ratios: dict[str, float | None]
     equal_time_steps: dict[str, int]
 
     def runs(self, method: Method, lr: float | None = None, steps: int | None = None) -> list[RunRecord]:
@@ -66,9 +68,10 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_tim
     }
     ratios = {method.name: time_ratio(plan, method, records) for method in plan.methods}
     evaluation = {
-        method.name: time_ratio(plan, method, records, lambda record: record.evaluation_seconds)
+        method.name: paired_ratio(plan, method, records, lambda record: record.evaluation_seconds)
         for method in plan.methods
     }
+    memory = {method.name: paired_ratio(plan, method, records, _peak) for method in plan.methods}
     budgets = {
         method.name: max(1, round(plan.steps / ratio))
         for method in with_baseline
@@ -83,7 +86,7 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_tim
     # A budget of exactly a full run is that full run, which is there already.
     equal = [spec for spec in equal if spec not in records]
     _complete(plan, equal, store, records, progress, later=0)
-    return Comparison(plan, records, chosen, ratios, evaluation, budgets)
+    return Comparison(plan, records, chosen, ratios, evaluation, memory, budgets)
 
 
 def _complete(
@@ -105,26 +108,28 @@ def _complete(
         progress.advance(spec.method.name)
 
 
-def time_ratio(
-    plan: Plan,
-    method: Method,
-    records: dict[RunSpec, RunRecord],
-    seconds: Callable[[RunRecord], float | None] = lambda record: record.seconds_per_step,
+def time_ratio(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float | None:
+    """Return the median ratio of a method's seconds per step to its baseline's; see `paired_ratio`."""
+    return paired_ratio(plan, method, records, lambda record: record.seconds_per_step)
+
+
+def paired_ratio(
+    plan: Plan, method: Method, records: dict[RunSpec, RunRecord], measured: Callable[[RunRecord], float | None]
 ) -> float | None:
-    """Return the median, over (seed, lr) pairs, of the method's seconds over its baseline's.
+    """Return the median, over (seed, lr) pairs, of what was measured of the method over its baseline's.
 
     Args:
         plan: What was compared.
         method: The method.
         records: All runs of all epochs.
-        seconds: What to take of a run: by default, those of a training step.
+        measured: What to take of a run; None where it has none.
 
     Returns:
         The ratio; None where no pair has both.
     """
     baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
     pairs = [
-        (seconds(mine), seconds(theirs))
+        (measured(mine), measured(theirs))
         for seed in range(plan.settings.seeds)
         for mine, theirs in (
             (records[plan.spec(method, lr, seed)], records[plan.spec(baseline, reference_lr, seed)])
@@ -132,7 +137,11 @@ def time_ratio(
         )
         if mine.epochs and theirs.epochs
     ]
-    times = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
-    if not times:
+    both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+    if not both:
         return None
-    return median_ratio([mine for mine, _ in times], [theirs for _, theirs in times])
+    return median_ratio([mine for mine, _ in both], [theirs for _, theirs in both])
+
+
+def _peak(record: RunRecord) -> float | None:
+    return None if record.memory is None else float(record.memory.peak)

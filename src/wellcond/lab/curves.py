@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 from wellcond.lab.statistics import spread
-from wellcond.lab.summary import MethodSummary, Summary
+from wellcond.lab.summary import Curve, MethodSummary, Summary
 
 Axis = Literal["epochs", "seconds"]
 
 AXIS_LABELS: dict[Axis, str] = {"epochs": "epoch", "seconds": "training seconds"}
+
+Quantity = Literal["score", "training loss", "test loss"]
+"""What a curve shows: the test score, or the mean loss of the epoch's batches or of the test images."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ _OTHERS = tuple(_BY_TECHNIQUE.values())
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: mean score over the seeds (at median seconds), and one standard deviation to either side."""
+    """A curve: the mean over the seeds (at median seconds), and one standard deviation to either side."""
 
     name: str
     style: Style
@@ -76,23 +80,52 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One family's curves over one axis."""
+    """One family's curves over one axis.
+
+    Attributes:
+        title: The family.
+        score: What the score is called.
+        axis: What is on the horizontal axis.
+        series: The curves.
+        quantity: What is on the vertical axis.
+    """
 
     title: str
     score: str
     axis: Axis
     series: tuple[Series, ...]
+    quantity: Quantity = "score"
+
+    @property
+    def y_label(self) -> str:
+        """What is on the vertical axis, with its unit."""
+        return f"test {self.score} in %" if self.quantity == "score" else self.quantity
+
+    @property
+    def y_unit(self) -> str:
+        """What follows a number on the vertical axis."""
+        return " %" if self.quantity == "score" else ""
 
     def y_range(self) -> tuple[float, float]:
-        """Return the lowest and highest score to show, whole tens of percent that differ."""
+        """Return the lowest and highest value to show: of a score, whole tens of percent that differ."""
+        if self.quantity != "score":
+            # Of the means: a band may be wide where one seed's loss leapt.
+            highest = max((value for series in self.series for value in series.mean), default=0.0)
+            return 0.0, 1.05 * highest or 1.0
         lowest = min((value for series in self.series for value in series.low), default=0.0)
         highest = max((value for series in self.series for value in series.high), default=100.0)
         low = 10.0 * min(9, lowest // 10)
         return low, max(low + 10.0, min(100.0, 10.0 * (highest // 10 + 1)))
 
 
-def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
-    """Return one panel for each baseline with the methods measured against it."""
+def make_panels(summary: Summary, axis: Axis, quantity: Quantity = "score") -> list[Panel]:
+    """Return one panel for each baseline with the methods measured against it.
+
+    Args:
+        summary: The comparison in numbers.
+        axis: What is on the horizontal axis.
+        quantity: What is on the vertical axis; test losses may be missing, which leaves curves empty.
+    """
     panels = []
     for baseline, methods in summary.families().items():
         drawn: list[Series] = []
@@ -101,10 +134,9 @@ def make_panels(summary: Summary, axis: Axis) -> list[Panel]:
             # A technique that comes twice in a panel, on another optimizer or in another form, is dotted from then on.
             again = any(series.style == style for series in drawn)
             dash = "dashed" if method.is_baseline else "dotted" if again else "solid"
-            drawn.append(_series(method, axis, style, dash))
-        panels.append(
-            Panel(f"{baseline} and methods on it" if len(methods) > 1 else baseline, summary.score, axis, tuple(drawn))
-        )
+            drawn.append(_series(method, axis, style, dash, quantity))
+        title = f"{baseline} and methods on it" if len(methods) > 1 else baseline
+        panels.append(Panel(title, summary.score, axis, tuple(drawn), quantity))
     return panels
 
 
@@ -122,10 +154,19 @@ def method_style(method: MethodSummary, place: int = 0) -> Style:
     return _BY_TECHNIQUE.get(method.transforms, _OTHERS[place % len(_OTHERS)])
 
 
-def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Series:
+def _values(curve: Curve, quantity: Quantity) -> tuple[float, ...]:
+    if quantity == "score":
+        return curve.test_score
+    values = curve.train_loss if quantity == "training loss" else curve.test_loss
+    return tuple(value for value in values if value is not None)
+
+
+def _series(method: MethodSummary, axis: Axis, style: Style, dash: str, quantity: Quantity) -> Series:
+    values = [_values(curve, quantity) for curve in method.curves]
     # A diverged run ends early; the curve goes as far as every seed does.
-    length = min(len(curve.test_score) for curve in method.curves)
-    at_epoch = [spread([curve.test_score[index] for curve in method.curves]) for index in range(length)]
+    length = min(len(each) for each in values)
+    at_epoch = [spread([each[index] for each in values]) for index in range(length)]
+    most = 100.0 if quantity == "score" else math.inf
     # The median, as for the time ratios: one run that had to share the machine would bend the curve.
     seconds = tuple(median(curve.seconds[index] for curve in method.curves) for index in range(length))
     return Series(
@@ -135,7 +176,7 @@ def _series(method: MethodSummary, axis: Axis, style: Style, dash: str) -> Serie
         x=seconds if axis == "seconds" else tuple(float(index + 1) for index in range(length)),
         mean=tuple(point.mean for point in at_epoch),
         low=tuple(max(0.0, point.mean - (point.std or 0.0)) for point in at_epoch),
-        high=tuple(min(100.0, point.mean + (point.std or 0.0)) for point in at_epoch),
+        high=tuple(min(most, point.mean + (point.std or 0.0)) for point in at_epoch),
     )
 
 

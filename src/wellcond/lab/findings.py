@@ -29,7 +29,7 @@ def findings(summary: Summary) -> list[str]:
     if summary.early_epoch is not None:
         said += _at_epoch(summary, summary.early_epoch, lambda method: method.early_difference)
     said += _at_epoch(summary, summary.epochs, lambda method: method.final_difference)
-    return said + _at_equal_time(summary) + _in_evaluation(summary) + _learned(summary)
+    return said + _at_equal_time(summary) + _in_memory(summary) + _in_evaluation(summary) + _learned(summary)
 
 
 def notes(summary: Summary) -> list[str]:
@@ -53,6 +53,10 @@ def notes(summary: Summary) -> list[str]:
         said.append(
             f"Batch statistics in training are those of groups of {summary.ghost_batch}, as if each group were on a "
             "device of its own; times are those of one device that does so for all groups."
+        )
+    if len(summary.machines) > 1:
+        said.append(
+            f"Runs were executed on {_join(summary.machines)}: times, and what is made of them, mix these machines."
         )
     if summary.jobs > 1:
         said.append(
@@ -95,6 +99,19 @@ def _at_equal_time(summary: Summary) -> list[str]:
         ]
         if against:
             lines.append(f"In equal time, beside {rival}: {_said(rival, against)}")
+    return lines
+
+
+def _in_memory(summary: Summary) -> list[str]:
+    lines = []
+    for baseline, methods in summary.families().items():
+        ratios = [
+            f"{method.memory_ratio:.2f} times ({method.name})"
+            for method in methods
+            if method.memory_ratio is not None and not method.is_baseline
+        ]
+        if ratios:
+            lines.append(f"At its peak a step holds {_join(ratios)} as much memory as with {baseline}.")
     return lines
 
 

@@ -76,3 +76,48 @@ def time_text(method: MethodSummary) -> str:
 def evaluation_text(method: MethodSummary) -> str:
     """Return the time to evaluate an image as a ratio to the baseline's, where that is another network."""
     return NOTHING if method.evaluation_ratio is None else f"x {method.evaluation_ratio:.2f}"
+
+
+def epoch_text(method: MethodSummary) -> str:
+    """Return the seconds of an epoch's steps, to three digits."""
+    seconds = method.seconds_per_epoch
+    if seconds is None:
+        return NOTHING
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def memory_text(method: MethodSummary) -> str:
+    """Return the peak memory of a step, and but for a baseline its ratio to the baseline's."""
+    if method.memory is None:
+        return NOTHING
+    peak = bytes_text(method.memory.peak)
+    return peak if method.is_baseline or method.memory_ratio is None else f"{peak}, x {method.memory_ratio:.2f}"
+
+
+def memory_ratio_text(method: MethodSummary) -> str:
+    """Return a baseline's peak memory, or another method's ratio to its baseline's."""
+    if method.is_baseline and method.memory is not None:
+        return bytes_text(method.memory.peak)
+    return NOTHING if method.memory_ratio is None or method.is_baseline else f"x {method.memory_ratio:.2f}"
+
+
+def state_text(method: MethodSummary) -> str:
+    """Return the size of the optimizer's state, that of the transforms included, and its ratio to the parameters."""
+    if method.memory is None:
+        return NOTHING
+    ratio = method.memory.optimizer_state / method.memory.parameters
+    return f"{bytes_text(method.memory.optimizer_state)}, x {ratio:.2f}"
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> bytes_text(512), bytes_text(2_500), bytes_text(134_087_000), bytes_text(12_000_000_000)
+    ('512 B', '2.5 kB', '134.1 MB', '12.0 GB')
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -19,11 +20,13 @@ _RUN_FILES = (
     "gamma_decay",
     "images",
     "layers",
+    "memory",
     "methods",
     "norms",
     "optimizers",
     "parquet",
     "run",
+    "run_memory",
     "schedule",
     "splits",
     "stopwatch",
@@ -60,6 +63,14 @@ def machine() -> dict[str, str]:
     return described
 
 
+@cache
+def machine_text() -> str:
+    """Return the processor, its cores, and the GPU if there is one, in words."""
+    here = machine()
+    cores = f"{here['processor']} ({here['cores']} cores)"
+    return f"{here['gpu']}, {cores}" if "gpu" in here else cores
+
+
 def environment(jobs: int, threads: int) -> str:
     """Return a digest of everything beside its settings that decides a run's numbers or seconds.
 
@@ -70,8 +81,13 @@ def environment(jobs: int, threads: int) -> str:
     Returns:
         A digest of machine, versions, wellcond's own code, and the two arguments.
     """
-    digest = hashlib.sha256(repr((machine(), versions(), jobs, threads)).encode())
     # The version alone would take runs of changed code for current ones.
+    return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest())).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """Return a digest of the code that decides what a run computes."""
+    digest = hashlib.sha256()
     package = Path(wellcond.__file__).parent
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).parts

@@ -8,9 +8,13 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+from wellcond.lab.memory import Memory
 from wellcond.lab.methods import Method
+
+Coverage: TypeAlias = list[dict[str, Any]]
+"""One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
@@ -121,6 +125,9 @@ class RunRecord:
         evaluation_seconds: Seconds that the network takes to evaluate an image; None if no epoch ended with finite
             losses.
         extras: What the trained layers have learned, by kind (see `EXTRAS`); nothing of a diverged run.
+        memory: The bytes that its training takes on a device; None where they were not counted.
+        machine: What executed it, in words.
+        coverage: What each transform did with each parameter and kept for it, by transform.
     """
 
     epochs: tuple[EpochRecord, ...]
@@ -130,6 +137,9 @@ class RunRecord:
     warnings: tuple[str, ...]
     evaluation_seconds: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    memory: Memory | None = None
+    machine: str = ""
+    coverage: dict[str, Coverage] = field(default_factory=dict)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -166,7 +176,13 @@ class RunStore:
                 return None
             result = dict(content["result"])
             epochs = tuple(EpochRecord(**epoch) for epoch in result.pop("epochs"))
-            record = RunRecord(epochs=epochs, warnings=tuple(result.pop("warnings")), **result)
+            memory = result.pop("memory")
+            record = RunRecord(
+                epochs=epochs,
+                warnings=tuple(result.pop("warnings")),
+                memory=None if memory is None else Memory(**memory),
+                **result,
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None

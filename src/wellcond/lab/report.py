@@ -7,15 +7,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wellcond.lab import formats
-from wellcond.lab.curves import Axis, Panel, make_panels
+from wellcond.lab.curves import Axis, Panel, Quantity, make_panels
 from wellcond.lab.findings import findings, notes
+from wellcond.lab.scatter import Scatter, draw_point_key, draw_scatter, make_scatters
 from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
 from wellcond.lab.shares import method_shares
 from wellcond.lab.summary import MethodSummary, Summary
 from wellcond.lab.svg import css_class, draw_key, draw_svg
 
-_AXES: tuple[Axis, ...] = ("epochs", "seconds")
+_CHARTS: tuple[tuple[Quantity, Axis], ...] = (
+    ("score", "epochs"),
+    ("score", "seconds"),
+    ("training loss", "epochs"),
+    ("test loss", "epochs"),
+)
 
 
 def render_report(
@@ -40,9 +46,15 @@ def render_report(
         An HTML page that refers to nothing outside itself.
     """
     environment = page_environment()
-    panels = {axis: make_panels(summary, axis) for axis in _AXES}
+    panels = [
+        panel
+        for quantity, axis in _CHARTS
+        for panel in make_panels(summary, axis, quantity)
+        if any(series.mean for series in panel.series) or quantity == "score"
+    ]
+    scatters = make_scatters(summary)
     learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
-    styles = {css_class(series): series.style for panel in panels["epochs"] for series in panel.series}
+    styles = {css_class(series.style): series.style for panel in panels for series in panel.series}
     if learned:
         styles |= {share_class(kind): style for kind, style in SHARE_STYLES.items()}
     return environment.get_template("report.html.j2").render(
@@ -56,7 +68,9 @@ def render_report(
         notes=notes(summary),
         nothing=formats.NOTHING,
         target_text=formats.target_text,
-        charts=[_chart(panel) for axis in _AXES for panel in panels[axis]],
+        charts=[_chart(panel) for panel in panels],
+        scatters=[_scatter_chart(scatter) for scatter in scatters],
+        kept=[method for method in summary.methods if method.coverage],
         learned=learned,
         schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
         colours=styles,
@@ -76,6 +90,10 @@ def page_environment() -> Environment:
         "lr": formats.lr_text,
         "time": formats.time_text,
         "evaluation": formats.evaluation_text,
+        "epoch": formats.epoch_text,
+        "memory": formats.memory_text,
+        "state": formats.state_text,
+        "bytes": formats.bytes_text,
         "label": lambda key: key.replace("_", " "),
     }
     return environment
@@ -83,10 +101,19 @@ def page_environment() -> Environment:
 
 def _chart(panel: Panel) -> dict[str, Any]:
     over = "epochs" if panel.axis == "epochs" else "training seconds"
+    what = f"test {panel.score}" if panel.quantity == "score" else panel.quantity
     return {
-        "title": f"{panel.title}, over {over}",
+        "title": f"{panel.title}: {what} over {over}",
         "svg": draw_svg(panel),
         "keys": [(draw_key(series), series.name) for series in panel.series],
+    }
+
+
+def _scatter_chart(scatter: Scatter) -> dict[str, Any]:
+    return {
+        "title": f"{scatter.baseline} and methods on it",
+        "svg": draw_scatter(scatter),
+        "keys": [(draw_point_key(point), point.name) for point in scatter.points],
     }
 
 

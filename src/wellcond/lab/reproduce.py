@@ -305,6 +305,7 @@ def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
         ],
         "time_ratio": method.time_ratio,
         "evaluation_ratio": method.evaluation_ratio,
+        "memory_ratio": method.memory_ratio,
         "paper_metrics": figure.paper_metrics,
         "metrics": figure.metrics,
         "diverged_runs": method.diverged_runs,

@@ -19,7 +19,17 @@ from wellcond.lab.reproduce import Figure, PanelResults, Reproduction, describe
 from wellcond.lab.statistics import Difference
 from wellcond.lab.svg import css_class, draw_key, draw_svg
 
-_HEADS = ("source", "ours", "source's\ndifference", "our\ndifference", "at equal\ntime", "time/step", "lr", "direction")
+_HEADS = (
+    "source",
+    "ours",
+    "source's\ndifference",
+    "our\ndifference",
+    "at equal\ntime",
+    "time/step",
+    "memory",
+    "lr",
+    "direction",
+)
 
 
 @dataclass(frozen=True)
@@ -103,10 +113,11 @@ def rows_of(panel: PanelResults) -> list[Row]:
                 difference_text(figure.difference),
                 difference_text(figure.equal_time),
                 formats.time_text(figure.summary),
+                formats.memory_ratio_text(figure.summary),
                 formats.lr_text(figure.summary),
                 figure.verdict or NOTHING,
             ),
-            ("", "", "", _kind(figure.difference), _kind(figure.equal_time), "", "", ""),
+            ("", "", "", _kind(figure.difference), _kind(figure.equal_time), "", "", "", ""),
         )
         for figure in panel.figures
     ]
@@ -152,7 +163,10 @@ def render_page(reproduction: Reproduction) -> str:
     """Return the reproduction as an HTML page that refers to nothing outside itself."""
     drawn = {panel.name: make_panels(panel.summary, "epochs") for panel in reproduction.panels}
     styles = {
-        css_class(series): series.style for charts in drawn.values() for chart in charts for series in chart.series
+        css_class(series.style): series.style
+        for charts in drawn.values()
+        for chart in charts
+        for series in chart.series
     }
     return (
         page_environment()

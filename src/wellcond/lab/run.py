@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import wellcond
 from wellcond.lab.extras import collect_extras
 from wellcond.lab.gamma_decay import BatchNoiseDecay
+from wellcond.lab.machine import machine_text
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
-from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
+from wellcond.lab.records import Coverage, EpochRecord, RunRecord, RunSpec
+from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
 from wellcond.lab.stopwatch import Stopwatch
@@ -38,6 +40,7 @@ class Runner:
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task = task
         self.device = device
+        self.memory = RunMemory(task, device)
 
     def run(self, spec: RunSpec) -> RunRecord:
         """Train and measure one run.
@@ -64,6 +67,7 @@ class Runner:
                 barebones=True,
             )
             trainer.fit(training, train_dataloaders=data.batches())
+            memory = self.memory.of(spec, data)
         return RunRecord(
             epochs=tuple(measure.epochs),
             diverged=measure.diverged,
@@ -74,6 +78,9 @@ class Runner:
             ),
             evaluation_seconds=measure.evaluation_seconds(),
             extras={} if measure.diverged else collect_extras(training.model),
+            memory=memory,
+            machine=machine_text(),
+            coverage=training.coverage(),
         )
 
     @contextmanager
@@ -138,6 +145,11 @@ class Training(pl.LightningModule):
     def transform_stats(self) -> dict[str, Any]:
         """Return what the transforms count; empty without transforms."""
         return {} if self.handle is None else dict(self.handle.stats())
+
+    def coverage(self) -> dict[str, Coverage]:
+        """Return what the transforms do with each parameter; empty without transforms."""
+        rows = {} if self.handle is None else self.handle.coverage()
+        return {name: [row._asdict() | {"shape": list(row.shape)} for row in some] for name, some in rows.items()}
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last call."""

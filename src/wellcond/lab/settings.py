@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import get_args
@@ -14,6 +15,9 @@ from wellcond.lab.records import Precision
 from wellcond.lab.schedule import parse_schedule
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+ENGINES = ("local", "ray")
+"""What can execute runs: this machine, or the machines of a Ray cluster."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Settings:
         stats_every: Steps between two gatherings of second moments.
         solve_every: Steps between two solves.
         target: Test score, in percent, to count the epochs to.
-        jobs: Runs at the same time.
+        jobs: Runs at the same time on a machine.
         weights: File of the weights that runs begin with, or ``torchvision:NAME`` of published ones; None draws them.
         schedule: How the lr goes, in the form that `parse_schedule` reads.
         warmup: Epochs in which the lr rises at the beginning.
@@ -45,6 +49,8 @@ class Settings:
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
         overrides: Methods under labels of their own, which `methods` may name.
+        engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
+        ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
     """
 
     data: str = DIGITS
@@ -71,6 +77,8 @@ class Settings:
     deterministic: bool = False
     label_smoothing: float = 0.0
     overrides: tuple[MethodOverride, ...] = ()
+    engine: str = "local"
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
@@ -86,6 +94,16 @@ class Settings:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if not 0 <= self.label_smoothing < 1:
             raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
+
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise LabError("--engine ray needs Ray, which is not installed: pip install 'wellcond[ray]'")
+        if self.engine != "ray" and self.ray_address is not None:
+            raise LabError("--ray-address is for --engine ray only")
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)

@@ -8,8 +8,9 @@ from statistics import fmean, median
 from typing import Any
 
 from wellcond.lab.compare import Comparison
+from wellcond.lab.memory import Memory
 from wellcond.lab.methods import Method
-from wellcond.lab.records import RunRecord
+from wellcond.lab.records import Coverage, RunRecord
 from wellcond.lab.statistics import Difference, Spread, epochs_to, paired_difference, spread
 
 
@@ -87,6 +88,10 @@ class MethodSummary:
         recipe: What it trains with, as it would be written.
         extras: What the layers of these runs have learned: from a kind of `EXTRAS` to each seed's, None for a run that
             has none.
+        seconds_per_epoch: Median seconds of the steps of a whole epoch; None if every run diverged at once.
+        memory: The bytes that training takes (see `measure_memory`); None where they were not counted.
+        memory_ratio: Its peak over the baseline's.
+        coverage: What each transform does with each parameter and keeps for it, by transform.
     """
 
     name: str
@@ -112,6 +117,10 @@ class MethodSummary:
     norm: str | None = None
     layers: str | None = None
     recipe: str = ""
+    seconds_per_epoch: float | None = None
+    memory: Memory | None = None
+    memory_ratio: float | None = None
+    coverage: dict[str, Coverage] = field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:
@@ -135,6 +144,7 @@ class Summary:
         jobs: Runs at the same time.
         ghost_batch: Images of the groups that batch statistics were taken over in training; None for the whole batch.
         methods: In the order of the comparison.
+        machines: What executed the runs: one, or several of a cluster.
     """
 
     score: str
@@ -148,6 +158,7 @@ class Summary:
     jobs: int
     ghost_batch: int | None
     methods: tuple[MethodSummary, ...]
+    machines: tuple[str, ...] = ()
 
     @property
     def compares_evaluation(self) -> bool:
@@ -182,6 +193,7 @@ def summarize(comparison: Comparison) -> Summary:
         jobs=plan.settings.jobs,
         ghost_batch=plan.settings.ghost_batch,
         methods=tuple(_summarize_method(comparison, method, shown, early, target) for method in plan.methods),
+        machines=tuple(sorted({record.machine for record in comparison.records.values()} - {""})),
     )
 
 
@@ -246,6 +258,10 @@ def _summarize_method(
         transforms=tuple(transform.name for transform in method.transforms),
         norm=None if method.norm is None else method.norm.kind,
         layers=method.layers,
+        seconds_per_epoch=median(times) * plan.steps_per_epoch if times else None,
+        memory=next((run.memory for run in runs), None),
+        memory_ratio=comparison.memory_ratios[method.name],
+        coverage=next((run.coverage for run in runs), {}),
         recipe=method.text(plan.settings.ghost_batch),
     )
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from wellcond.lab.curves import AXIS_LABELS, Panel, Series
+from wellcond.lab.curves import AXIS_LABELS, Panel, Series, Style
 
-_WIDTH, _HEIGHT = 480, 336
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 54
+WIDTH, HEIGHT = 480, 336
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 54
 _DASHES = {"solid": "none", "dashed": "7 4", "dotted": "2 4"}
 # Around (0, 0), by matplotlib's names for the markers.
-_MARKERS = {
+MARKERS = {
     "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "s": "M-3.5-3.5h7v7h-7z",
     "^": "M0-4.5l4.5 8h-9z",
@@ -58,24 +58,25 @@ def draw_svg(panel: Panel) -> Markup:
     y_low, y_high = panel.y_range()
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + 8 + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT - 16)
-        return across, _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        across = LEFT + 8 + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT - 16)
+        share = min(1.0, (y - y_low) / (y_high - y_low))  # a band may reach beyond what is shown
+        return across, HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(panel.title)}: test {panel.score} in '
-        f'percent over {AXIS_LABELS[panel.axis]}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(panel.title)}: {panel.y_label} over '
+        f'{AXIS_LABELS[panel.axis]}">'
     ]
     for y in ticks(y_low, y_high, 6):
         height = place(x_low, y)[1]
-        parts.append(f'<path class="grid" d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{height + 4.5:.1f}" text-anchor="end">{y:g}</text>')
+        parts.append(f'<path class="grid" d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{height + 4.5:.1f}" text-anchor="end">{y:g}</text>')
     for x in ticks(x_low, x_high, 7):
         if panel.axis == "epochs" and x != round(x):
             continue
         across = place(x, y_low)[0]
-        parts.append(f'<text x="{across:.1f}" y="{_HEIGHT - _BOTTOM + 19}" text-anchor="middle">{x:g}</text>')
-    label = f"{AXIS_LABELS[panel.axis]} (test {panel.score} in %)"
-    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 9}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{x:g}</text>')
+    label = f"{AXIS_LABELS[panel.axis]} ({panel.y_label})"
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 9}" text-anchor="middle">{label}</text>')
     for series in panel.series:
         parts += _draw_series(
             series,
@@ -84,6 +85,7 @@ def draw_svg(panel: Panel) -> Markup:
                 *(place(x, y) for x, y in zip(series.x, series.high, strict=True)),
                 *reversed([place(x, y) for x, y in zip(series.x, series.low, strict=True)]),
             ],
+            panel.y_unit,
         )
     parts.append("</svg>")
     return Markup("".join(parts))
@@ -92,27 +94,30 @@ def draw_svg(panel: Panel) -> Markup:
 def draw_key(series: Series) -> Markup:
     """Return a series' line and marker, for a legend."""
     line = f'<path class="line" stroke-dasharray="{_DASHES[series.dash]}" d="M0 7H34"/>'
-    marker = f'<path class="marker" transform="translate(17 7)" d="{_MARKERS[series.style.marker]}"/>'
-    return Markup(f'<svg class="key {css_class(series)}" viewBox="0 0 34 14" aria-hidden="true">{line}{marker}</svg>')
+    marker = f'<path class="marker" transform="translate(17 7)" d="{MARKERS[series.style.marker]}"/>'
+    return Markup(
+        f'<svg class="key {css_class(series.style)}" viewBox="0 0 34 14" aria-hidden="true">{line}{marker}</svg>'
+    )
 
 
-def css_class(series: Series) -> str:
-    """Return the class that gives a series its colour."""
-    return f"series-{series.style.light.removeprefix('#')}"
+def css_class(style: Style) -> str:
+    """Return the class that gives what is drawn in a style its colour."""
+    return f"series-{style.light.removeprefix('#')}"
 
 
 def _draw_series(
-    series: Series, points: Sequence[tuple[float, float]], outline: Sequence[tuple[float, float]]
+    series: Series, points: Sequence[tuple[float, float]], outline: Sequence[tuple[float, float]], unit: str
 ) -> list[str]:
     if not points:
         return []
+    digits = ".1f" if unit else ".4g"
     markers = "".join(
-        f'<path class="marker" transform="translate({x:.1f} {y:.1f})" d="{_MARKERS[series.style.marker]}">'
-        f"<title>{escape(series.name)}: {score:.1f} % at {at:.4g}</title></path>"
-        for (x, y), at, score in zip(points, series.x, series.mean, strict=True)
+        f'<path class="marker" transform="translate({x:.1f} {y:.1f})" d="{MARKERS[series.style.marker]}">'
+        f"<title>{escape(series.name)}: {value:{digits}}{unit} at {at:.4g}</title></path>"
+        for (x, y), at, value in zip(points, series.x, series.mean, strict=True)
     )
     return [
-        f'<g class="{css_class(series)}">',
+        f'<g class="{css_class(series.style)}">',
         f'<path class="band" d="M{_path(outline)}z"/>',
         f'<path class="line" stroke-dasharray="{_DASHES[series.dash]}" d="M{_path(points)}"/>',
         markers,

@@ -1,4 +1,4 @@
-"""The comparison on the terminal: two tables, the findings and the notes."""
+"""The comparison on the terminal: three tables, the findings and the notes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from wellcond.lab.findings import findings, notes
 from wellcond.lab.formats import (
     NOTHING,
     difference_text,
+    epoch_text,
     evaluation_text,
     lr_text,
+    memory_text,
     score_text,
     spread_text,
+    state_text,
     target_text,
     time_text,
 )
@@ -31,6 +34,7 @@ def print_summary(summary: Summary, title: str, console: Console) -> None:
     console.print(f"\n{title}\n", style="bold", highlight=False)
     console.print(_score_table(summary))
     console.print(_difference_table(summary))
+    console.print(_cost_table(summary))
     for heading, lines in (("Findings", findings(summary)), ("Notes", notes(summary))):
         if lines:
             console.print(f"\n{heading}", style="bold")
@@ -99,4 +103,16 @@ def _difference_table(summary: Summary) -> Table:
         else:
             cells += [NOTHING, NOTHING, NOTHING]
         rows.append((method, cells))
+    return _sections(summary, table, rows)
+
+
+def _cost_table(summary: Summary) -> Table:
+    table = _table("\nWhat training costs; peak memory as a ratio to the baseline's, state to the parameters")
+    table.add_column("method", no_wrap=True)
+    for head in ("time/step", "time/epoch", "peak memory", "optimizer state"):
+        table.add_column(head, justify="right", no_wrap=True)
+    rows = [
+        (method, [time_text(method), epoch_text(method), memory_text(method), state_text(method)])
+        for method in summary.methods
+    ]
     return _sections(summary, table, rows)

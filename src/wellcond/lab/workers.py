@@ -1,4 +1,4 @@
-"""Executes runs, in this process or in several: yields each record as its run finishes."""
+"""Executes runs on this machine, in this process or in several."""
 
 from __future__ import annotations
 
@@ -11,95 +11,78 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
+from wellcond.lab.engine import Finished, RunFailedError
 from wellcond.lab.machine import training_device
 from wellcond.lab.plan import Plan
-from wellcond.lab.records import RunRecord, RunSpec
+from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.open import open_task
 
-Finished = tuple[RunSpec, RunRecord]
+
+class ThisProcess:
+    """Executes runs here, one after another."""
+
+    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+        """Execute runs; see `Engine.execute`."""
+        # Lightning takes seconds to import; a command that has nothing left to run should not wait for it.
+        from wellcond.lab.run import Runner
+
+        runner = Runner(plan.task, training_device())
+        for spec in specs:
+            try:
+                record = runner.run(spec)
+            except Exception as error:
+                raise RunFailedError(spec, traceback.format_exc()) from error
+            yield spec, record
 
 
-class RunFailedError(RuntimeError):
-    """A run raised an exception or its process ended.
+class WorkerProcesses:
+    """Executes runs in processes of their own, which share this machine.
 
     Args:
-        spec: The run.
-        reason: The traceback, or how the process ended.
+        jobs: Runs at the same time.
     """
 
-    def __init__(self, spec: RunSpec, reason: str) -> None:
-        super().__init__(f"the run {spec.name} failed:\n{reason.rstrip()}")
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
 
-
-def execute(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
-    """Execute runs, as many at a time as the settings say.
-
-    Args:
-        plan: The comparison that they belong to.
-        specs: The runs, begun in this order.
-
-    Yields:
-        Each run with its record, in the order in which they finish.
-
-    Raises:
-        RunFailedError: If one fails; those that were running with it are given up.
-    """
-    if plan.settings.jobs == 1:
-        yield from _execute_here(plan, specs)
-    elif specs:
-        yield from _execute_in_workers(plan, specs)
-
-
-def _execute_here(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
-    # Lightning takes seconds to import; a command that has nothing left to run should not wait for it.
-    from wellcond.lab.run import Runner
-
-    runner = Runner(plan.task, training_device())
-    for spec in specs:
+    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+        """Execute runs; see `Engine.execute`."""
+        context = multiprocessing.get_context("spawn")
+        waiting = list(reversed(specs))
+        running: dict[Connection, tuple[SpawnProcess, RunSpec]] = {}
         try:
-            record = runner.run(spec)
-        except Exception as error:
-            raise RunFailedError(spec, traceback.format_exc()) from error
-        yield spec, record
-
-
-def _execute_in_workers(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
-    context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(specs))
-    running: dict[Connection, tuple[SpawnProcess, RunSpec]] = {}
-    try:
-        for _ in range(min(plan.settings.jobs, len(specs))):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, plan.settings, plan.threads), daemon=True)
-            _start_deaf_to_interrupts(process)
-            there.close()
-            spec = waiting.pop()
-            here.send(spec)
-            running[here] = (process, spec)
-        while running:
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                process, spec = running.pop(connection)
-                try:
-                    result = connection.recv()
-                except EOFError:
-                    process.join()
-                    raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
-                if isinstance(result, str):
-                    raise RunFailedError(spec, result)
-                if waiting:
-                    following = waiting.pop()
-                    connection.send(following)
-                    running[connection] = (process, following)
-                else:
-                    connection.close()
-                    process.join()
-                yield spec, result
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.join()
+            for _ in range(min(self.jobs, len(specs))):
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(there, plan.settings, plan.threads), daemon=True)
+                _start_deaf_to_interrupts(process)
+                there.close()
+                spec = waiting.pop()
+                here.send(spec)
+                running[here] = (process, spec)
+            while running:
+                for connection in wait(list(running)):
+                    assert isinstance(connection, Connection)
+                    process, spec = running.pop(connection)
+                    try:
+                        result = connection.recv()
+                    except EOFError:
+                        process.join()
+                        raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
+                    if isinstance(result, str):
+                        raise RunFailedError(spec, result)
+                    if waiting:
+                        following = waiting.pop()
+                        connection.send(following)
+                        running[connection] = (process, following)
+                    else:
+                        connection.close()
+                        process.join()
+                    yield spec, result
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.join()
 
 
 def _start_deaf_to_interrupts(process: SpawnProcess) -> None:

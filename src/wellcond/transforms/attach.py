@@ -30,7 +30,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
-from wellcond.transforms.report import coverage_lines
+from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows
 from wellcond.transforms.state import read_state, state_key, take_out
 
 
@@ -145,6 +145,21 @@ class Attachment:
             Transform name → counts by name.
         """
         return {transform.name: transform.stats(self._covered(transform)) for transform in self.transforms}
+
+    def coverage(self) -> dict[str, list[ParameterCoverage]]:
+        """Say for each parameter what is done with its gradient, or why nothing is, and the bytes kept for it.
+
+        Returns:
+            Transform name → one row a parameter; empty if the optimizer no longer exists.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return {}
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return {
+            transform.name: coverage_rows(self._model, held, self._slots[transform.name])
+            for transform in self.transforms
+        }
 
     def report(self) -> str:
         """Say, one line a parameter, what is done with its gradient, or why nothing is, and what it costs in memory.

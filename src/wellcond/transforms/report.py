@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -10,8 +11,24 @@ from wellcond.layouts import find_layers
 from wellcond.transforms.base import Slot
 
 
-def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot]) -> list[str]:
-    """Write one line a parameter: its name, shape, what is done with its gradient or why nothing is, and state bytes.
+class ParameterCoverage(NamedTuple):
+    """What a transform does with one parameter.
+
+    Attributes:
+        name: The parameter's qualified name.
+        shape: Its shape; empty if it has none yet.
+        how: What is done with its gradient, or why nothing is.
+        state_bytes: Bytes that are kept for it; None where it is not covered.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    how: str
+    state_bytes: int | None
+
+
+def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]) -> list[ParameterCoverage]:
+    """Say for each parameter what is done with its gradient or why nothing is, and how much is kept for it.
 
     Args:
         model: The model.
@@ -19,30 +36,45 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
         slots: A transform's slots, of covered and of refused weights.
 
     Returns:
-        The lines.
+        One row a parameter, in the model's order.
     """
     unknown = find_layers(model).unknown
-    lines: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
         for use in slot.uses:
-            lines[use.name] = (coverage.how, _bytes(coverage.state_bytes) if coverage.applies else "")
+            found[use.name] = (coverage.how, coverage.state_bytes if coverage.applies else None)
             if coverage.applies and not slot.enabled:
-                lines[use.name] = ("unchanged: switched off by its parameter group", "")
+                found[use.name] = ("unchanged: switched off by its parameter group", None)
         if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
-            lines[slot.layer.bias_name] = (f"together with {slot.layer.name}", "")
+            found[slot.layer.bias_name] = (f"together with {slot.layer.name}", None)
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if nn.parameter.is_lazy(parameter):
-            rows.append((name, "?", "known after its first forward pass", ""))
+            rows.append(ParameterCoverage(name, (), "known after its first forward pass", None))
             continue
         if id(parameter) not in held:
-            lines.setdefault(name, ("not held by this optimizer", ""))
+            found.setdefault(name, ("not held by this optimizer", None))
         elif name in unknown:
             how = f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)"
-            lines.setdefault(name, (how, ""))
-        rows.append((name, str(tuple(parameter.shape)), *lines.get(name, ("unchanged", ""))))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            found.setdefault(name, (how, None))
+        rows.append(ParameterCoverage(name, tuple(parameter.shape), *found.get(name, ("unchanged", None))))
+    return rows
+
+
+def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot]) -> list[str]:
+    """Write `coverage_rows` as lines of text, in columns."""
+    lazy = {name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)}
+    rows = [
+        (
+            row.name,
+            "?" if row.name in lazy else str(row.shape),
+            row.how,
+            "" if row.state_bytes is None else _bytes(row.state_bytes),
+        )
+        for row in coverage_rows(model, held, slots)
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
     ]

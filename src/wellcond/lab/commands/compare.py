@@ -14,7 +14,7 @@ from wellcond.lab.plan import make_plan, output_folder
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunStore
 from wellcond.lab.results import collect_results, write_results
-from wellcond.lab.settings import Settings
+from wellcond.lab.settings import ENGINES, Settings
 from wellcond.lab.summary import summarize
 from wellcond.lab.table import print_summary
 
@@ -79,7 +79,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=int,
         default=defaults.jobs,
         metavar="N",
-        help="runs at the same time (default: %(default)s, for clean times)",
+        help="runs at the same time on a machine (default: %(default)s, for clean times)",
+    )
+    output.add_argument(
+        "--engine",
+        default=defaults.engine,
+        metavar="NAME",
+        help=f"what executes the runs, {' or '.join(ENGINES)}: this machine, or those of a Ray cluster "
+        "(default: %(default)s)",
+    )
+    output.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="the Ray cluster (default: that of RAY_ADDRESS, else one of this machine alone)",
     )
     output.add_argument(
         "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import CommandEndedError
 from wellcond.lab.interrupts import Interrupted, interruptible
 from wellcond.lab.progress import RunProgress
-from wellcond.lab.workers import RunFailedError
 
 
 @contextmanager

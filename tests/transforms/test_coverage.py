@@ -1,0 +1,43 @@
+"""What an attachment says it does with each parameter, as rows: the report's lines, and the bytes in the state."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import wellcond
+from wellcond import FeatureWhitening, GradientCentralization
+
+
+def test_rows_are_the_reports_lines_and_count_what_is_kept():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, GradientCentralization(), FeatureWhitening())
+    model(torch.randn(6, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    found = handle.coverage()
+    assert len(found) == 2
+    centralized, whitened = found.values()
+    names = [name for name, _ in model.named_parameters()]
+    assert [row.name for row in centralized] == [row.name for row in whitened] == names
+    blocks = handle.report().split("\n\n")
+    for rows, block in zip(found.values(), blocks, strict=True):
+        for row, line in zip(rows, block.splitlines()[1:], strict=True):
+            name, rest = line.split(maxsplit=1)
+            assert name == row.name
+            assert rest.startswith(str(row.shape))
+            assert row.how in line
+    assert sum(row.state_bytes or 0 for row in centralized) == 0
+    for row, (name, parameter) in zip(whitened, model.named_parameters(), strict=True):
+        held = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor.numel() > 1)
+        assert (row.state_bytes or 0) == kept, name
+        assert (row.state_bytes is None) == (row.name not in ("0.weight", "3.weight"))
+
+
+def test_nothing_is_said_of_an_optimizer_that_is_gone():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, GradientCentralization())
+    del optimizer
+    assert handle.coverage() == {}
