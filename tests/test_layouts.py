@@ -683,3 +683,19 @@ def test_norm_rows_times_weight_is_the_output(make: Callable[[], nn.Module]) -> 
         out = out + found.bias_matrix(layer.bias).unsqueeze(1)
     expected = layer(x).movedim(1, 0).reshape(6, -1) if grouped else layer(x).reshape(-1, 12).mT
     torch.testing.assert_close(out.squeeze(-1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_layer_of_gpt2_is_a_linear_map_that_keeps_its_weight_transposed() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(6, 4)  # outputs, inputs
+    layout = layout_of(layer)
+    assert layout is not None
+    inputs = torch.randn(2, 3, 4)
+    (rows,) = layout.rows(layer, inputs)
+    assert isinstance(rows, torch.Tensor)
+    (matrix,) = layout.matrix(layer, layer.weight)
+    torch.testing.assert_close(rows @ matrix.T + layer.bias, layer(inputs).reshape(6, 6))
+    assert layout.unit_mean(layer, layer.weight).shape == (1, 6)
+    # Of the same name, but something else.
+    assert layout_of(type("Conv1D", (torch.nn.Module,), {})()) is None

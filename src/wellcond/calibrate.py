@@ -134,6 +134,51 @@ def calibrate(
     return model
 
 
+@contextmanager
+def calibrated(
+    model: nn.Module, loader: Iterable[Any], batch_size: int, what: str = "bsr", **options: Any
+) -> Iterator[nn.Module]:
+    """Have a model calibrated for as long as a ``with`` block lasts, such as a validation in the midst of training.
+
+    Afterwards its batch normalizations are what they were, of their own kind and with the statistics that they had, so
+    training goes on, and checkpoints are written, as if there had been no calibration.
+
+    Args:
+        model: As in `calibrate`.
+        loader: As in `calibrate`; not the one that trains, whose workers and shuffling a further pass would disturb.
+        batch_size: As in `calibrate`.
+        what: As in `calibrate`.
+        **options: All further ones of `calibrate`.
+
+    Yields:
+        `model`, calibrated.
+
+    Raises:
+        Exception: Whatever `calibrate` raises.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> loader = [torch.randn(8, 1, 6, 6) for _ in range(10)]
+        >>> with calibrated(model, loader, batch_size=2):
+        ...     print(type(model[1]).__name__)
+        BSRBatchNorm2d
+        >>> print(type(model[1]).__name__, int(model[1].num_batches_tracked))
+        BatchNorm2d 0
+    """
+    layers, _ = named_batch_norms(unwrapped(model))
+    before = _recorded(layers.values())
+    values = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    try:
+        yield calibrate(model, loader, batch_size, what, **options)
+    finally:
+        for layer, _, state in before:
+            state["training"] = layer.training  # The mode is not the calibration's.
+        _put_back(before)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
 def _selected(model: nn.Module, where: Predicate | None) -> dict[str, _BatchNorm]:
     """Return the normalizations that are to be calibrated, by name."""
     layers, of_any_kind = named_batch_norms(model, where)
@@ -148,19 +193,29 @@ def _selected(model: nn.Module, where: Predicate | None) -> dict[str, _BatchNorm
 @contextmanager
 def _undone_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
     """Make layers, which may have been converted, what they were if anything raises."""
-    before = []
-    for layer in layers.values():
-        state = dict(vars(layer))
-        state |= {name: dict(state[name]) for name in ("_parameters", "_buffers", "_modules")}
-        before.append((layer, type(layer), state))
+    before = _recorded(layers.values())
     try:
         yield
     except BaseException:
-        for layer, kind, state in before:
-            layer.__class__ = kind
-            layer.__dict__.clear()
-            layer.__dict__.update(state)
+        _put_back(before)
         raise
+
+
+def _recorded(layers: Iterable[_BatchNorm]) -> list[tuple[_BatchNorm, type[_BatchNorm], dict[str, Any]]]:
+    """Note what layers are; not the values of their tensors."""
+    before = []
+    for layer in layers:
+        state = dict(vars(layer))
+        state |= {name: dict(state[name]) for name in ("_parameters", "_buffers", "_modules")}
+        before.append((layer, type(layer), state))
+    return before
+
+
+def _put_back(before: Iterable[tuple[_BatchNorm, type[_BatchNorm], dict[str, Any]]]) -> None:
+    for layer, kind, state in before:
+        layer.__class__ = kind
+        layer.__dict__.clear()
+        layer.__dict__.update(state)
 
 
 def _join_ranks(

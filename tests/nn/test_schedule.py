@@ -273,3 +273,19 @@ def test_a_resumed_schedule_made_from_loaded_layers_ends_where_it_should() -> No
 def test_options_of_batch_renormalization_are_checked(options: dict[str, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         BatchRenormScheduler(BatchRenorm1d(3), **options)
+
+
+def test_a_state_saved_before_the_step_still_knows_the_batch_of_the_epoch_so_far() -> None:
+    def job() -> tuple[nn.Module, MomentumScheduler]:
+        layer = MomentumBatchNorm1d(3)
+        return layer, MomentumScheduler(layer, total_epochs=2)
+
+    layer, scheduler = job()
+    layer(torch.randn(8, 3))
+    saved = layer.state_dict(), scheduler.state_dict()
+    resumed, theirs = job()
+    resumed.load_state_dict(saved[0])
+    theirs.load_state_dict(saved[1])
+    scheduler.step()
+    theirs.step()
+    assert resumed.stat_momentum == layer.stat_momentum == 0.75

@@ -14,6 +14,7 @@ from wellcond.layouts.linear import (
     EmbeddingLayout,
     LinearLayout,
     RecurrentLayout,
+    TransposedLinearLayout,
     WhitenedLinearLayout,
 )
 from wellcond.layouts.norm import BatchNormLayout, NormLayout
@@ -35,6 +36,7 @@ __all__ = [
     "NormLayout",
     "RecurrentLayout",
     "Rows",
+    "TransposedLinearLayout",
     "WhitenedConvLayout",
     "WhitenedLinearLayout",
     "find_layers",

@@ -26,6 +26,16 @@ class LinearLayout(Layout):
         return _last_axis_rows(output)
 
 
+class TransposedLinearLayout(LinearLayout):
+    """A linear map that keeps its weight as (in, out), as Hugging Face's ``Conv1D`` in GPT-2 does."""
+
+    output_axis = 1
+
+    def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """View as [1, out, in]."""
+        return weight.transpose(0, 1).unsqueeze(0)
+
+
 class WhitenedLinearLayout(LinearLayout):
     """A linear map that whitens its input itself: its gradient is not to be preconditioned by their second moment.
 

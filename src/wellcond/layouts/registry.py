@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 from wellcond.layouts.attention import AttentionLayout
 from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
 from wellcond.layouts.layout import Layout
-from wellcond.layouts.linear import BilinearLayout, EmbeddingBagLayout, EmbeddingLayout, LinearLayout, RecurrentLayout
+from wellcond.layouts.linear import (
+    BilinearLayout,
+    EmbeddingBagLayout,
+    EmbeddingLayout,
+    LinearLayout,
+    RecurrentLayout,
+    TransposedLinearLayout,
+)
 from wellcond.layouts.norm import BatchNormLayout, GroupNormLayout, LayerNormLayout
 
 _LAYOUTS: dict[type[nn.Module], Layout] = {
@@ -24,6 +33,9 @@ _LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.LayerNorm: LayerNormLayout(),
     nn.RMSNorm: LayerNormLayout(),
     nn.GroupNorm: GroupNormLayout(),
+}
+_OF_OTHER_LIBRARIES: dict[tuple[str, str], Layout] = {
+    ("transformers.pytorch_utils", "Conv1D"): TransposedLinearLayout(),
 }
 
 
@@ -73,4 +85,14 @@ def layout_of(module: nn.Module) -> Layout | None:
     for cls in type(module).__mro__:
         if cls in _LAYOUTS:
             return _LAYOUTS[cls]
+        if (layout := _of_other_libraries(cls)) is not None:
+            return layout
+    return None
+
+
+def _of_other_libraries(cls: type) -> Layout | None:
+    """Return the rule for a layer type of a library that may be missing; if there is such a layer, it was imported."""
+    for (module_name, class_name), layout in _OF_OTHER_LIBRARIES.items():
+        if cls.__name__ == class_name and cls is getattr(sys.modules.get(module_name), class_name, None):
+            return layout
     return None

@@ -118,8 +118,7 @@ class MomentumScheduler(_LayerScheduler):
             )
 
     def _largest_seen(self) -> int:
-        seen = [layer.seen_batch_size for layer in self.layers if layer.seen_batch_size is not None]
-        self._seen = max([*seen, *([] if self._seen is None else [self._seen])], default=None)
+        self._seen = self._seen_so_far()
         if self._seen is None:
             raise RuntimeError(
                 "MomentumScheduler.step() was called before any training batch, so the batch size is not known: "
@@ -133,10 +132,15 @@ class MomentumScheduler(_LayerScheduler):
             self._seen = None if self.steps_per_epoch is None else self._seen
         return samples
 
+    def _seen_so_far(self) -> int | None:
+        seen = [self._seen, *(layer.seen_batch_size for layer in self.layers)]
+        return max((samples for samples in seen if samples is not None), default=None)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         return super().state_dict() | {
-            "seen_batch_size": self._seen,
+            # Also of the epoch so far: some save before its `step()`, which the resumed run then makes.
+            "seen_batch_size": self._seen_so_far(),
             "stat_momentum": [x.stat_momentum for x in self.layers],
         }
 
@@ -154,6 +158,7 @@ class MomentumScheduler(_LayerScheduler):
         self._seen = state_dict["seen_batch_size"]
         for layer, momentum in zip(self.layers, momenta, strict=True):
             layer.stat_momentum = momentum
+            layer.seen_batch_size = None
 
 
 class BatchRenormScheduler(_LayerScheduler):

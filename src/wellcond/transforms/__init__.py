@@ -1,6 +1,6 @@
 """Gradient transforms and the one way to attach them to an optimizer."""
 
-from wellcond.transforms.attach import Attachment, attach
+from wellcond.transforms.attach import Attachment, attach, attachments
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.precondition import FeatureDescent, FeatureWhitening
@@ -16,4 +16,5 @@ __all__ = [
     "Slot",
     "WellcondWarning",
     "attach",
+    "attachments",
 ]

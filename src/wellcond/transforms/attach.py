@@ -80,6 +80,29 @@ def attach(
     return Attachment(optimizer, model, transforms, weight_decay, synchronize)
 
 
+def attachments(optimizer: object) -> list[Attachment]:
+    """Return the handles of what is attached to an optimizer, for code that was only given the optimizer.
+
+    Args:
+        optimizer: A ``torch.optim.Optimizer``, also in a wrapper of Lightning or Accelerate.
+
+    Returns:
+        The handles, in the order of attaching; of those that were removed none.
+
+    Raises:
+        TypeError: If it is no optimizer.
+
+    Example:
+        >>> import wellcond
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+        >>> attachments(optimizer) == [handle]
+        True
+    """
+    return list(_unwrap(optimizer).__dict__.get("wellcond_attachments", []))
+
+
 class Attachment:
     """Transforms at work on an optimizer; made by `attach`."""
 

@@ -1,0 +1,128 @@
+"""A callback for Lightning: layer schedules, calibration before validation, counts in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from wellcond.calibrate import calibrated
+from wellcond.checks import check_positive_integer
+from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError("wellcond.integrations.lightning needs Lightning: pip install lightning") from error
+
+
+class WellcondCallback(Callback):
+    """Steps a layer schedule, calibrates before validation, and logs what `Attachment.stats` counts.
+
+    Attaching itself is a line of `configure_optimizers`: ``wellcond.attach(optimizer, self, ...)``.
+
+    *Calibration* lasts for the validation alone: when it ends, the batch normalizations are of the kind, and have the
+    statistics, that training gave them, so training goes on, and checkpoints are written, as if there had been none
+    (`calibrated`). To use a checkpoint as it was validated, `calibrate` it the same way. The sanity check before
+    training, and testing, are not preceded by it.
+
+    *The schedule* is where it would be if one called its `step()` after every epoch, or every optimizer step, also
+    after a resume; its state is in the checkpoint.
+
+    Args:
+        schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180)`.
+        schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``trainer.global_step``).
+        calibration_loader: Batches to calibrate with, as `calibrate` takes them; each rank's own part. Not the loader
+            that trains, whose workers and shuffling a further pass would disturb. None: no calibration.
+        calibration_batch_size: m, the samples behind one set of statistics in training.
+        calibrate: ``"bsr"``, ``"evalnorm"`` or ``"bn"``, as in `calibrate`.
+        calibration_options: Further options of `calibrate`.
+        log_stats: Log the counts at the end of every training epoch, as ``"wellcond/<transform>/<count>"``.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of its range, or only one of the loader and the batch size is given.
+
+    Example:
+        >>> import wellcond
+        >>> model = nn.Sequential(nn.Linear(4, 8), wellcond.nn.MomentumBatchNorm1d(8))
+        >>> schedule = wellcond.nn.MomentumScheduler(model, total_epochs=20, batch_size=4)
+        >>> trainer = Trainer(callbacks=[WellcondCallback(schedule)], logger=False, enable_checkpointing=False)
+        >>> any(isinstance(callback, WellcondCallback) for callback in trainer.callbacks)
+        True
+    """
+
+    def __init__(
+        self,
+        schedule: LayerSchedule | None = None,
+        schedule_interval: Interval = "epoch",
+        *,
+        calibration_loader: Iterable[Any] | None = None,
+        calibration_batch_size: int | None = None,
+        calibrate: str = "bsr",
+        calibration_options: Mapping[str, Any] | None = None,
+        log_stats: bool = True,
+    ) -> None:
+        if (calibration_loader is None) != (calibration_batch_size is None):
+            raise ValueError("calibration_loader and calibration_batch_size must be given together")
+        if calibration_batch_size is not None:
+            check_positive_integer("calibration_batch_size", calibration_batch_size)
+        self._following = FollowingSchedule(schedule, schedule_interval)
+        self.calibration_loader = calibration_loader
+        self.calibration_batch_size = calibration_batch_size
+        self.calibrate = calibrate
+        self.calibration_options = dict(calibration_options or {})
+        self.log_stats = log_stats
+        self._calibrated: AbstractContextManager[nn.Module] | None = None
+
+    # the schedule ---------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the schedule catch up with the epochs that are done."""
+        self._following.reach("epoch", trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Have the schedule catch up with the optimizer's steps."""
+        self._following.reach("step", trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's state, for the checkpoint."""
+        return self._following.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint's `state_dict`."""
+        self._following.load_state_dict(state_dict)
+
+    # calibration ----------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate, in the precision that validation computes in."""
+        if self.calibration_loader is None or self.calibration_batch_size is None or trainer.sanity_checking:
+            return
+        calibration = calibrated(
+            pl_module, self.calibration_loader, self.calibration_batch_size, self.calibrate, **self.calibration_options
+        )
+        # Validation runs in inference mode, whose tensors training could not use.
+        with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            calibration.__enter__()
+        self._calibrated = calibration
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the batch normalizations what they were; checkpoints are written after this."""
+        calibration, self._calibrated = self._calibrated, None
+        if calibration is not None:
+            calibration.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do so also if validation fails: a checkpoint may yet be written."""
+        self.on_validation_end(trainer, pl_module)
+
+    # the log --------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the transforms of all optimizers have counted."""
+        if self.log_stats:
+            pl_module.log_dict(counts(trainer.optimizers))

@@ -1,0 +1,85 @@
+"""A callback for Hugging Face's Trainer: layer schedules, counts in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("wellcond.integrations.transformers needs Transformers: pip install transformers") from error
+
+
+class WellcondTrainerCallback(TrainerCallback):
+    """Steps a layer schedule, and adds what `Attachment.stats` counts to the Trainer's log.
+
+    Attaching itself is a line before the Trainer is made: ``wellcond.attach(optimizer, model, ...)``, and
+    ``Trainer(optimizers=(optimizer, scheduler), ...)``.
+
+    *The schedule* is where it would be if one called its `step()` after every epoch, or every optimizer step, also
+    after a resume. The Trainer restores no callback's state by default, so the schedule must be a function of its count
+    alone: give `wellcond.nn.MomentumScheduler` its batch_size.
+
+    *The counts* go into every entry of ``trainer.state.log_history`` that has a training loss, and into what later
+    callbacks get. The Trainer puts its reporters (TensorBoard, W&B) first; for them, too,
+    ``trainer.callback_handler.callbacks.insert(0, callback)`` instead of ``callbacks=[callback]``.
+
+    Args:
+        schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180, batch_size=8)`.
+        schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``state.global_step``).
+        log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``.
+
+    Raises:
+        TypeError: If the schedule is none.
+        ValueError: If the interval is another.
+
+    Example:
+        >>> import torch, wellcond
+        >>> model = wellcond.nn.MomentumBatchNorm1d(3)
+        >>> schedule = wellcond.nn.MomentumScheduler(model, total_epochs=20, batch_size=4)
+        >>> callback = WellcondTrainerCallback(schedule)
+        >>> isinstance(callback, TrainerCallback)
+        True
+    """
+
+    def __init__(
+        self,
+        schedule: LayerSchedule | None = None,
+        schedule_interval: Interval = "epoch",
+        *,
+        log_stats: bool = True,
+    ) -> None:
+        self._following = FollowingSchedule(schedule, schedule_interval)
+        self.log_stats = log_stats
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the schedule catch up with the epochs that are done."""
+        # A sum of fractions, so perhaps a little less than a whole number.
+        self._following.reach("epoch", int((state.epoch or 0.0) + 1e-6))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the schedule catch up with the optimizer's steps."""
+        self._following.reach("step", state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add what the transforms have counted."""
+        if not self.log_stats or logs is None or "loss" not in logs or optimizer is None:
+            return
+        found = counts([optimizer])
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)

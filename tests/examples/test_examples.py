@@ -1,0 +1,187 @@
+"""The examples run, and a run that is resumed from its framework's own checkpoint equals one that was not stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+each_example = pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frameworks take a GPU that they see, on which sums differ from run to run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def assert_identical(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if isinstance(value, Mapping):
+            assert_identical(found[name], value)
+        elif isinstance(value, Tensor):
+            assert torch.equal(found[name], value), name
+
+
+# as texts -----------------------------------------------------------------------------------------------------------
+
+
+@each_example
+def test_it_is_short_and_shows_the_line_that_wellcond_adds(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 80
+    marked = [number for number, line in enumerate(lines) if re.search(r"# The lines? that wellcond adds", line)]
+    assert len(marked) == 1
+    assert "wellcond." in "".join(lines[marked[0] + 1 : marked[0] + 3])
+
+
+@each_example
+def test_it_uses_the_public_interface_alone(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    imported = re.findall(r"^(?:from|import) (wellcond[\w.]*)", text, re.MULTILINE)
+    assert {name for name in imported if not name.startswith("wellcond.integrations.")} == {"wellcond"}
+    assert "sys.path" not in text
+    assert not re.search(r"wellcond[\w.]*\._|handle\._", text)
+
+
+# they run -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_runs_as_a_script() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "muon_feature_descent.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Muon over feature descent: loss" in done.stdout
+
+
+def test_muon_over_feature_descent_differs_from_muon() -> None:
+    module = example("muon_feature_descent")
+    newton, plain = module.main(20), module.main(20, plain=True)
+    assert newton[0] == plain[0]
+    assert newton[-1] != plain[-1]
+    assert newton[-1] < newton[0]
+
+
+def test_calibrating_a_checkpoint_changes_what_it_says_of_the_images() -> None:
+    found = example("calibrate_checkpoint").main(steps=200)
+    assert all(math.isfinite(loss) for _, loss in found.values())
+    assert found["calibrated"] != found["as published"]
+
+
+@pytest.mark.parametrize("norm", ["bsr", "mbn"])
+def test_timm_fine_tunes(norm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    right = example("timm_finetune").main(steps=6, norm=norm)
+    assert 0 <= right <= 1
+    assert f"{norm}: {right:.1%}" in capsys.readouterr().out
+
+
+def test_detection_learns() -> None:
+    losses = example("detection_finetune").main(steps=8)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_compiled_training_learns() -> None:
+    losses = example("compile_model").main(steps=24, backend="aot_eager")
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_exports_give_the_same_numbers() -> None:
+    differences = example("export_onnx").main()
+    assert differences.keys() == {"torch.export", "ONNX"}
+    assert max(differences.values()) < 1e-5
+
+
+# they resume --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_pytorch_resumes_exactly(tmp_path: Path) -> None:
+    main = example("plain_pytorch").main
+    whole = main(40)
+    main(27, tmp_path / "run.pt")
+    assert_holds_statistics(torch.load(tmp_path / "run.pt")["optimizer"], "whitening")
+    assert_identical(main(40, tmp_path / "run.pt").state_dict(), whole.state_dict())
+
+
+def test_lightning_resumes_exactly(tmp_path: Path) -> None:
+    main = example("lightning_digits").main
+    whole = main(3, str(tmp_path / "whole"))
+    main(2, str(tmp_path / "stopped"))
+    (stopped,) = tmp_path.glob("stopped/checkpoints/*.ckpt")
+    saved = torch.load(stopped, weights_only=False)
+    assert_holds_statistics(saved["optimizer_states"][0], "whitening")
+    resumed = main(3, str(tmp_path / "resumed"), resume=str(stopped))
+    assert_identical(resumed.state_dict(), whole.state_dict())
+    # λ was not where it began: the schedule took part.
+    assert resumed.network[1].stat_momentum > 0
+    last = [
+        torch.load(next(tmp_path.glob(f"{run}/checkpoints/*.ckpt")), weights_only=False) for run in ("whole", "resumed")
+    ]
+    assert_identical(last[1]["optimizer_states"][0], last[0]["optimizer_states"][0])
+
+
+def test_hugging_face_trainer_resumes_exactly(tmp_path: Path) -> None:
+    main = example("hf_trainer").main
+    whole = main(18, str(tmp_path / "whole"))
+    stopped = tmp_path / "whole" / "checkpoint-10"
+    assert_holds_statistics(torch.load(stopped / "optimizer.pt"), "descent")
+    resumed = main(18, str(tmp_path / "resumed"), resume=str(stopped))
+    assert_identical(resumed.state_dict(), whole.state_dict())
+
+
+def test_accelerate_resumes_exactly(tmp_path: Path) -> None:
+    main = example("accelerate_loop").main
+    whole = main(60)
+    main(26, str(tmp_path))
+    assert_holds_statistics(torch.load(tmp_path / "optimizer.bin"), "descent")
+    assert_identical(main(60, str(tmp_path), resume=26).state_dict(), whole.state_dict())
+
+
+def test_fsdp2_resumes_exactly_and_lightning_trains_with_ddp(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    script = Path(__file__).with_name("run_on_ranks.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(script), str(ROOT / "examples"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in ("whole", "stopped"):
+        dcp_to_torch_save(str(tmp_path / run), str(tmp_path / f"{run}.pt"))
+    whole, resumed = (torch.load(tmp_path / f"{run}.pt") for run in ("whole", "stopped"))
+    assert any("wellcond_whitening" in key for entry in whole["optimizer"]["state"].values() for key in entry)
+    assert_identical(resumed, whole)
+    ranks = [torch.load(tmp_path / f"lightning{rank}.pt") for rank in range(2)]
+    parameters = {name for name in ranks[0] if name.endswith(("weight", "bias"))}
+    assert parameters
+    assert_identical({name: ranks[1][name] for name in parameters}, {name: ranks[0][name] for name in parameters})
+
+
+def assert_holds_statistics(state_dict: dict[str, Any], transform: str) -> None:
+    assert any(key.startswith(f"wellcond_{transform}_") for entry in state_dict["state"].values() for key in entry)
