@@ -22,6 +22,7 @@ _RUN_FILES = (
     "norms",
     "optimizers",
     "parquet",
+    "probes",
     "run",
     "schedule",
     "splits",

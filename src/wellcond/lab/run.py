@@ -19,6 +19,7 @@ import wellcond
 from wellcond.lab.extras import collect_extras
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
+from wellcond.lab.probes import probe_network
 from wellcond.lab.records import EpochRecord, RunRecord, RunSpec
 from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
@@ -72,7 +73,9 @@ class Runner:
                 sorted({str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)})
             ),
             evaluation_seconds=measure.evaluation_seconds(),
-            extras={} if measure.diverged else collect_extras(training.model),
+            extras={}
+            if measure.diverged
+            else collect_extras(training.model) | probe_network(training.model, data, spec),
         )
 
     @contextmanager
