@@ -15,7 +15,9 @@ from wellcond.lab.models import initial_model
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_builds_its_optimizer_with_its_options(name):
     method = METHODS[name]
-    model = method.with_layers(initial_model("convnet", 1, 10, seed=0))
+    # IBN-a knows the blocks of torchvision's and timm's networks alone.
+    network, *shape = ("torchvision:resnet18", 3, 64, 64) if method.layers == "ibn-a" else ("convnet", 1, 8, 8)
+    model = method.with_layers(initial_model(network, shape[0], 10, seed=0))
     optimizer, handle = method.build(model, 0.02, Refresh(5, 25))
     assert type(optimizer).__name__ == method.optimizer
     group, *others = optimizer.param_groups
@@ -29,7 +31,7 @@ def test_every_method_builds_its_optimizer_with_its_options(name):
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
     assert (handle is None) == (not method.transforms)
-    model(torch.randn(4, 1, 8, 8)).square().mean().backward(create_graph=method.second_order)
+    model(torch.randn(4, *shape)).square().mean().backward(create_graph=method.second_order)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -114,6 +114,13 @@ def test_a_scale_changes_sizes_and_says_which(write):
     assert needed_data([first, only]) == ["cifar10-jpeg", "digits"]
 
 
+def test_a_scale_can_take_a_setting_away(write):
+    file = write("epochs = 8 }", 'epochs = 8, model = "" }')
+    panel = scaled_panels(load_recipe(file), "small")[0]
+    assert "model" not in panel.fields
+    assert panel.differs["model"] == ("resnet18", None)
+
+
 def test_what_is_asked_for_goes_before_the_scale(write):
     recipe = load_recipe(write())
     (panel,) = scaled_panels(recipe, "smoke", panels=["first"], methods=["white"])
@@ -144,6 +151,16 @@ def test_what_is_asked_for_goes_before_the_scale(write):
         ('panels = ["second"]', 'panels = ["third"]', "unknown panel 'third'"),
         ('score = "accuracy"', 'score = "beauty"', "score: Input should be 'accuracy'"),
         ("[scale.small]", "[scale.tiny]", "scale: unknown key 'tiny'"),
+        (
+            'score = "accuracy"',
+            'score = "disparity"',
+            "panel first must have a figure if, and only if,",
+        ),
+        (
+            "epochs = 200",
+            'probe = "disparity"',
+            "a score that a probe measures needs settings.probe to",
+        ),
         ("[settings]", "[settings", "not TOML: "),
     ],
 )
@@ -173,6 +190,11 @@ def test_a_recipe_of_ones_own_is_found_by_its_file(write):
 @pytest.mark.parametrize("name", ["4.1", "table 4.1", "Table-4.1", " TABLE_4.1 "])
 def test_tables_are_found_as_a_reader_would_call_them(name):
     assert find_recipe(name).source == "thesis, table 4.1"
+
+
+def test_of_a_table_and_a_figure_of_one_number_the_table_needs_no_name():
+    assert find_recipe("3.3").source == find_recipe("table 3.3").source == "thesis, table 3.3"
+    assert find_recipe("figure 3.3").source == find_recipe("fig. 3.3").source == "thesis, figure 3.3"
 
 
 @pytest.mark.parametrize("name", ["2.4", "figure 2.4", "fig. 2.4", "Fig-2.4"])

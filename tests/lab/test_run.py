@@ -31,7 +31,8 @@ def without_seconds(record):
     return replace(record, epochs=epochs, evaluation_seconds=None, memory=memory)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+# IBN-a knows the blocks of torchvision's and timm's networks alone.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "IBN-a"])
 def test_the_same_run_twice_is_the_same_bit_for_bit(plan, runner, name):
     spec = plan.spec(METHODS[name], METHODS[name].lrs[0], seed=0)
     first = runner.run(spec)

@@ -54,6 +54,7 @@ _BY_LAYERS = {
     "sn": Style("#0072b2", "#4aa8e0", "D"),
     "ssn": Style("#6a51a3", "#a99be0", "X"),
     "ibn": Style("#c98500", "#e69f00", "v"),
+    "ibn-a": Style("#c98500", "#e69f00", "p"),
     "kn": Style("#d55e00", "#ff7f2a", "P"),
     "iternorm": Style("#009e73", "#2fc79c", "s"),
     "ln": Style("#5b6abf", "#98a4ee", "p"),

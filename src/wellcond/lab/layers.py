@@ -1,4 +1,4 @@
-"""What methods do to convolutions: standardize their weights, or decorrelate their inputs."""
+"""What methods do to a network's layers: to its convolutions, or to batch normalization in chosen places."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import wellcond.nn
+from wellcond.nn.ibn import ibn_a
 
 LAYERS = {
     "ws": "weight_standardize(every convolution)",
     "nd": "convert_layers(to='nd') in place of batch normalization",
+    "ibn-a": "ibn_a(model)",
 }
 """What can be done, and how the report writes it."""
 
 
 def change_layers(model: nn.Module, kind: str) -> nn.Module:
-    """Change a network's convolutions, in place.
+    """Change a network's layers, in place.
 
     Args:
         model: The network.
         kind: A key of `LAYERS`.
     """
+    if kind == "ibn-a":
+        return ibn_a(model)
     return _standardize(model) if kind == "ws" else _deconvolve(model)
 
 

@@ -25,6 +25,7 @@ _RUN_FILES = (
     "norms",
     "optimizers",
     "parquet",
+    "probes",
     "run",
     "run_memory",
     "schedule",

@@ -250,11 +250,26 @@ METHODS = {
         replace(_sgdm("ND", "SGDM with network deconvolution in place of batch normalization"), layers="nd"),
         replace(_sgdm("SGDM+WS", "SGDM with weight standardization of convolutions"), layers="ws"),
         replace(_sgdm("SGDM+WS+GC", "SGDM with weight standardization and Gradient Centralization", _GC), layers="ws"),
+        replace(
+            _sgdm(
+                "IBN-a", "SGDM with instance normalization of half the channels early in the blocks of a residual net"
+            ),
+            layers="ibn-a",
+        ),
+        replace(
+            _norm(
+                "GN+GC-conv",
+                "GN with Gradient Centralization of convolutions alone",
+                NormSpec("gn", (("num_groups", 8),)),
+            ),
+            transforms=(_GC_CONV,),
+        ),
         _sgdm("SGDM+GC-conv", "SGDM with Gradient Centralization of convolutions alone", _GC_CONV),
         _other("SGDW", "SGD with momentum 0.9 and decoupled weight decay", *_SGDW),
         _other("SGDW", "SGDW with Gradient Centralization", *_SGDW, _GC),
         _other("Adam", "Adam with weight decay in the gradient", *_ADAM),
         _other("Adam", "Adam with Gradient Centralization", *_ADAM, _GC),
+        replace(_other("Adam", "Adam with feature whitening", *_ADAM, _WHITEN), name="Adam+W"),
         _other("Adagrad", "Adagrad with weight decay in the gradient", *_ADAGRAD),
         _other("Adagrad", "Adagrad with Gradient Centralization", *_ADAGRAD, _GC),
         _other("RAdam", "Adam with a rectified step size", *_ADAM),

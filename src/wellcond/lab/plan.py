@@ -158,6 +158,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             precision=settings.precision,
             deterministic=settings.deterministic,
             label_smoothing=settings.label_smoothing,
+            probe=settings.probe,
             weights=settings.weights,
             weights_digest=None if settings.weights is None else digest_of(settings.weights),
         ),

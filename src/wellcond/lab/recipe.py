@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods import METHODS
+from wellcond.lab.probes import PROBES
 from wellcond.lab.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -30,7 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Score = Literal["accuracy", "error", "AP", "mAP"]
+Score = Literal["accuracy", "error", "AP", "mAP", "disparity"]
 Scale = Literal["smoke", "small", "full"]
 
 EVERY = "*"
@@ -38,7 +39,7 @@ EVERY = "*"
 
 _FOLDER = Path(__file__).parent / "recipes"
 # What a command says rather than a recipe, or what a recipe says for each method.
-_NOT_SETTINGS = {"methods", "lrs", "jobs", "target"}
+_NOT_SETTINGS = {"methods", "lrs", "jobs", "target", "overrides"}
 
 
 class Table(BaseModel):
@@ -119,6 +120,7 @@ class PanelTable(Table):
         settings: What is special to it.
         methods: Labels that it compares; None for all.
         change: What is special to a method in it, by label or `EVERY`.
+        figure: Which of the probe's figures it shows, if the score is a probe's.
         paper: The source's figures, by label.
         metrics: The source's further figures, by the metric's name and the label.
     """
@@ -127,6 +129,7 @@ class PanelTable(Table):
     settings: SettingsTable = SettingsTable()  # type: ignore[valid-type]  # made from the fields of Settings
     methods: list[str] | None = None
     change: dict[str, Change] = {}
+    figure: str | None = None
     paper: dict[str, PaperValue] = {}
     metrics: dict[str, dict[str, PaperValue]] = {}
 
@@ -135,7 +138,7 @@ class ScaleTable(Table):
     """A smaller version: it changes sizes, never what is compared.
 
     Attributes:
-        settings: Take the place of the recipe's and of the panels'.
+        settings: Take the place of the recipe's and of the panels'; an empty string takes a setting away.
         models: From a network of the source to a smaller one.
         lrs: lr grids, by label or by the optimizer's name.
         panels: Names of those that are run; None for all.
@@ -195,6 +198,12 @@ class Recipe(Table):
             figures = [*panel.paper, *(label for metric in panel.metrics.values() for label in metric)]
             _check("label", [*(panel.methods or ()), *figures], labels)
             _check("label", panel.change, [*labels, EVERY])
+            if (panel.figure is not None) != (self.score in PROBES):
+                raise _refusal(f"panel {panel.name} must have a figure if, and only if, the score is a probe's")
+        settings: Table = self.settings
+        probe = settings.model_dump().get("probe")
+        if (self.score if self.score in PROBES else None) != probe:
+            raise _refusal(f"a score that a probe measures needs settings.probe to name it, got {self.score}, {probe}")
         optimizers = [METHODS[method.method].optimizer for method in self.methods]
         for scale in (self.scale.smoke, self.scale.small):
             _check("panel", scale.panels or (), panels)
@@ -283,17 +292,27 @@ def find_recipe(name: str) -> Recipe:
     if name.endswith(".toml"):
         return load_recipe(Path(name))
     recipes = list(bundled_recipes())
-    by_name = {_plain(called): recipe for recipe in recipes for called in recipe.names}
-    if _plain(name) in by_name:
-        return by_name[_plain(name)]
+    by_name = {_dashed(called): recipe for recipe in recipes for called in recipe.names}
+    for called in (_dashed(name), _plain(name)):
+        if called in by_name:
+            return by_name[called]
     raise unknown_name("table", name, [recipe.name for recipe in recipes])
 
 
-def _plain(name: str) -> str:
-    """Return a name without its kind: of all tables and figures of the sources no two share a number.
+def _dashed(name: str) -> str:
+    """Return a name in one spelling.
 
-    >>> _plain("Table 4.1"), _plain("figure-2.4"), _plain("slides IBN-Net")
-    ('4.1', '2.4', 'slides-ibn-net')
+    >>> _dashed("Fig. 3.3"), _dashed("slides IBN-Net")
+    ('figure-3.3', 'slides-ibn-net')
     """
-    plain = re.sub(r"[\s_-]+", "-", name.strip().casefold())
-    return re.sub(r"^(table|figure|fig\.?)-?(?=\d)", "", plain)
+    dashed = re.sub(r"[\s_-]+", "-", name.strip().casefold())
+    return re.sub(r"^(figure|fig\.?)-?(?=\d)", "figure-", dashed)
+
+
+def _plain(name: str) -> str:
+    """Return a name without its kind: few tables and figures of the sources share a number.
+
+    >>> _plain("Table 4.1"), _plain("figure-2.4")
+    ('4.1', '2.4')
+    """
+    return re.sub(r"^(table|figure)-?(?=\d)", "", _dashed(name))

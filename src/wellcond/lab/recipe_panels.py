@@ -83,6 +83,7 @@ def needed_data(panels: Sequence[ScaledPanel]) -> list[str]:
 def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequence[str] | None) -> ScaledPanel:
     own = _given(recipe.settings) | _given(panel.settings)
     scaled = own | _given(scale.settings)
+    scaled = {name: value for name, value in scaled.items() if value != ""}
     if "model" in scaled:
         scaled["model"] = scale.models.get(scaled["model"], scaled["model"])
     compared = [
@@ -95,9 +96,8 @@ def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequen
     data = scaled.get("data", Settings().data)
     if data not in NAMED_DATA:
         raise unknown_name("data", data, NAMED_DATA)
-    differs = {
-        name: (own.get(name), value) for name, value in scaled.items() if name != "seeds" and own.get(name) != value
-    }
+    names = [name for name in dict.fromkeys([*scaled, *own]) if name != "seeds" and own.get(name) != scaled.get(name)]
+    differs = {name: (own.get(name), scaled.get(name)) for name in names}
     methods = tuple(_override(method, recipe.baseline, panel, scale) for method in compared)
     return ScaledPanel(panel, data, scaled, methods, differs)
 

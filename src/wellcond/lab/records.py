@@ -44,6 +44,7 @@ class RunSpec:
         precision: How training computes, in Lightning's names.
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
+        probe: What is measured of the trained network; None for nothing.
         weights: File of the weights that the run begins with; None draws them.
         weights_digest: Digest of that file.
         environment: The machine, the versions and the sharing of cores that the seconds were measured with.
@@ -69,6 +70,7 @@ class RunSpec:
     precision: Precision = "32-true"
     deterministic: bool = False
     label_smoothing: float = 0.0
+    probe: str | None = None
     weights: str | None = None
     weights_digest: str | None = None
 

@@ -12,14 +12,15 @@ from wellcond.lab.compare import Comparison, run_comparison
 from wellcond.lab.errors import LabError
 from wellcond.lab.findings import notes
 from wellcond.lab.machine import machine, versions
+from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.progress import RunProgress
-from wellcond.lab.recipe import Recipe, Scale
+from wellcond.lab.recipe import PanelTable, Recipe, Scale
 from wellcond.lab.recipe_panels import ScaledPanel
 from wellcond.lab.records import RunStore
 from wellcond.lab.results import collect_results, rounded
 from wellcond.lab.settings import Settings
-from wellcond.lab.statistics import Difference, Spread, spread
+from wellcond.lab.statistics import Difference, Spread, paired_difference, spread
 from wellcond.lab.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
@@ -42,7 +43,8 @@ class Figure:
         label: How the source calls the method.
         summary: What was measured of it.
         paper: The source's mean and standard deviation; None where it gives no figure.
-        ours: Our mean and standard deviation over the seeds, as the recipe counts its score.
+        ours: Our mean and standard deviation over the seeds, as the recipe counts its score; None if a probe measures
+            it and all runs diverged.
         ends: The score of each seed.
         paper_difference: The source's mean less its baseline's mean.
         difference: Ours, paired over the seeds; None for a baseline.
@@ -54,7 +56,7 @@ class Figure:
     label: str
     summary: MethodSummary
     paper: tuple[float, float | None] | None
-    ours: Spread
+    ours: Spread | None
     ends: tuple[float, ...]
     paper_difference: float | None
     difference: Difference | None
@@ -190,7 +192,7 @@ def panel_results(recipe: Recipe, panel: ScaledPanel, comparison: Comparison) ->
     """
     summary = summarize(comparison)
     results = collect_results(comparison, summary, "")
-    figures = tuple(_figure(recipe, panel, comparison.plan, method) for method in summary.methods)
+    figures = tuple(_figure(recipe, panel, comparison, method) for method in summary.methods)
     return PanelResults(
         name=panel.table.name,
         title=results.title,
@@ -202,24 +204,29 @@ def panel_results(recipe: Recipe, panel: ScaledPanel, comparison: Comparison) ->
     )
 
 
-def _figure(recipe: Recipe, panel: ScaledPanel, plan: Plan, method: MethodSummary) -> Figure:
+def _figure(recipe: Recipe, panel: ScaledPanel, comparison: Comparison, method: MethodSummary) -> Figure:
     table = panel.table
-    sign = -1.0 if recipe.score == "error" else 1.0
-    ends = tuple(_end(curve, plan) for curve in method.curves)
-    if recipe.score == "error":
-        ends = tuple(100.0 - end for end in ends)
+    ends = _ends(recipe, table, comparison.plan, method)
+    if table.figure is not None:
+        baseline = next(other for other in comparison.plan.methods if other.name == method.baseline)
+        difference = _probed_difference(table.figure, comparison, method, baseline)
+        equal_time = None
+    else:
+        sign = -1.0 if recipe.score == "error" else 1.0
+        difference = _signed(method.final_difference, sign)
+        equal_time = _signed(method.equal_time.difference if method.equal_time else None, sign)
     paper, base = table.paper.get(method.name), table.paper.get(method.baseline)
-    difference = paper[0] - base[0] if paper and base and not method.is_baseline else None
+    paper_difference = paper[0] - base[0] if paper and base and not method.is_baseline else None
     return Figure(
         label=method.name,
         summary=method,
         paper=paper,
-        ours=spread(ends),
+        ours=spread(ends) if ends else None,
         ends=ends,
         # Of two figures with two digits; more would be noise of the subtraction.
-        paper_difference=None if difference is None else round(difference, 4),
-        difference=_signed(method.final_difference, sign),
-        equal_time=_signed(method.equal_time.difference if method.equal_time else None, sign),
+        paper_difference=None if paper_difference is None else round(paper_difference, 4),
+        difference=difference,
+        equal_time=equal_time,
         paper_metrics={
             name: by_label[method.name][0] for name, by_label in table.metrics.items() if method.name in by_label
         },
@@ -227,9 +234,27 @@ def _figure(recipe: Recipe, panel: ScaledPanel, plan: Plan, method: MethodSummar
     )
 
 
-def _end(curve: Curve, plan: Plan) -> float:
-    """Return a run's last test score; of one that diverged, that of guessing."""
-    return curve.test_score[-1] if len(curve.test_score) == plan.epochs else plan.chance
+def _ends(recipe: Recipe, table: PanelTable, plan: Plan, method: MethodSummary) -> tuple[float, ...]:
+    """Return what each seed ended with: its last test score (that of guessing if it diverged), or the probe's."""
+    if table.figure is not None:
+        return tuple(found[table.figure] for found in method.extras.get("probe", ()) if found is not None)
+    ends = [curve.test_score[-1] if len(curve.test_score) == plan.epochs else plan.chance for curve in method.curves]
+    return tuple(100.0 - end for end in ends) if recipe.score == "error" else tuple(ends)
+
+
+def _probed_difference(
+    figure: str, comparison: Comparison, method: MethodSummary, baseline: Method
+) -> Difference | None:
+    """Return the paired difference of a probe's figure, over the seeds in which both runs have it."""
+    if method.is_baseline:
+        return None
+    mine = next(other for other in comparison.plan.methods if other.name == method.name)
+    pairs = [
+        (one.extras["probe"][figure], other.extras["probe"][figure])
+        for one, other in zip(comparison.runs(mine), comparison.runs(baseline), strict=True)
+        if "probe" in one.extras and "probe" in other.extras
+    ]
+    return paired_difference([one for one, _ in pairs], [other for _, other in pairs]) if pairs else None
 
 
 def _signed(difference: Difference | None, sign: float) -> Difference | None:
@@ -289,7 +314,7 @@ def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
         "trained_with": method.recipe,
         "baseline": method.baseline,
         "paper": figure.paper,
-        "ours": asdict(figure.ours),
+        "ours": None if figure.ours is None else asdict(figure.ours),
         "ends": figure.ends,
         "paper_difference": figure.paper_difference,
         "difference": None if figure.difference is None else asdict(figure.difference),

@@ -19,6 +19,7 @@ from wellcond.lab.reproduce import Figure, PanelResults, Reproduction, describe
 from wellcond.lab.statistics import Difference
 from wellcond.lab.svg import css_class, draw_key, draw_svg
 
+_LARGE = 1000.0
 _HEADS = (
     "source",
     "ours",
@@ -97,7 +98,7 @@ def headline(reproduction: Reproduction) -> str:
 def score_head(reproduction: Reproduction) -> str:
     """Return what the figures are, with their unit."""
     score = reproduction.recipe.score
-    return "error in %" if score == "error" else formats.score_text(score)
+    return {"error": "error in %", "condition": "condition number"}.get(score, formats.score_text(score))
 
 
 def rows_of(panel: PanelResults) -> list[Row]:
@@ -108,8 +109,8 @@ def rows_of(panel: PanelResults) -> list[Row]:
             figure.summary.is_baseline,
             (
                 figure_text(*figure.paper) if figure.paper else NOTHING,
-                figure_text(figure.ours.mean, figure.ours.std),
-                NOTHING if figure.paper_difference is None else f"{figure.paper_difference:+.2f}",
+                figure_text(figure.ours.mean, figure.ours.std) if figure.ours else NOTHING,
+                NOTHING if figure.paper_difference is None else _signed(figure.paper_difference),
                 difference_text(figure.difference),
                 difference_text(figure.equal_time),
                 formats.time_text(figure.summary),
@@ -130,11 +131,13 @@ def shown_columns(panel: PanelResults) -> list[int]:
 
 
 def figure_text(mean: float, std: float | None) -> str:
-    """Return a mean with its standard deviation, to two digits as the sources have them.
+    """Return a mean with its standard deviation, to two digits as the sources have them; three of a large number.
 
-    >>> figure_text(76.87, 0.26), figure_text(23.71, None)
-    ('76.87 ± 0.26', '23.71')
+    >>> figure_text(76.87, 0.26), figure_text(23.71, None), figure_text(1.7e6, None)
+    ('76.87 ± 0.26', '23.71', '1.7e+06')
     """
+    if abs(mean) >= _LARGE:
+        return f"{mean:.3g}" if std is None else f"{mean:.3g} ± {std:.2g}"
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
@@ -146,10 +149,13 @@ def difference_text(difference: Difference | None) -> str:
     """
     if difference is None:
         return NOTHING
-    mean = f"{round(difference.mean, 2) + 0.0:+.2f}"
     if difference.low is None or difference.high is None:
-        return mean
-    return f"{mean} [{difference.low:+.2f}, {difference.high:+.2f}]"
+        return _signed(difference.mean)
+    return f"{_signed(difference.mean)} [{_signed(difference.low)}, {_signed(difference.high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}" if abs(value) >= _LARGE else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def _kind(difference: Difference | None) -> str:

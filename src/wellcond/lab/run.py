@@ -21,6 +21,7 @@ from wellcond.lab.gamma_decay import BatchNoiseDecay
 from wellcond.lab.machine import machine_text
 from wellcond.lab.methods import Refresh
 from wellcond.lab.norms import NormSchedule, trained_norm
+from wellcond.lab.probes import probe_network
 from wellcond.lab.records import Coverage, EpochRecord, RunRecord, RunSpec
 from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.schedule import parse_schedule
@@ -77,7 +78,9 @@ class Runner:
                 sorted({str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)})
             ),
             evaluation_seconds=measure.evaluation_seconds(),
-            extras={} if measure.diverged else collect_extras(training.model),
+            extras={}
+            if measure.diverged
+            else collect_extras(training.model) | probe_network(training.model, data, spec),
             memory=memory,
             machine=machine_text(),
             coverage=training.coverage(),

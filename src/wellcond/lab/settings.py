@@ -11,6 +11,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS
 from wellcond.lab.overrides import MethodOverride
+from wellcond.lab.probes import PROBES
 from wellcond.lab.records import Precision
 from wellcond.lab.schedule import parse_schedule
 
@@ -48,6 +49,7 @@ class Settings:
         precision: One of `PRECISIONS`.
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
+        probe: A name in `PROBES`: what is measured of each trained network; None for nothing.
         overrides: Methods under labels of their own, which `methods` may name.
         engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
         ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
@@ -76,6 +78,7 @@ class Settings:
     precision: Precision = "32-true"
     deterministic: bool = False
     label_smoothing: float = 0.0
+    probe: str | None = None
     overrides: tuple[MethodOverride, ...] = ()
     engine: str = "local"
     ray_address: str | None = None
@@ -92,6 +95,8 @@ class Settings:
             raise LabError(f"--warmup must be 0 or more epochs, got {self.warmup:g}")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.probe is not None and self.probe not in PROBES:
+            raise unknown_name("probe", self.probe, PROBES)
         if not 0 <= self.label_smoothing < 1:
             raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
 

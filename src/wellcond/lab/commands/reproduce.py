@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     panels = scaled_panels(recipe, scale, _names(arguments.panels), _names(arguments.methods))
     paths = bind_data(arguments.data, needed_data(panels))
     settings = [panel.settings(paths, arguments.jobs, arguments.seeds) for panel in panels]
-    out = arguments.out if arguments.out is not None else Path("runs") / f"reproduce-{recipe.name}-{scale}"
+    default = f"reproduce-{recipe.name.replace(' ', '-')}-{scale}"
+    out = arguments.out if arguments.out is not None else Path("runs") / default
     folder = writable_folder(Path(out))
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
     with keeping_runs(progress, folder):
