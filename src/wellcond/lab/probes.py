@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wellcond.diagnostics import disparity
+from wellcond.diagnostics import disparity, feature_spectrum
+from wellcond.diagnostics.spectrum import Spectrum
 from wellcond.lab.norms import trained_norm
 from wellcond.lab.records import RunSpec
 from wellcond.lab.tasks.base import SeedData
@@ -34,8 +35,37 @@ def probe_disparity(model: nn.Module, images: list[torch.Tensor], spec: RunSpec)
     return {"disparity": found.get(kind, found.get(f"{kind}_fixed", found["ema"]))}
 
 
+def probe_condition(model: nn.Module, images: list[torch.Tensor], spec: RunSpec) -> dict[str, float]:
+    """Return the condition of the output's second moment of the first convolution and of the last linear layer.
+
+    Of a layer with more outputs than inputs the moment is singular: what counts is the smallest eigenvalue above
+    rounding.
+
+    Args:
+        model: The trained network.
+        images: Batches of training images.
+        spec: The run.
+    """
+    wanted = {
+        "first convolution": [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1],
+        "last linear layer": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:],
+    }
+    names = {name for found in wanted.values() for name in found}
+    training = model.training
+    model.eval()
+    layers = feature_spectrum(model, images, where=lambda name, _: name in names).layers
+    model.train(training)
+    return {called: _condition(layers[name].output) for called, found in wanted.items() for name in found}
+
+
+def _condition(spectrum: Spectrum) -> float:
+    (values,) = spectrum.eigenvalues
+    return values[0] / min(value for value in values if value > spectrum.resolution * values[0])
+
+
 PROBES: dict[str, Callable[[nn.Module, list[torch.Tensor], RunSpec], dict[str, float]]] = {
     "disparity": probe_disparity,
+    "condition": probe_condition,
 }
 """From a probe's name to what measures it: figures by name."""
 

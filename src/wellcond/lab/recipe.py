@@ -31,7 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Score = Literal["accuracy", "error", "AP", "mAP", "disparity"]
+Score = Literal["accuracy", "error", "AP", "mAP", "disparity", "condition"]
 Scale = Literal["smoke", "small", "full"]
 
 EVERY = "*"
