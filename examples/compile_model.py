@@ -1,6 +1,7 @@
 """torch.compile: attach to the model, compile it, and train; batch normalization of the library compiles as torch's."""
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import nn
 import wellcond
 
 
-def main(steps: int = 60, backend: str = "inductor") -> list[float]:
+def main(steps: int = 60, backend: str = "inductor", checkpoint: Path | None = None) -> list[float]:
+    """Train until so many steps are done; from the checkpoint on, if there is one."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -26,8 +28,15 @@ def main(steps: int = 60, backend: str = "inductor") -> list[float]:
     handle = wellcond.attach(optimizer, model, wellcond.FeatureWhitening(stats_every=10, solve_every=20))
     compiled = torch.compile(model, backend=backend)
 
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])  # The compiled model has the same parameters.
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
+
     losses, times = [], []
-    for step in range(steps):
+    for step in range(done, steps):
         draw = torch.Generator().manual_seed(step)
         labels = torch.randint(4, (32,), generator=draw)
         images = torch.randn(32, 3, 16, 16, generator=draw)
@@ -39,6 +48,8 @@ def main(steps: int = 60, backend: str = "inductor") -> list[float]:
         optimizer.step()
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
+    if checkpoint is not None:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, checkpoint)
     print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}; first step {times[0]:.1f} s, then {min(times) * 1e3:.1f} ms")
     print(handle.stats()["whitening"])
     return losses

@@ -1,5 +1,7 @@
 """torchvision's Faster R-CNN with two images a batch: batch normalization unfrozen as BSR, and W-SGDM with GC."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -31,18 +33,13 @@ def detector() -> FasterRCNN:
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     backbone = nn.Sequential(*layers)
     backbone.out_channels = 64  # As torchvision asks for.
-    return FasterRCNN(
-        backbone,
-        num_classes=3,
-        min_size=SIZE,
-        max_size=SIZE,
-        rpn_anchor_generator=AnchorGenerator(((24, 40),), ((0.5, 1.0, 2.0),)),
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=4, sampling_ratio=2),
-        rpn_post_nms_top_n_train=200,
-    )
+    rpn = {"rpn_anchor_generator": AnchorGenerator(((24, 40),), ((0.5, 1.0, 2.0),)), "rpn_post_nms_top_n_train": 200}
+    pool = MultiScaleRoIAlign(["0"], output_size=4, sampling_ratio=2)
+    return FasterRCNN(backbone, 3, min_size=SIZE, max_size=SIZE, box_roi_pool=pool, **rpn)
 
 
-def main(steps: int = 60) -> list[float]:
+def main(steps: int = 60, checkpoint: Path | None = None) -> list[float]:
+    """Train until so many steps are done; from the checkpoint on, if there is one."""
     torch.manual_seed(0)
     model = detector()
 
@@ -51,8 +48,14 @@ def main(steps: int = 60) -> list[float]:
     optimizer = wellcond.optim.WSGDM(model, lr=0.01, weight_decay=1e-4, stats_every=5, solve_every=10)
     wellcond.attach(optimizer, model, wellcond.GradientCentralization())
 
-    losses = []
-    for step in range(steps):
+    losses, done = [], 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])  # Proposals are drawn from it.
+        done = saved["step"]
+    for step in range(done, steps):
         images, targets = zip(scene(2 * step), scene(2 * step + 1), strict=True)
         loss = sum(model(images, targets).values())
         optimizer.zero_grad()
@@ -60,13 +63,15 @@ def main(steps: int = 60) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         losses.append(loss.item())
-    model.eval()
+    if checkpoint is not None:
+        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        torch.save(saved | {"step": steps}, checkpoint)
     image, target = scene(10_000)
     with torch.no_grad():
-        (found,) = model([image])
+        (found,) = model.eval()([image])
     overlaps = box_iou(target["boxes"], found["boxes"])
-    best = [f"{float(row.max()):.2f}" if len(row) else "none" for row in overlaps]
-    print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}; best overlap with each box of a new image: {', '.join(best)}")
+    best = ", ".join(f"{float(row.max()):.2f}" if len(row) else "none" for row in overlaps)
+    print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}; best overlap with each box of a new image: {best}")
     return losses
 
 

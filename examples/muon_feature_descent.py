@@ -1,6 +1,11 @@
-"""Muon over feature descent ("Newton-Muon") for a small transformer's hidden matrices, AdamW for the rest."""
+"""Muon over feature descent ("Newton-Muon") for a small transformer's hidden matrices, AdamW for the rest.
+
+It shows how the two are combined, not a gain: the loss after 100 and after 150 steps, with Muon's learning rate at
+0.01, 0.02 and 0.05, was lower than that of Muon alone in one of these six settings.
+"""
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +29,8 @@ class Reader(nn.Module):
         return self.head(self.blocks(self.letters(text) + self.places))
 
 
-def main(steps: int = 100, plain: bool = False) -> list[float]:
+def main(steps: int = 100, plain: bool = False, checkpoint: Path | None = None) -> list[float]:
+    """Train until so many steps are done; from the checkpoint on, if there is one."""
     torch.manual_seed(0)
     model = Reader()
     hidden = {name: p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
@@ -37,8 +43,15 @@ def main(steps: int = 100, plain: bool = False) -> list[float]:
         handle = wellcond.attach(muon, model, wellcond.FeatureDescent(stats_every=5, solve_every=25))
         print("\n".join(line for line in handle.report().splitlines() if "preconditioned" in line))
 
+    parts, done = {"model": model, "muon": muon, "adamw": adamw}, 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        done = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+
     losses = []
-    for step in range(steps):
+    for step in range(done, steps):
         text = torch.randint(12, (32, 10), generator=torch.Generator().manual_seed(step))
         loss = F.cross_entropy(model(text).flatten(0, 1), text.flip(1).flatten())
         loss.backward()
@@ -46,6 +59,8 @@ def main(steps: int = 100, plain: bool = False) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
+    if checkpoint is not None:
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": steps}, checkpoint)
     print(f"{'Muon' if plain else 'Muon over feature descent'}: loss {losses[0]:.2f} → {losses[-1]:.3f}")
     return losses
 
