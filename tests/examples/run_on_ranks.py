@@ -19,7 +19,12 @@ if __name__ == "__main__":
     fsdp2_torchrun.main(14, str(folder / "whole"))
     fsdp2_torchrun.main(8, str(folder / "stopped"))
     fsdp2_torchrun.main(14, str(folder / "stopped"), resume=True)
-    model = lightning_digits.main(epochs=1)
-    torch.save(model.state_dict(), folder / f"lightning{dist.get_rank()}.pt")
+    whole = lightning_digits.main(2, str(folder / "lightning"))
+    lightning_digits.main(1, str(folder / "lightning-stopped"))
+    dist.barrier()  # The first rank writes.
+    (stopped,) = folder.glob("lightning-stopped/checkpoints/*.ckpt")
+    resumed = lightning_digits.main(2, str(folder / "lightning-resumed"), resume=str(stopped))
+    states = {"whole": whole.state_dict(), "resumed": resumed.state_dict()}
+    torch.save(states, folder / f"lightning{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -35,9 +35,20 @@ def test_rows_are_the_reports_lines_and_count_what_is_kept():
         assert (row.state_bytes is None) == (row.name not in ("0.weight", "3.weight"))
 
 
-def test_nothing_is_said_of_an_optimizer_that_is_gone():
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def test_of_an_optimizer_that_is_gone_it_says_what_was_done():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     handle = wellcond.attach(optimizer, model, GradientCentralization())
+    optimizer.add_param_group({"params": [model[1].bias]})
+    rows, lines = handle.coverage(), handle.report().splitlines()
+    assert "not held" in lines[3]
+    assert lines[4].split() == ["1.bias", "(2,)", "unchanged"]
     del optimizer
-    assert handle.coverage() == {}
+    assert handle.coverage() == rows
+    assert handle.report().splitlines() == ["centralization over SGD (which no longer exists)", *lines[1:]]
+
+
+def test_an_optimizer_that_nobody_asked_about_while_it_was_there_is_known_too():
+    model = nn.Linear(3, 2)
+    handle = wellcond.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, FeatureWhitening())
+    assert [row.how for row in handle.coverage()["whitening"]] == ["preconditioned, dense 4 × 4", "together with weight"]

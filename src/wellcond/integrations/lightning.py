@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.calibrate import calibrated
 from wellcond.checks import check_positive_integer
@@ -27,7 +29,8 @@ class WellcondCallback(Callback):
     *Calibration* lasts for the validation alone: when it ends, the batch normalizations are of the kind, and have the
     statistics, that training gave them, so training goes on, and checkpoints are written, as if there had been none
     (`calibrated`). To use a checkpoint as it was validated, `calibrate` it the same way. The sanity check before
-    training, and testing, are not preceded by it.
+    training, and testing, are not preceded by it. Under DDP all ranks first take the first one's buffers, as they would
+    in validation: these are what a checkpoint holds.
 
     *The schedule* is where it would be if one called its `step()` after every epoch, or every optimizer step, also
     after a resume; its state is in the checkpoint.
@@ -107,6 +110,7 @@ class WellcondCallback(Callback):
         )
         # Validation runs in inference mode, whose tensors training could not use.
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            _take_buffers_of_first_rank(trainer.strategy.model)
             calibration.__enter__()
         self._calibrated = calibration
 
@@ -126,3 +130,10 @@ class WellcondCallback(Callback):
         """Log what the transforms of all optimizers have counted."""
         if self.log_stats:
             pl_module.log_dict(counts(trainer.optimizers))
+
+
+def _take_buffers_of_first_rank(model: nn.Module | None) -> None:
+    """Do what DDP does in the first forward pass of a validation, which the calibration's end would undo."""
+    if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
+        for buffer in model.module.buffers():
+            dist.broadcast(buffer, group=model.process_group, group_src=0)

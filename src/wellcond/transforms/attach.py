@@ -121,6 +121,8 @@ class Attachment:
         self.transforms = tuple(transforms)
         self._check_transforms(optimizer)
         self._optimizer = weakref.ref(optimizer)
+        self._optimizer_name = type(optimizer).__name__
+        self._held: frozenset[int] = frozenset()
         self._model = model
         self._weight_decay: WeightDecayKind = weight_decay
         self._synchronize = synchronize
@@ -173,12 +175,9 @@ class Attachment:
         """Say for each parameter what is done with its gradient, or why nothing is, and the bytes kept for it.
 
         Returns:
-            Transform name → one row a parameter; empty if the optimizer no longer exists.
+            Transform name → one row a parameter.
         """
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return {}
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = self._held_now()
         return {
             transform.name: coverage_rows(self._model, held, self._slots[transform.name])
             for transform in self.transforms
@@ -188,17 +187,22 @@ class Attachment:
         """Say, one line a parameter, what is done with its gradient, or why nothing is, and what it costs in memory.
 
         Returns:
-            A table as text, a block per transform.
+            A table as text, a block per transform. Of an optimizer that no longer exists it says what was done.
         """
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return "the optimizer no longer exists"
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = self._held_now()
+        gone = " (which no longer exists)" if self._optimizer() is None else ""
         blocks = []
         for transform in self.transforms:
-            title = f"{transform.name} over {type(optimizer).__name__}"
+            title = f"{transform.name} over {self._optimizer_name}{gone}"
             blocks.append("\n".join([title, *coverage_lines(self._model, held, self._slots[transform.name])]))
         return "\n\n".join(blocks)
+
+    def _held_now(self) -> frozenset[int]:
+        """Return the ``id`` of each parameter that the optimizer holds; of one that is gone, those it held."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        return self._held
 
     # which weights --------------------------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class Attachment:
 
     def _find_weights(self, optimizer: Optimizer) -> None:
         """Make a slot for every known weight that the optimizer holds; again whenever its groups have grown."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = self._held_now()
         if not any(id(parameter) in held for parameter in self._model.parameters()):
             raise ValueError(
                 f"model ({type(self._model).__name__}) shares no parameter with the optimizer "
@@ -500,7 +504,7 @@ def _unwrap(optimizer: object) -> Optimizer:
     return inner
 
 
-def _representative(layers: list[Layer], held: set[int]) -> Layer:
+def _representative(layers: list[Layer], held: frozenset[int]) -> Layer:
     """Return the layer that stands for all uses of a weight: with a bias only if all share it and it is trained."""
     layer = layers[0]
     if layer.bias is None:
