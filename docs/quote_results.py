@@ -2,10 +2,15 @@
 
     python docs/quote_results.py            # rewrite the tables
     python docs/quote_results.py --check    # only say whether they are up to date
+    python docs/quote_results.py --adopt out/reproduce.json reproduced-6.3
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where docs/results/NAME.json holds what
-`wellcond compare` (results.json), a recipe, a benchmark (--json) or docs/draw_figures.py wrote.
-``<!-- begin NAME, rows: A | B -->`` quotes these rows alone, and what was found of all of them is left out.
+`wellcond compare` (results.json), `wellcond reproduce` (reproduce.json), a recipe, a benchmark (--json) or
+docs/draw_figures.py wrote. ``<!-- begin NAME, rows: A | B -->`` quotes these rows alone, and what was found of all of
+them is left out. ``<!-- begin reproduced-summary -->`` stands for all that docs/reproduced.md quotes.
+
+``--adopt FILE NAME`` copies a reproduce.json to docs/results/NAME.json without the folders that its command and its
+settings name, which are those of the machine that wrote it.
 """
 
 from __future__ import annotations
@@ -19,11 +24,17 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from reproductions import adopted, reproduction_tables, summary_table
+
 from wellcond.lab.formats import score_text
+from wellcond.lab.reproduce_report import json_text
 from wellcond.lab.statistics import paired_difference
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+REPRODUCED = ROOT / "docs" / "reproduced.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SUMMARY = "reproduced-summary"
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -387,11 +398,15 @@ def quoted(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name, rows = match["name"], match["rows"]
-        results = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        if name == SUMMARY:
+            return f"<!-- begin {name} -->\n{summary_table(reproduced())}\n<!-- end {name} -->"
+        results = _load(name)
         if rows is not None:
             results = with_rows(results, [row.strip() for row in rows.split("|")])
         if results.get("recipe") == "normalizers":
             body = normalizers_table(results)
+        elif "panels" in results:
+            body = reproduction_tables(results)
         elif "methods" in results:
             body = forms_table(results) if name.endswith("-forms") else comparison_table(results)
         elif "shapes" in results:
@@ -405,12 +420,38 @@ def quoted(page: str) -> str:
         head = name if rows is None else f"{name}, rows: {rows}"
         return f"<!-- begin {head} -->\n{body}\n<!-- end {name} -->"
 
-    marks = r"<!-- begin (?P<name>[\w-]+)(?:, rows: (?P<rows>[^\n]*?))? -->.*?<!-- end (?P=name) -->"
+    marks = r"<!-- begin (?P<name>[\w.-]+)(?:, rows: (?P<rows>[^\n]*?))? -->.*?<!-- end (?P=name) -->"
     return re.sub(marks, table, page, flags=re.DOTALL)
+
+
+def reproduced() -> list[dict[str, Any]]:
+    """Return what the tables of docs/reproduced.md hold, in their order there."""
+    names = re.findall(r"<!-- begin (reproduced-[\d.]+) -->", REPRODUCED.read_text(encoding="utf-8"))
+    return [_load(name) for name in names]
+
+
+def adopt(file: Path, name: str) -> None:
+    """Copy a reproduce.json to the committed results.
+
+    Args:
+        file: The file.
+        name: What it is called there.
+    """
+    content = adopted(json.loads(file.read_text(encoding="utf-8")))
+    (RESULTS / f"{name}.json").write_text(json_text(content), encoding="utf-8")
+
+
+def _load(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return results
 
 
 def main(arguments: list[str]) -> int:
     """Rewrite or check the pages; return the exit code."""
+    if arguments[:1] == ["--adopt"]:
+        file, name = arguments[1:]
+        adopt(Path(file), name)
+        return 0
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     stale = [page for page, text in texts.items() if quoted(text) != text]
     if "--check" in arguments:

@@ -94,7 +94,7 @@ def test_the_readme_and_the_pages_on_methods_quote_measurements() -> None:
 
 @pytest.mark.parametrize("page", QUOTING, ids=name_of)
 def test_every_table_it_quotes_names_the_command_that_made_it(page: Path) -> None:
-    marks = r"<!-- begin ([\w-]+)(?:, rows: [^\n]*)? -->\n(.*?)<!-- end \1 -->"
+    marks = r"<!-- begin ([\w.-]+)(?:, rows: [^\n]*)? -->\n(.*?)<!-- end \1 -->"
     tables = re.findall(marks, page.read_text(encoding="utf-8"), re.DOTALL)
     assert tables
     for name, body in tables:

@@ -60,14 +60,22 @@ def write_reproduction(reproduction: Reproduction, folder: Path) -> list[Path]:
 
 
 def to_json(reproduction: Reproduction) -> str:
-    """Return the reproduction as JSON, one method a line: small, and still to be read by eye."""
-    content = describe(reproduction)
-    panels = content.pop("panels")
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    """Return the reproduction as reproduce.json holds it."""
+    return json_text(describe(reproduction))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """Return a reproduction as JSON, one method a line: small, and still to be read by eye.
+
+    Args:
+        content: What reproduce.json holds.
+    """
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "panels"]
     written = []
-    for panel in panels:
-        methods = ",\n".join(json.dumps(method) for method in panel.pop("methods"))
-        written.append(f'{json.dumps(panel)[:-1]}, "methods": [\n{methods}\n]}}')
+    for panel in content["panels"]:
+        methods = ",\n".join(json.dumps(method) for method in panel["methods"])
+        less = {key: value for key, value in panel.items() if key != "methods"}
+        written.append(f'{json.dumps(less)[:-1]}, "methods": [\n{methods}\n]}}')
     return "{\n" + ",\n".join([*lines, '"panels": [\n' + ",\n".join(written) + "\n]"]) + "\n}\n"
 
 
