@@ -16,10 +16,13 @@ import wellcond
 # Files of the lab that decide what a run computes; the others only plan and present.
 _RUN_FILES = (
     "batches",
+    "budget",
+    "checkpoint",
     "extras",
     "gamma_decay",
     "images",
     "layers",
+    "measure",
     "memory",
     "methods",
     "norms",
@@ -31,6 +34,8 @@ _RUN_FILES = (
     "schedule",
     "splits",
     "stopwatch",
+    "strategies",
+    "training",
     "weights",
 )
 # Whatever a task or a network consists of counts too.
