@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.lab.measure import Measure
-from wellcond.lab.records import RunSpec, RunStore
+from wellcond.lab.records import RunSpec, RunStore, partial
 from wellcond.lab.training import Training
 from wellcond.ranks import Ranks
 
@@ -50,11 +50,6 @@ class CheckpointFile:
 
     path: Path
     spec: RunSpec
-
-    @property
-    def part(self) -> Path:
-        """Where it is written before it takes its place."""
-        return self.path.with_name(f".{self.path.name}.part")
 
     def step(self) -> int:
         """Return the steps that the kept run has made; 0 if none is kept, or it is damaged or another run's."""
@@ -193,9 +188,10 @@ class Keeper(pl.Callback):
         return bool(decided)
 
     def _keep(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.file.part)
+        part = partial(self.file.path)
+        trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            self.file.part.replace(self.file.path)
+            part.replace(self.file.path)
         self._last = time.monotonic()
 
 

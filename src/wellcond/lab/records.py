@@ -198,6 +198,12 @@ class RunStore:
         content = {"key": spec.key(), "spec": asdict(spec), "result": asdict(record)}
         write_atomically(self.path(spec), json.dumps(content, indent=1))
         self.checkpoint(spec).unlink(missing_ok=True)
+        partial(self.checkpoint(spec)).unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """Return where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.part")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from wellcond.lab.machine import machine_text
 from wellcond.lab.measure import Measure, NormSteps, SharedBuffers
 from wellcond.lab.memory import Memory
 from wellcond.lab.probes import probe_network
-from wellcond.lab.records import RunRecord, RunSpec
+from wellcond.lab.records import RunRecord, RunSpec, partial
 from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.splits import derived_seed
 from wellcond.lab.stopwatch import Stopwatch
@@ -165,7 +165,7 @@ class _UnreadableError(RuntimeError):
 
 
 def _save_weights(model: nn.Module, file: Path) -> None:
-    part = file.with_name(f".{file.name}.part")
+    part = partial(file)
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, part)
     part.replace(file)
 
