@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         if launched().size > 1 and arguments.command not in SHARED_COMMANDS:
-            raise LabError(f"wellcond {arguments.command} is for one process, not for the {launched().size} of a launch")
+            raise LabError(
+                f"wellcond {arguments.command} is for one process, not for the {launched().size} of a launch"
+            )
         return COMMANDS[arguments.command].run(arguments, shlex.join(["wellcond", *argv]))
     except LabError as error:
         _say(f"error: {error}")

@@ -81,7 +81,7 @@ def joined(device: torch.device) -> Iterator[Launched]:
 
 
 def _say_where_the_first_is() -> None:
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     environment = SLURMEnvironment(auto_requeue=False)
     os.environ.setdefault("MASTER_ADDR", environment.main_address)

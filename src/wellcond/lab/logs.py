@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
 
-from wellcond.lab.measure import Measure
+from wellcond.lab.measure import measure_of
 from wellcond.lab.training import Training
 
 _FOLDER = "logs"
@@ -39,7 +40,7 @@ class RunLog(pl.Callback):
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
-        self._logged_epochs = len(_measure(trainer).epochs)
+        self._logged_epochs = len(measure_of(trainer).epochs)
         kept = _rows(self.folder / _FOLDER / self.name / "metrics.csv", step)
         self._csv = CSVLogger(self.folder, name=_FOLDER, version=self.name)
         for row in kept:
@@ -57,7 +58,7 @@ class RunLog(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what was measured, and save the files."""
-        measured = _measure(trainer).epochs
+        measured = measure_of(trainer).epochs
         if self._csv is None or len(measured) == self._logged_epochs:
             return
         self._logged_epochs = len(measured)
@@ -85,7 +86,7 @@ class RunLog(pl.Callback):
     def _write(self, trainer: pl.Trainer, figures: dict[str, float]) -> None:
         assert self._csv is not None
         assert self._board is not None
-        self._csv.log_metrics(figures, trainer.global_step)
+        self._csv.log_metrics({**figures}, trainer.global_step)
         self._board.log_metrics(figures, trainer.global_step)
 
     def _save(self) -> None:
@@ -93,14 +94,12 @@ class RunLog(pl.Callback):
             self._csv.save()
 
 
-def _measure(trainer: pl.Trainer) -> Measure:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
-
-
-def _rows(file: Path, step: int) -> list[dict[str, float]]:
+def _rows(file: Path, step: int) -> list[dict[str, Tensor | float]]:
     """Return the lines of a CSV file up to a step; none if the run begins."""
     if step == 0 or not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
-        read = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+        read: list[dict[str, Tensor | float]] = [
+            {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)
+        ]
     return [row for row in read if row["step"] <= step]

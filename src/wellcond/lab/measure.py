@@ -102,6 +102,13 @@ class Measure(pl.Callback):
         return evaluation
 
 
+def measure_of(trainer: pl.Trainer) -> Measure:
+    """Return what measures the run that a trainer carries out."""
+    # Lightning sets the attribute without declaring it.
+    callbacks: list[pl.Callback] = cast(Any, trainer).callbacks
+    return next(callback for callback in callbacks if isinstance(callback, Measure))
+
+
 class NormSteps(pl.Callback):
     """Lets the schedule of a network's layers go on, after every step or every epoch, whichever it counts."""
 

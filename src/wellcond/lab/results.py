@@ -155,5 +155,5 @@ def _processes(settings: Settings) -> dict[str, Any]:
     return {
         "processes of a run": ranks,
         "strategy": "fsdp" if settings.strategy == "fsdp" else "ddp",
-        "batch statistics": "of each process's share of a batch; evaluation uses the first process's running statistics",
+        "batch statistics": "of each process's share of a batch; evaluated with the first process's running statistics",
     }

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wellcond.lab.measure import Measure
+from wellcond.lab.measure import measure_of
 from wellcond.lab.progress import duration
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -71,7 +71,7 @@ class RunDisplay(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what the epoch measured."""
-        measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
+        measure = measure_of(trainer)
         if not trainer.is_global_zero or not measure.epochs or measure.diverged:
             return
         epoch = measure.epochs[-1]

@@ -8,6 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,8 +46,6 @@ def trainer_options(strategy: str, device: torch.device, here: Launched) -> dict
 
 
 def _environment(here: Launched) -> list[Any]:
-    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-
     if here.by == "slurm":
         # A job that is queued again runs the same command, which goes on by itself.
         return [SLURMEnvironment(auto_requeue=False)]

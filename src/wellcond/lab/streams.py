@@ -76,7 +76,9 @@ class StreamedBatches:
         self.device = device
         self.epoch = 0
         self._first_batch = 0
-        self._sampler = _EpochSampler(torch.from_numpy(positions), batch_size, views.seed, share_of(batch_size, rank, ranks))
+        self._sampler = _EpochSampler(
+            torch.from_numpy(positions), batch_size, views.seed, share_of(batch_size, rank, ranks)
+        )
         self._loader = _loader(views, self._sampler, image_size, device, workers, persistent=True)
 
     def __len__(self) -> int:

@@ -45,6 +45,7 @@ class Training(pl.LightningModule):
     def configure_model(self) -> None:
         """Shard the network over the ranks, if it is to be."""
         if self.sharded:
+            assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
             self.sharded = False
 

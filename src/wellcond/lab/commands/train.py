@@ -38,7 +38,8 @@ _DESCRIPTION = """\
 Train one network with one method, and write how it goes: the loss every few steps, scores after each epoch, the lr and
 what the method's transforms count, for TensorBoard and as CSV; in the end run.json and the trained weights.
 
-An unfinished run is kept now and then. The same command again goes on where it was stopped, or only shows the result."""
+An unfinished run is kept now and then. The same command again continues where it was stopped, or only shows the
+result."""
 
 _EXAMPLES = """\
 examples:
