@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,9 @@ class StoppedError(Exception):
     """As if the process had been killed."""
 
 
-def stop_after(task: Task, checkpoints: Checkpointing, spec: RunSpec, steps: int) -> None:
-    """Begin a run, and end it as soon as it has been kept after so many steps."""
+@contextmanager
+def stop_at(steps: int) -> Iterator[None]:
+    """End every run in the block as soon as it has been kept after so many steps."""
     keep = Keeper._keep
 
     def keep_and_stop(self, trainer):
@@ -43,8 +46,14 @@ def stop_after(task: Task, checkpoints: Checkpointing, spec: RunSpec, steps: int
         if trainer.global_step == steps:
             raise StoppedError
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Keeper, "_keep", keep_and_stop)
+        yield
+
+
+def stop_after(task: Task, checkpoints: Checkpointing, spec: RunSpec, steps: int) -> None:
+    """Begin a run, and end it as soon as it has been kept after so many steps."""
+    with stop_at(steps), pytest.raises(StoppedError):
         Runner(task, torch.device("cpu"), checkpoints=checkpoints).run(spec)
 
 

@@ -14,6 +14,7 @@ from wellcond.lab import engine
 from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.plan import make_plan
+from wellcond.lab.records import RunStore
 from wellcond.lab.settings import Settings
 
 SMALL = ["compare", "--train-images", "64", "--epochs", "1", "--seeds", "1", "--methods", "SGDM", "--quiet"]

@@ -1,4 +1,4 @@
-"""Unfinished runs: what is kept of them, that they go on bit for bit, and that whatever else lies there does no harm."""
+"""Unfinished runs: what is kept of them, that they go on bit for bit, and what becomes of files that do not fit."""
 
 from __future__ import annotations
 

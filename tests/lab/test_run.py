@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from stopped_runs import stop_after
 
 from wellcond.lab.checkpoint import Checkpointing
