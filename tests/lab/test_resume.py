@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stopped_runs import COMPARED, compare, stop_after
+from stopped_runs import COMPARED, compare, stop_after, uncounted
 
 from wellcond.lab.budget import Budget
 from wellcond.lab.checkpoint import CheckpointFile, Checkpointing
@@ -19,11 +19,19 @@ from wellcond.lab.methods import METHODS
 from wellcond.lab.plan import make_plan
 from wellcond.lab.records import RunStore
 from wellcond.lab.run import Runner
+from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.settings import Settings
 from wellcond.lab.summary import summarize
 
 CPU = torch.device("cpu")
 KILLS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_is_not_counted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunMemory, "of", uncounted)
+        yield
 
 
 @pytest.fixture(scope="module")

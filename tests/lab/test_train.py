@@ -8,17 +8,25 @@ import re
 
 import pytest
 import torch
-from stopped_runs import stop_at
+from stopped_runs import stop_at, uncounted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wellcond.__main__ import main
 from wellcond.lab.errors import LabError
 from wellcond.lab.launch import Launched, launched
 from wellcond.lab.machine import training_device
+from wellcond.lab.run_memory import RunMemory
 from wellcond.lab.settings import Settings
 
 SMALL = ["--epochs", "2", "--train-images", "128", "--val-images", "64", "--test-images", "64", "--log-every", "2"]
 TRAIN = ["train", "--method", "W-SGDM", "--lr", "0.03", "--seed", "3", *SMALL]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_is_not_counted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunMemory, "of", uncounted)
+        yield
 
 
 def rows(folder):
