@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -182,18 +183,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
 def test_devices_start_as_many_processes_of_the_same_command(monkeypatch):
     started = []
 
-    class Process:
-        def __init__(self, command):
-            started.append(command)
+    def elastic_launch(config, program):
+        return lambda *arguments: started.append((config.nproc_per_node, program, *arguments))
 
-        def wait(self):
-            return 5
-
-    monkeypatch.setattr("wellcond.lab.launch.subprocess.Popen", Process)
-    assert main(["train", "--devices", "2", "--out", "some where"]) == 5
-    (command,) = started
-    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert command[6:] == ["-m", "wellcond", "train", "--devices", "2", "--out", "some where"]
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    assert main(["train", "--devices", "2", "--out", "some where"]) == 0
+    assert started == [(2, sys.executable, "-m", "wellcond", "train", "--devices", "2", "--out", "some where")]
 
 
 def test_slurm_says_which_process_this_is(monkeypatch):

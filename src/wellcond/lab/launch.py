@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,12 +122,28 @@ def launch(devices: int, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     _, *arguments = shlex.split(command_line)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
-    process = subprocess.Popen([*start, "-m", "wellcond", *arguments])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # It has reached the processes, too; what it means is theirs to say.
-            continue
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    # As torchrun does, so that processes do not fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        elastic_launch(config, sys.executable)("-m", "wellcond", *arguments)
+    except ChildFailedError as error:
+        # What the process has said itself is not said again.
+        code: int = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
