@@ -18,6 +18,7 @@ _LAB_MODULES = (
     "rich",
     "scipy",
     "sklearn",
+    "tensorboard",
     "torchmetrics",
     "torchvision",
 )

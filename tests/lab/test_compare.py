@@ -154,7 +154,8 @@ def test_a_worker_that_fails_ends_the_comparison(tmp_path, monkeypatch, capsys):
     from wellcond.lab import workers
 
     def start_without_data(process):
-        process._args = (process._args[0], replace(process._args[1], data="gone.parquet"), process._args[2])
+        connection, settings, *rest = process._args
+        process._args = (connection, replace(settings, data="gone.parquet"), *rest)
         process.start()
 
     monkeypatch.setattr(workers, "_start_deaf_to_interrupts", start_without_data)
@@ -188,7 +189,7 @@ def test_time_ratio_is_the_median_over_seed_and_lr(plan):
 def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
     asked = []
 
-    def execute(plan, specs):
+    def execute(plan, specs, store):
         for spec in specs:
             asked.append(spec)
             cost = {"SGDM": 1.0, "W-SGDM": 2.0}[spec.method.name]
@@ -208,7 +209,7 @@ def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
 def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
     asked = []
 
-    def execute(plan, specs):
+    def execute(plan, specs, store):
         for spec in specs:
             asked.append(spec)
             yield spec, record(plan, seconds=2.0 if spec.method.name == "W-SGDM" else 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from wellcond.lab.bench import Workload
 from wellcond.lab.memory import measure_memory, tensor_bytes
 from wellcond.lab.methods import METHODS, Refresh
+from wellcond.lab.plan import make_plan
+from wellcond.lab.run_memory import RunMemory
+from wellcond.lab.settings import Settings
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -99,3 +103,19 @@ def test_counting_says_nothing_and_leaves_the_environment(capfd):
     assert dict(os.environ) == before
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_the_memory_of_a_run_is_that_of_every_run_like_it():
+    plan = make_plan(Settings(methods=("SGDM", "W-SGDM"), seeds=1, epochs=1, train_images=64))
+    counted = {}
+    for name in ("SGDM", "W-SGDM"):
+        spec = plan.spec(METHODS[name], 0.1, 0)
+        data = plan.task.for_seed(spec, CPU, rank=0, ranks=1)
+        first, again = (RunMemory(plan.task, CPU).of(spec, data) for _ in range(2))
+        # The first step of a process may keep a few kB of constants; see `measure_memory`.
+        assert again == replace(first, peak=pytest.approx(first.peak, abs=10_000))
+        counter = RunMemory(plan.task, CPU)
+        assert counter.of(spec, data) is counter.of(replace(spec, lr=0.3, steps=9), data)
+        counted[name] = first
+    assert counted["W-SGDM"].parameters == counted["SGDM"].parameters
+    assert counted["W-SGDM"].optimizer_state > counted["SGDM"].optimizer_state

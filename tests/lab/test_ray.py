@@ -14,6 +14,7 @@ from wellcond.lab import engine
 from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.plan import make_plan
+from wellcond.lab.records import RunStore
 from wellcond.lab.settings import Settings
 
 SMALL = ["compare", "--train-images", "64", "--epochs", "1", "--seeds", "1", "--methods", "SGDM", "--quiet"]
@@ -60,6 +61,11 @@ def plan(cluster):
     return make_plan(Settings(methods=("SGDM",), seeds=1, epochs=1, train_images=64, engine="ray"))
 
 
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path)
+
+
 def numbers(records):
     return {
         spec: [(epoch.steps, epoch.train_loss, epoch.test_score, epoch.test_loss) for epoch in record.epochs]
@@ -67,15 +73,15 @@ def numbers(records):
     }
 
 
-def test_runs_give_the_numbers_of_local_ones(plan):
+def test_runs_give_the_numbers_of_local_ones(plan, store):
     local = make_plan(Settings(methods=("SGDM",), seeds=1, epochs=1, train_images=64))
     assert local.specs() == plan.specs()  # what is kept by one engine, the other need not repeat
-    expected = numbers(engine.execute(local, local.specs()))
-    assert numbers(engine.execute(plan, plan.specs())) == expected
+    expected = numbers(engine.execute(local, local.specs(), store))
+    assert numbers(engine.execute(plan, plan.specs(), store)) == expected
     assert len(expected) == 3
 
 
-def test_the_run_of_a_lost_worker_is_begun_again(plan, monkeypatch, tmp_path):
+def test_the_run_of_a_lost_worker_is_begun_again(plan, store, monkeypatch, tmp_path):
     from wellcond.lab import ray_cluster
 
     work, mark = ray_cluster._work, str(tmp_path / "lost")
@@ -87,23 +93,23 @@ def test_the_run_of_a_lost_worker_is_begun_again(plan, monkeypatch, tmp_path):
         return work(*arguments)
 
     monkeypatch.setattr(ray_cluster, "_work", lost_once)
-    records = dict(engine.execute(plan, plan.specs()[:1]))
+    records = dict(engine.execute(plan, plan.specs()[:1], store))
     assert Path(mark).exists()
-    assert numbers(records.items()) == numbers(engine.execute(plan, plan.specs()[:1]))
+    assert numbers(records.items()) == numbers(engine.execute(plan, plan.specs()[:1], store))
 
 
-def test_a_run_that_raises_is_reported_with_its_traceback(plan):
+def test_a_run_that_raises_is_reported_with_its_traceback(plan, store):
     spec = replace(plan.specs()[0], model="resnet8000")
     with pytest.raises(RunFailedError, match=r"(?s)the run SGDM lr 0.03 seed 0 .*Traceback.*resnet8000"):
-        list(engine.execute(plan, [spec]))
+        list(engine.execute(plan, [spec], store))
 
 
-def test_other_data_on_a_worker_is_refused(plan):
+def test_other_data_on_a_worker_is_refused(plan, store):
     spec = replace(plan.specs()[0], data="other")
     with pytest.raises(RunFailedError, match="the data in digits on its worker is not the data here"):
-        list(engine.execute(plan, [spec]))
+        list(engine.execute(plan, [spec], store))
 
 
-def test_a_run_that_no_machine_has_room_for_is_refused(plan):
+def test_a_run_that_no_machine_has_room_for_is_refused(plan, store):
     with pytest.raises(LabError, match="a run takes 64 CPUs.*no machine of the cluster has more than 2"):
-        list(engine.execute(replace(plan, threads=64), plan.specs()))
+        list(engine.execute(replace(plan, threads=64), plan.specs(), store))

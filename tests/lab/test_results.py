@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from html import unescape
@@ -188,7 +189,8 @@ def test_the_table_is_readable_when_piped(results):
     for text in ("epochs to 95 %", "time/step", "equal time", "Findings", "±", "["):
         assert text in printed
     assert lines[-1].split()[1:] == [
-        str(folder / name) for name in ("report.html", "curves-epochs.png", "curves-seconds.png", "results.json")
+        str(folder / name)
+        for name in ("report.html", "curves-epochs.png", "curves-seconds.png", "results.json", "epochs.csv")
     ]
 
 
@@ -198,3 +200,22 @@ def test_the_curves_are_pictures_of_both_families(results):
         with Image.open(folder / name) as picture:
             picture.verify()
             assert picture.size == (1650, 630)
+
+
+def test_every_epoch_of_every_run_is_a_line_of_the_csv(results):
+    folder, _ = results
+    with (folder / "epochs.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    kept = [json.loads(file.read_text()) for file in folder.glob("runs/*.json")]
+    assert len(rows) == sum(len(run["result"]["epochs"]) for run in kept)
+    found = {
+        (row["method"], float(row["lr"]), int(row["seed"]), int(row["run_steps"]), int(row["epoch"])): row
+        for row in rows
+    }
+    for run in kept:
+        spec = run["spec"]
+        for number, epoch in enumerate(run["result"]["epochs"], start=1):
+            row = found[(spec["method"]["name"], spec["lr"], spec["seed"], spec["steps"], number)]
+            for name in ("steps", "seconds", "train_loss", "validation_score", "test_score", "test_loss"):
+                assert float(row[name]) == epoch[name]
+            assert float(row["top-5"]) == epoch["metrics"]["top-5"]

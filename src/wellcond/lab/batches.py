@@ -118,6 +118,15 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float()[:, None, None].to(images.device), std.float()[:, None, None].to(images.device)
 
 
+def share_of(batch_size: int, rank: int, ranks: int) -> slice:
+    """Return which images of a batch a rank takes.
+
+    >>> share_of(8, 1, 2)
+    slice(4, 8, None)
+    """
+    return slice(batch_size * rank // ranks, batch_size * (rank + 1) // ranks)
+
+
 class TrainingBatches:
     """One epoch of shuffled, augmented batches each time it is iterated over; an incomplete last batch is left out.
 
@@ -128,7 +137,8 @@ class TrainingBatches:
         batch_size: Images of a batch, those of all ranks together.
         augmentation: One of `AUGMENTATIONS`.
         seed: Order and augmentation of each epoch are a function of this and the epoch's number.
-        rank: Which process of the run this is: it takes every ``ranks``-th image of a batch, from this one on.
+        rank: Which process of the run this is; each takes as many images of a batch, one after the other, so that the
+            ghost groups of one process are the shares of several.
         ranks: How many processes the run has.
     """
 
@@ -145,7 +155,7 @@ class TrainingBatches:
     ) -> None:
         self.images, self.labels, self.moments = images, labels, moments
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.share = slice(rank, None, ranks)
+        self.share = share_of(batch_size, rank, ranks)
         self.epoch = 0
         self._first_batch = 0
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import wellcond
-from wellcond.lab.commands import bench, calibrate, compare, diagnose, reproduce
+from wellcond.lab.commands import bench, calibrate, compare, diagnose, reproduce, train
 from wellcond.lab.commands import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError
+from wellcond.lab.launch import launched
 
 
 class Command(Protocol):
@@ -26,6 +27,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "compare": compare,
+    "train": train,
     "reproduce": reproduce,
     "calibrate": calibrate,
     "diagnose": diagnose,
@@ -33,6 +35,10 @@ COMMANDS: dict[str, Command] = {
     "list": listing,
 }
 """Every command by its name, in the order in which the help shows them."""
+
+
+SHARED_COMMANDS = ("compare", "train")
+"""Those that several processes can carry out together, as torchrun or SLURM starts them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,16 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
+        if launched().size > 1 and arguments.command not in SHARED_COMMANDS:
+            raise LabError(
+                f"wellcond {arguments.command} is for one process, not for the {launched().size} of a launch"
+            )
         return COMMANDS[arguments.command].run(arguments, shlex.join(["wellcond", *argv]))
     except LabError as error:
-        print(f"wellcond: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except CommandEndedError as ended:
-        print(f"wellcond: {ended}", file=sys.stderr)
+        # A run may have failed on one process alone.
+        _say(str(ended), anywhere=ended.code == 1)
         return ended.code
     except KeyboardInterrupt:  # before the first run or after the last
-        print("wellcond: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+
+
+def _say(line: str, anywhere: bool = False) -> None:
+    """Say why the command ended; of several processes only the first does, unless it matters where it was."""
+    if launched().rank == 0 or anywhere:
+        print(f"wellcond: {line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

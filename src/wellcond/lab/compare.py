@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wellcond.lab.engine import execute
+from wellcond.lab.launch import from_first, launched
 from wellcond.lab.lr_choice import choose_lr
 from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan
@@ -98,12 +99,14 @@ def _complete(
     later: int,
 ) -> None:
     """Add the records of these runs; `later` is how many more runs are to come after them, as far as is known."""
-    kept = {spec: record for spec in specs if (record := store.load(spec)) is not None}
+    # What the first rank finds, so that all train the same runs.
+    kept = from_first(lambda: {spec: record for spec in specs if (record := store.load(spec)) is not None})
     records.update(kept)
     missing = [spec for spec in specs if spec not in kept]
     progress.expect(missing=len(missing), kept=len(kept), later=later)
-    for spec, record in execute(plan, missing):
-        store.save(spec, record)
+    for spec, record in execute(plan, missing, store):
+        if launched().rank == 0:
+            store.save(spec, record)
         records[spec] = record
         progress.advance(spec.method.name)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from wellcond.lab.plan import Plan
-from wellcond.lab.records import RunRecord, RunSpec
+from wellcond.lab.records import RunRecord, RunSpec, RunStore
 
 Finished = tuple[RunSpec, RunRecord]
 
@@ -26,12 +26,13 @@ class RunFailedError(RuntimeError):
 class Engine(Protocol):
     """Executes runs, which do not depend on each other, somewhere; keeping their records is the caller's part."""
 
-    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
         """Execute runs.
 
         Args:
             plan: The comparison that they belong to.
             specs: The runs, begun in this order; at least one.
+            store: Where unfinished runs are kept.
 
         Yields:
             Each run with its record, in the order in which they finish.
@@ -41,12 +42,13 @@ class Engine(Protocol):
         """
 
 
-def execute(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
     """Execute runs with the engine that the settings name, as many at a time as they say.
 
     Args:
         plan: The comparison that they belong to.
         specs: The runs, begun in this order.
+        store: Where unfinished runs are kept.
 
     Yields:
         Each run with its record, in the order in which they finish.
@@ -56,7 +58,7 @@ def execute(plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
         RunFailedError: If a run fails; those that were running with it are given up.
     """
     if specs:
-        yield from _engine(plan).execute(plan, specs)
+        yield from _engine(plan).execute(plan, specs, store)
 
 
 def _engine(plan: Plan) -> Engine:

@@ -79,6 +79,16 @@ class BatchNoiseDecay:
             self._model, lambda name, _: self.coefficients.get(name, 0.0), lambda name, _: name in self._layers
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on needs."""
+        return {"step": self._step, "coefficients": {name: value.cpu() for name, value in self.coefficients.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._step = state_dict["step"]
+        device = next(self._model.parameters()).device
+        self.coefficients = {name: value.to(device) for name, value in state_dict["coefficients"].items()}
+
     def _keep_scale(self, gradient: Tensor) -> None:
         self._scale = gradient.detach()
 

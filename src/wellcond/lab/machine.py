@@ -12,14 +12,19 @@ from pathlib import Path
 import torch
 
 import wellcond
+from wellcond.lab.errors import LabError
+from wellcond.lab.launch import launched
 
 # Files of the lab that decide what a run computes; the others only plan and present.
 _RUN_FILES = (
     "batches",
+    "budget",
+    "checkpoint",
     "extras",
     "gamma_decay",
     "images",
     "layers",
+    "measure",
     "memory",
     "methods",
     "norms",
@@ -31,15 +36,39 @@ _RUN_FILES = (
     "schedule",
     "splits",
     "stopwatch",
+    "strategies",
+    "training",
     "weights",
 )
 # Whatever a task or a network consists of counts too.
 _RUN_FOLDERS = ("tasks", "models")
 
 
-def training_device() -> torch.device:
-    """Return the CUDA device if there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def training_device(accelerator: str = "auto") -> torch.device:
+    """Return what this process trains on.
+
+    Args:
+        accelerator: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a CUDA device if there is one.
+
+    Returns:
+        The device; of several CUDA devices the one of this process's place on its machine.
+
+    Raises:
+        LabError: If there is no such device.
+    """
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LabError("--accelerator cuda: torch finds no CUDA device here")
+    here = launched()
+    if here.size == 1:
+        return torch.device("cuda")
+    if here.local_rank >= torch.cuda.device_count():
+        raise LabError(
+            f"each process needs a CUDA device of its own: {here.on_this_machine} processes were started on this "
+            f"machine, which has {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", here.local_rank)
 
 
 def versions() -> dict[str, str]:
@@ -72,18 +101,19 @@ def machine_text() -> str:
     return f"{here['gpu']}, {cores}" if "gpu" in here else cores
 
 
-def environment(jobs: int, threads: int) -> str:
+def environment(jobs: int, threads: int, *more: object) -> str:
     """Return a digest of everything beside its settings that decides a run's numbers or seconds.
 
     Args:
         jobs: Runs that share the machine.
         threads: Torch's threads in each.
+        more: What else decides them, on how many ranks a run trains for example.
 
     Returns:
-        A digest of machine, versions, wellcond's own code, and the two arguments.
+        A digest of machine, versions, wellcond's own code, and the arguments.
     """
     # The version alone would take runs of changed code for current ones.
-    return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest())).encode()).hexdigest()
+    return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest(), *more)).encode()).hexdigest()
 
 
 def code_digest() -> str:

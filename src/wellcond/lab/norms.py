@@ -27,6 +27,12 @@ class Steppable(Protocol):
     def step(self) -> None:
         """Go on to the next epoch or step."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on needs."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+
 
 @dataclass(frozen=True)
 class NormSchedule:

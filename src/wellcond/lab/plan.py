@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.launch import from_first, launched
 from wellcond.lab.machine import environment, training_device
 from wellcond.lab.methods import Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.records import RunSpec
@@ -119,6 +120,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             f"got {batch_size}"
         )
     _check_ghost_batch(settings, batch_size)
+    _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
     epochs = settings.epochs or defaults.epochs
     steps = epochs * (task.train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
@@ -151,7 +153,8 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             train_images=task.train_images,
             validation_images=task.validation_images,
             data=task.fingerprint(),
-            environment=environment(settings.jobs, threads),
+            # Of the first rank's machine: all have to agree on what is kept.
+            environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
             schedule=settings.schedule,
             warmup=settings.warmup,
@@ -209,6 +212,11 @@ def writable_folder(folder: Path) -> Path:
     Raises:
         LabError: If it cannot be made or written to.
     """
+    from_first(lambda: _make_writable(folder))
+    return folder
+
+
+def _make_writable(folder: Path) -> None:
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         probe = folder / "runs" / ".writable"
@@ -216,12 +224,45 @@ def writable_folder(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise LabError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
-    return folder
 
 
 def _check_ghost_batch(settings: Settings, batch_size: int) -> None:
     if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
         raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
+
+
+def _training_place(settings: Settings) -> tuple[object, ...]:
+    """Return what of the processes and devices decides a run's numbers, beside the machine."""
+    here = launched()
+    device = training_device(settings.accelerator).type
+    strategy = "fsdp" if settings.strategy == "fsdp" else "ddp"
+    return (device,) if here.size == 1 else (device, here.size, here.nodes, strategy)
+
+
+def _check_ranks(settings: Settings, methods: Sequence[Method], batch_size: int, smallest_batch: int) -> None:
+    ranks = launched().size
+    if ranks == 1:
+        if settings.strategy != "auto":
+            raise LabError(
+                f"--strategy {settings.strategy} is for several processes: start them with --devices N or torchrun"
+            )
+        return
+    if batch_size % ranks:
+        raise LabError(
+            f"--batch-size is shared equally: it must be divisible by the {ranks} processes, got {batch_size}"
+        )
+    share = batch_size // ranks
+    if share < smallest_batch:
+        raise LabError(f"--batch-size must leave each of the {ranks} processes {smallest_batch}, got {batch_size}")
+    if settings.ghost_batch is not None and settings.ghost_batch > share:
+        raise LabError(f"--ghost-batch must be at most a process's share of a batch ({share})")
+    if settings.jobs > 1 or settings.engine != "local":
+        raise LabError("--jobs and --engine ray are for runs of one process each")
+    if settings.strategy == "fsdp" and settings.precision == "16-mixed":
+        raise LabError("--precision 16-mixed scales gradients, which --strategy fsdp does not; bf16-mixed works")
+    for method in methods:
+        if method.second_order:
+            raise LabError(f"method {method.name} differentiates its gradients, which cannot be done on several ranks")
 
 
 def _check_training(settings: Settings, task: Task, methods: Sequence[Method], epochs: int) -> None:
@@ -230,7 +271,7 @@ def _check_training(settings: Settings, task: Task, methods: Sequence[Method], e
     if settings.label_smoothing and task.kind != "classification":
         raise LabError(f"--label-smoothing is for classification, got {settings.label_smoothing:g} for {task.kind}")
     if settings.precision == "16-mixed":
-        if training_device().type != "cuda":
+        if training_device(settings.accelerator).type != "cuda":
             raise LabError("--precision 16-mixed needs a CUDA device; bf16-mixed works without")
         for method in methods:
             if method.second_order:

@@ -83,7 +83,7 @@ class RunProgress:
             self._shown = share
             pace = (now - self._first_finished) / max(1, self.finished - 1)
             left = (
-                f", about {_duration(pace * (self.total - self.finished))} left"
+                f", about {duration(pace * (self.total - self.finished))} left"
                 if 1 < self.finished < self.total
                 else ""
             )
@@ -95,5 +95,6 @@ class RunProgress:
             self.console.print(line, highlight=False)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds in words."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

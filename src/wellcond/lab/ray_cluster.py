@@ -19,7 +19,7 @@ from wellcond.lab.engine import Finished, RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.machine import code_digest, training_device, versions
 from wellcond.lab.plan import Plan
-from wellcond.lab.records import RunRecord, RunSpec
+from wellcond.lab.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.open import open_task
 
@@ -42,7 +42,7 @@ class RayCluster:
     def __init__(self, address: str | None = None) -> None:
         self.address = address
 
-    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
         """Execute runs; see `Engine.execute`.
 
         Raises:
@@ -58,9 +58,10 @@ class RayCluster:
             _check_machines(needs)
             task = ray.remote(max_retries=LOST_WORKERS, retry_exceptions=False, **needs)(_work)
             settings = ray.put(_anywhere(plan.settings))
+            folder = store.folder.resolve()
             expected = (versions(), code_digest())
             for spec in specs:
-                running[task.remote(settings, expected, plan.threads, spec)] = spec
+                running[task.remote(settings, expected, plan.threads, folder, spec)] = spec
             while running:
                 (finished, *_), _ = ray.wait(list(running), num_returns=1)
                 spec = running.pop(finished)
@@ -125,14 +126,16 @@ def _anywhere(settings: Settings) -> Settings:
     )
 
 
-def _work(settings: Settings, expected: tuple[dict[str, str], str], threads: int, spec: RunSpec) -> RunRecord | str:
+def _work(
+    settings: Settings, expected: tuple[dict[str, str], str], threads: int, folder: Path, spec: RunSpec
+) -> RunRecord | str:
     """Execute a run on a worker; return its record, or why it failed."""
     try:
         here = (versions(), code_digest())
         if here != expected:
             return f"its worker has other software: {here[0]}, not {expected[0]}, or other code of the same version"
         torch.set_num_threads(threads)
-        runner = _runner(settings)
+        runner = _runner(settings, folder)
         if runner.task.fingerprint() != spec.data:
             return f"the data in {settings.data} on its worker is not the data here"
         record: RunRecord = runner.run(spec)
@@ -142,8 +145,11 @@ def _work(settings: Settings, expected: tuple[dict[str, str], str], threads: int
 
 
 @lru_cache(maxsize=1)
-def _runner(settings: Settings) -> Any:
+def _runner(settings: Settings, folder: Path) -> Any:
     """Return a worker's runner, whose data it keeps for the runs to come."""
+    from wellcond.lab.checkpoint import Checkpointing
     from wellcond.lab.run import Runner
 
-    return Runner(open_task(settings), training_device())
+    # On a machine that does not share the folder, an unfinished run cannot be kept where the next one would look.
+    checkpoints = Checkpointing(folder, settings.checkpoint_every) if folder.is_dir() else None
+    return Runner(open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)

@@ -170,6 +170,10 @@ class RunStore:
         )
         return self.folder / f"{readable}-{spec.key()[:8]}.json"
 
+    def checkpoint(self, spec: RunSpec) -> Path:
+        """Return the file that a run is kept in while it is not finished."""
+        return self.path(spec).with_suffix(".ckpt")
+
     def load(self, spec: RunSpec) -> RunRecord | None:
         """Return the kept record of a run; None if it is not there, cut off, or of another run."""
         try:
@@ -193,6 +197,13 @@ class RunStore:
         """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""
         content = {"key": spec.key(), "spec": asdict(spec), "result": asdict(record)}
         write_atomically(self.path(spec), json.dumps(content, indent=1))
+        self.checkpoint(spec).unlink(missing_ok=True)
+        partial(self.checkpoint(spec)).unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """Return where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.part")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 from wellcond.lab.compare import Comparison
 from wellcond.lab.curves import draw_png
 from wellcond.lab.findings import findings, notes
+from wellcond.lab.launch import launched
 from wellcond.lab.machine import machine, versions
 from wellcond.lab.plan import Plan
 from wellcond.lab.records import write_atomically
 from wellcond.lab.report import render_report
+from wellcond.lab.settings import Settings
 from wellcond.lab.summary import Summary
 
 FORMAT = 2
@@ -142,4 +144,16 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "weights": plan.settings.weights,
         "jobs": plan.settings.jobs,
         "threads": plan.threads,
+        **_processes(plan.settings),
+    }
+
+
+def _processes(settings: Settings) -> dict[str, Any]:
+    ranks = launched().size
+    if ranks == 1:
+        return {}
+    return {
+        "processes of a run": ranks,
+        "strategy": "fsdp" if settings.strategy == "fsdp" else "ddp",
+        "batch statistics": "of each process's share of a batch; evaluated with the first process's running statistics",
     }

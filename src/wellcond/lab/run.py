@@ -3,220 +3,175 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 
 import wellcond
+from wellcond.lab.budget import Budget
+from wellcond.lab.checkpoint import CheckpointFile, Checkpointing, Keeper, note
 from wellcond.lab.extras import collect_extras
-from wellcond.lab.gamma_decay import BatchNoiseDecay
+from wellcond.lab.launch import from_first, launched
 from wellcond.lab.machine import machine_text
-from wellcond.lab.methods import Refresh
-from wellcond.lab.norms import NormSchedule, trained_norm
+from wellcond.lab.measure import Measure, NormSteps, SharedBuffers
+from wellcond.lab.memory import Memory
 from wellcond.lab.probes import probe_network
-from wellcond.lab.records import Coverage, EpochRecord, RunRecord, RunSpec
+from wellcond.lab.records import RunRecord, RunSpec, partial
 from wellcond.lab.run_memory import RunMemory
-from wellcond.lab.schedule import parse_schedule
 from wellcond.lab.splits import derived_seed
 from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Evaluation, Role, SeedData, Task
+from wellcond.lab.strategies import EndAtOnce, trainer_options
+from wellcond.lab.tasks.base import SeedData, Task
+from wellcond.lab.training import Training
+from wellcond.ranks import Ranks
+
+__all__ = ["Runner", "Training"]
 
 
 class Runner:
-    """Trains the runs of one comparison.
+    """Trains runs, in this process or, as one of several ranks, together with the others.
 
     Args:
         task: The data and what one does with it.
         device: Where to train.
+        strategy: How several ranks train together, one of `STRATEGIES`.
+        checkpoints: Where and how often unfinished runs are kept; None keeps none.
+        watchers: Callbacks that are told how training goes.
+        weights: File for the trained network's state dict; None keeps none.
     """
 
-    def __init__(self, task: Task, device: torch.device) -> None:
+    def __init__(
+        self,
+        task: Task,
+        device: torch.device,
+        strategy: str = "auto",
+        checkpoints: Checkpointing | None = None,
+        watchers: Sequence[pl.Callback] = (),
+        weights: Path | None = None,
+    ) -> None:
         self.task = task
         self.device = device
+        self.strategy = strategy
+        self.checkpoints = checkpoints
+        self.watchers = tuple(watchers)
+        self.weights = weights
         self.memory = RunMemory(task, device)
+        self.ranks = Ranks(True)
 
     def run(self, spec: RunSpec) -> RunRecord:
-        """Train and measure one run.
+        """Train and measure one run, or what is left of it.
 
         Args:
-            spec: What to run; the result is a function of this and the data (seconds aside).
+            spec: What to run; the result is a function of this, the data and the number of ranks (seconds aside).
 
         Returns:
-            What was measured. A run whose loss becomes NaN or infinite ends there and is marked as diverged.
+            What was measured, the same on every rank. A run whose loss becomes NaN or infinite ends there and is marked
+            as diverged.
         """
-        data = self.task.for_seed(spec, self.device, rank=0, ranks=1)
-        model = self.task.initial_model(spec.model, spec.seed, spec.weights)
-        # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
-        training = Training(spec, spec.method.with_layers(model, spec.ghost_batch), data)
+        file = None if self.checkpoints is None else self.checkpoints.file(spec)
+        kept = 0 if file is None else from_first(file.step)
+        try:
+            return self._run(spec, file, kept)
+        except _UnreadableError as error:
+            note(f"what was kept of the run {spec.name} cannot be continued and is ignored: it begins anew ({error})")
+            return self._run(spec, file, 0)
+
+    def _run(self, spec: RunSpec, file: CheckpointFile | None, kept: int) -> RunRecord:
+        data = self.task.for_seed(spec, self.device, self.ranks.rank, self.ranks.size)
+        sharded = self.strategy == "fsdp" and self.ranks.size > 1
+        training = Training(spec, self._network(spec), data, self.ranks.size, sharded)
         measure = Measure(data, Stopwatch(self.device))
+        batches = Budget(data.batches(), spec.steps)
+        if kept:
+            batches.resume_at(kept)
         with _quiet() as caught, self._noise(spec.seed), _algorithms(spec.deterministic):
+            keeper = None
+            # Their order is that in which they are told: what is kept has all that the others did.
+            callbacks: list[pl.Callback] = [EndAtOnce(), *([SharedBuffers()] if sharded else []), measure, NormSteps()]
+            callbacks += self.watchers
+            if file is not None and self.checkpoints is not None:
+                keeper = Keeper(file, self.checkpoints.every, measure, lambda: _said(caught))
+                callbacks.append(keeper)
             trainer = pl.Trainer(
-                accelerator="cuda" if self.device.type == "cuda" else "cpu",
-                devices=1,
-                max_steps=spec.steps,
-                max_epochs=-1,
+                max_epochs=batches.epochs,
                 precision=spec.precision,
-                callbacks=[measure],
+                callbacks=callbacks,
                 barebones=True,
+                use_distributed_sampler=False,
+                **trainer_options(self.strategy, self.device, launched()),
             )
-            trainer.fit(training, train_dataloaders=data.batches())
-            memory = self.memory.of(spec, data)
-        return RunRecord(
+            try:
+                trainer.fit(training, train_dataloaders=batches, ckpt_path=file.path if file and kept else None)
+            except Exception as error:
+                if kept and keeper is not None and not keeper.begun:
+                    raise _UnreadableError((str(error).splitlines() or [type(error).__name__])[0]) from error
+                raise
+            memory = self._memory(spec, data)
+        model = self._trained(spec, training, sharded)
+        if self.weights is not None and self.ranks.rank == 0:
+            _save_weights(model, self.weights)
+        record = RunRecord(
             epochs=tuple(measure.epochs),
             diverged=measure.diverged,
             threads=torch.get_num_threads(),
             transforms=training.transform_stats(),
-            warnings=tuple(
-                sorted({str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)})
-            ),
+            warnings=tuple(sorted({*_said(caught), *(keeper.before if keeper else ())})),
             evaluation_seconds=measure.evaluation_seconds(),
-            extras={}
-            if measure.diverged
-            else collect_extras(training.model) | probe_network(training.model, data, spec),
+            extras={} if measure.diverged else collect_extras(model) | probe_network(model, data, spec),
             memory=memory,
             machine=machine_text(),
             coverage=training.coverage(),
         )
+        return from_first(lambda: record)
+
+    def _network(self, spec: RunSpec) -> nn.Module:
+        model = self.task.initial_model(spec.model, spec.seed, spec.weights)
+        # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
+        return spec.method.with_layers(model, spec.ghost_batch)
+
+    def _trained(self, spec: RunSpec, training: Training, sharded: bool) -> nn.Module:
+        """Return the trained network, whole."""
+        if not sharded:
+            return training.model
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = get_model_state_dict(training.model, options=StateDictOptions(full_state_dict=True))
+        model = self._network(spec)
+        model.load_state_dict(whole)
+        return model.to(self.device)
+
+    def _memory(self, spec: RunSpec, data: SeedData) -> Memory | None:
+        # On several ranks, what connects them takes memory, too, which is not counted here.
+        return self.memory.of(spec, data) if self.ranks.size == 1 else None
 
     @contextmanager
     def _noise(self, seed: int) -> Iterator[None]:
         """Let layers that draw random numbers draw those of the seed, and leave torch's global generators alone."""
         devices = [self.device] if self.device.type == "cuda" else []
+        purpose = "noise" if self.ranks.rank == 0 else f"noise of rank {self.ranks.rank}"
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed("noise", seed))
+            torch.manual_seed(derived_seed(purpose, seed))
             yield
 
 
-class Training(pl.LightningModule):
-    """The network, its loss, and the method's optimizer under the run's schedule."""
-
-    def __init__(self, spec: RunSpec, model: nn.Module, data: SeedData) -> None:
-        super().__init__()
-        self.spec = spec
-        self.model = model
-        self.data = data
-        self.losses: list[Tensor] = []
-        self.handle: wellcond.Attachment | None = None
-        self.norm_schedule: NormSchedule | None = None
-        self.decay: BatchNoiseDecay | None = None
-
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """Return the batch's loss, kept for the epoch's mean."""
-        with nullcontext() if self.decay is None else self.decay.observing():
-            loss = self.data.loss(self.model, batch)
-        # Kept on the device: reading it here would make every step wait for the device.
-        self.losses.append(loss.detach())
-        return loss if self.decay is None else self.decay.added_to(loss)
-
-    def backward(self, loss: Tensor) -> None:
-        """Go backward; keep the graph for an optimizer that differentiates the gradient."""
-        loss.backward(create_graph=self.spec.method.second_order)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the method's optimizer, its transforms attached, and the schedules of the lr and of the layers."""
-        spec = self.spec
-        norm = trained_norm(spec.method.norm, spec.ghost_batch)
-        if norm is not None:
-            members = spec.batch_size if spec.ghost_batch is None else spec.ghost_batch
-            self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
-            self.decay = norm.make_decay(self.model, members, spec.stats_every)
-        optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
-        schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Let the layers' schedule go on, if it counts steps."""
-        if self.spec.method.second_order:
-            # Gradients with a graph hold all of the step's activations.
-            self.zero_grad(set_to_none=True)
-        if self.norm_schedule is not None and self.norm_schedule.every_step:
-            self.norm_schedule.scheduler.step()
-
-    def on_train_epoch_end(self) -> None:
-        """Let the layers' schedule go on, if it counts epochs."""
-        if self.norm_schedule is not None and not self.norm_schedule.every_step:
-            self.norm_schedule.scheduler.step()
-
-    def transform_stats(self) -> dict[str, Any]:
-        """Return what the transforms count; empty without transforms."""
-        return {} if self.handle is None else dict(self.handle.stats())
-
-    def coverage(self) -> dict[str, Coverage]:
-        """Return what the transforms do with each parameter; empty without transforms."""
-        rows = {} if self.handle is None else self.handle.coverage()
-        return {name: [row._asdict() | {"shape": list(row.shape)} for row in some] for name, some in rows.items()}
-
-    def mean_loss(self) -> float:
-        """Return the mean loss since the last call."""
-        loss = float(torch.stack(self.losses).mean())
-        self.losses.clear()
-        return loss
+class _UnreadableError(RuntimeError):
+    """What was kept of a run does not fit the run."""
 
 
-class Measure(pl.Callback):
-    """Times the training of each epoch and measures the network after it; evaluation does not count as training."""
+def _save_weights(model: nn.Module, file: Path) -> None:
+    part = partial(file)
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, part)
+    part.replace(file)
 
-    def __init__(self, data: SeedData, stopwatch: Stopwatch) -> None:
-        self.data = data
-        self.stopwatch = stopwatch
-        self.evaluation = Stopwatch(stopwatch.device)
-        self.evaluated = 0
-        self.epochs: list[EpochRecord] = []
-        self.diverged = False
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the stopwatch."""
-        self.stopwatch.start()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the stopwatch and measure; end the run if it diverged."""
-        self.stopwatch.stop()
-        assert isinstance(pl_module, Training)
-        train_loss = pl_module.mean_loss()
-        validation, test = (
-            self._evaluate(pl_module.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
-        )
-        measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
-        # The loss comes before its step: the last step of an epoch shows only in the evaluation.
-        if not all(math.isfinite(figure) for figure in measured if figure is not None):
-            self.diverged = True
-            trainer.should_stop = True
-            return
-        self.epochs.append(
-            EpochRecord(
-                steps=trainer.global_step,
-                seconds=self.stopwatch.seconds,
-                train_loss=train_loss,
-                validation_score=validation.score,
-                validation_loss=validation.loss,
-                test_score=test.score,
-                test_loss=test.loss,
-                metrics=test.metrics,
-            )
-        )
-
-    def evaluation_seconds(self) -> float | None:
-        """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""
-        return self.evaluation.seconds / self.evaluated if self.epochs else None
-
-    def _evaluate(self, model: nn.Module, role: Role, autocast: AbstractContextManager[None]) -> Evaluation:
-        # Some layers prepare for evaluation when they are told of it; that is part of its cost.
-        self.evaluation.start()
-        model.eval()
-        self.evaluation.stop()
-        with torch.no_grad(), autocast:
-            evaluation = self.data.evaluate(model, role, self.evaluation)
-        model.train()
-        self.evaluated += evaluation.images
-        return evaluation
+def _said(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, wellcond.WellcondWarning)]
 
 
 @contextmanager

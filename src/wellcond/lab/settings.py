@@ -20,6 +20,12 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 ENGINES = ("local", "ray")
 """What can execute runs: this machine, or the machines of a Ray cluster."""
 
+STRATEGIES = ("auto", "ddp", "fsdp")
+"""How several processes train a run: with a network each (DDP, ``"auto"``), or with its weights sharded (FSDP2)."""
+
+ACCELERATORS = ("auto", "cpu", "cuda")
+"""What trains; ``"auto"`` is a CUDA device if there is one."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,6 +59,10 @@ class Settings:
         overrides: Methods under labels of their own, which `methods` may name.
         engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
         ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
+        strategy: One of `STRATEGIES`.
+        devices: Processes of this machine that train each run together; None: as many as were started.
+        accelerator: One of `ACCELERATORS`.
+        checkpoint_every: Seconds between two checkpoints of an unfinished run; 0 makes one after every step.
     """
 
     data: str = DIGITS
@@ -82,11 +92,15 @@ class Settings:
     overrides: tuple[MethodOverride, ...] = ()
     engine: str = "local"
     ray_address: str | None = None
+    strategy: str = "auto"
+    devices: int | None = None
+    accelerator: str = "auto"
+    checkpoint_every: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs"):
+        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices"):
             self._check_positive(name)
         if self.target is not None and not 0 < self.target <= 100:
             raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
@@ -99,7 +113,11 @@ class Settings:
             raise unknown_name("probe", self.probe, PROBES)
         if not 0 <= self.label_smoothing < 1:
             raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
-
+        if not 0 <= self.checkpoint_every < math.inf:
+            raise LabError(f"--checkpoint-every must be 0 or more seconds, got {self.checkpoint_every:g}")
+        for name, known in (("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
         self._check_engine()
 
     def _check_engine(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from wellcond.lab.batches import Batch
+from wellcond.lab.batches import Batch, share_of
 from wellcond.lab.errors import LabError
 from wellcond.lab.splits import Indices, derived_seed
 from wellcond.lab.views import TrainingViews
@@ -58,7 +58,7 @@ class StreamedBatches:
         image_size: Height and width of a view.
         device: Where the batches go.
         workers: Processes that decode; 0 decodes here.
-        rank: Which process of the run this is: it takes every ``ranks``-th image of a batch, from this one on.
+        rank: Which process of the run this is; each takes as many images of a batch, one after the other.
         ranks: How many processes the run has.
     """
 
@@ -76,7 +76,9 @@ class StreamedBatches:
         self.device = device
         self.epoch = 0
         self._first_batch = 0
-        self._sampler = _EpochSampler(torch.from_numpy(positions), batch_size, views.seed, slice(rank, None, ranks))
+        self._sampler = _EpochSampler(
+            torch.from_numpy(positions), batch_size, views.seed, share_of(batch_size, rank, ranks)
+        )
         self._loader = _loader(views, self._sampler, image_size, device, workers, persistent=True)
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from wellcond.lab.engine import Finished, RunFailedError
 from wellcond.lab.machine import training_device
 from wellcond.lab.plan import Plan
-from wellcond.lab.records import RunSpec
+from wellcond.lab.records import RunSpec, RunStore
 from wellcond.lab.settings import Settings
 from wellcond.lab.tasks.open import open_task
 
@@ -22,12 +22,15 @@ from wellcond.lab.tasks.open import open_task
 class ThisProcess:
     """Executes runs here, one after another."""
 
-    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
         """Execute runs; see `Engine.execute`."""
         # Lightning takes seconds to import; a command that has nothing left to run should not wait for it.
+        from wellcond.lab.checkpoint import Checkpointing
         from wellcond.lab.run import Runner
 
-        runner = Runner(plan.task, training_device())
+        settings = plan.settings
+        checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
+        runner = Runner(plan.task, training_device(settings.accelerator), settings.strategy, checkpoints)
         for spec in specs:
             try:
                 record = runner.run(spec)
@@ -46,7 +49,7 @@ class WorkerProcesses:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
 
-    def execute(self, plan: Plan, specs: Sequence[RunSpec]) -> Iterator[Finished]:
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
         """Execute runs; see `Engine.execute`."""
         context = multiprocessing.get_context("spawn")
         waiting = list(reversed(specs))
@@ -54,7 +57,7 @@ class WorkerProcesses:
         try:
             for _ in range(min(self.jobs, len(specs))):
                 here, there = context.Pipe()
-                process = context.Process(target=_work, args=(there, plan.settings, plan.threads), daemon=True)
+                process = context.Process(target=_work, args=(there, plan.settings, plan.threads, store), daemon=True)
                 _start_deaf_to_interrupts(process)
                 there.close()
                 spec = waiting.pop()
@@ -95,13 +98,15 @@ def _start_deaf_to_interrupts(process: SpawnProcess) -> None:
         signal.signal(signal.SIGINT, previous)
 
 
-def _work(connection: Connection, settings: Settings, threads: int) -> None:
+def _work(connection: Connection, settings: Settings, threads: int, store: RunStore) -> None:
     """Serve runs until the connection closes; answer each with its record, or with a traceback."""
     try:
+        from wellcond.lab.checkpoint import Checkpointing
         from wellcond.lab.run import Runner
 
         torch.set_num_threads(threads)
-        runner = Runner(open_task(settings), training_device())
+        checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
+        runner = Runner(open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
         while True:
             connection.send(runner.run(connection.recv()))
     except (EOFError, BrokenPipeError):

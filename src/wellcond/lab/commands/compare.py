@@ -7,8 +7,16 @@ import argparse
 from rich.console import Console
 
 from wellcond.lab.commands.kept_runs import keeping_runs
-from wellcond.lab.commands.options import add_data_options, add_model_options, add_training_options, given_settings
+from wellcond.lab.commands.options import (
+    add_data_options,
+    add_model_options,
+    add_process_options,
+    add_training_options,
+    given_settings,
+)
+from wellcond.lab.commands.processes import in_processes
 from wellcond.lab.compare import run_comparison
+from wellcond.lab.epochs_csv import write_epochs
 from wellcond.lab.methods import DEFAULT_METHODS, parse_lrs
 from wellcond.lab.plan import make_plan, output_folder
 from wellcond.lab.progress import RunProgress
@@ -22,7 +30,8 @@ _DESCRIPTION = """\
 Train one network on one data set with several methods, several paired seeds and a small lr grid, and show what each
 method gained and cost against its baseline: test score after each epoch, time per step, score at equal wall time.
 
-Every finished run is kept. The same command again continues where it was stopped, or only shows the results."""
+Every finished run is kept, and an unfinished one every half minute. The same command again continues where it was
+stopped, or only shows the results."""
 
 _EXAMPLES = """\
 examples:
@@ -93,6 +102,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="ADDRESS",
         help="the Ray cluster (default: that of RAY_ADDRESS, else one of this machine alone)",
     )
+    add_process_options(output)
     output.add_argument(
         "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"
     )
@@ -113,14 +123,21 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         methods=tuple(name.strip() for name in arguments.methods.split(",") if name.strip()),
         lrs=tuple(parse_lrs(text) for text in arguments.lrs),
     )
+    return in_processes(settings, command_line, lambda first: _compare(arguments, settings, command_line, first))
+
+
+def _compare(arguments: argparse.Namespace, settings: Settings, command_line: str, first: bool) -> int:
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
-    progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
+    progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)
     with keeping_runs(progress, folder):
         comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
+    if not first:
+        return 0
     summary = summarize(comparison)
     results = collect_results(comparison, summary, command_line)
-    files = write_results(results, folder)
+    files = [*write_results(results, folder), folder / "epochs.csv"]
+    write_epochs(comparison.records, files[-1])
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

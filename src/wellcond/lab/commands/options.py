@@ -8,7 +8,7 @@ from typing import Any
 
 from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.models import MODELS
-from wellcond.lab.settings import PRECISIONS, Settings
+from wellcond.lab.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
 
 _DEFAULTS = Settings()
 
@@ -121,6 +121,37 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.label_smoothing,
         metavar="SHARE",
         help="share of the target that is spread over all classes in training (default: 0)",
+    )
+
+
+def add_process_options(group: argparse._ArgumentGroup) -> None:
+    """Add what a run trains on, in how many processes, and how it survives being stopped."""
+    group.add_argument(
+        "--accelerator",
+        default=_DEFAULTS.accelerator,
+        metavar="NAME",
+        help=f"{', '.join(ACCELERATORS)} (default: %(default)s, a CUDA device if there is one)",
+    )
+    group.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="processes of this machine that train each run together, each with its share of a batch and a CUDA device "
+        "of its own if there are any; for several machines start the command with torchrun or srun (default: 1)",
+    )
+    group.add_argument(
+        "--strategy",
+        default=_DEFAULTS.strategy,
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES)}: how several processes train together, with a network each (ddp) or with its "
+        "weights sharded (fsdp) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=_DEFAULTS.checkpoint_every,
+        metavar="SECONDS",
+        help="how often an unfinished run is kept, to go on from there (default: %(default)g)",
     )
 
 
