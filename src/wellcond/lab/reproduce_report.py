@@ -88,7 +88,7 @@ def print_reproduction(reproduction: Reproduction, console: Console) -> None:
         table.add_column(score_head(reproduction), no_wrap=True)
         shown = shown_columns(panel)
         for index in shown:
-            table.add_column(_HEADS[index], justify="right", no_wrap=True)
+            table.add_column(_HEADS[index], justify="right", overflow="fold")
         for row in rows_of(panel):
             table.add_row(row.label, *(row.cells[index] for index in shown), style="dim" if row.is_baseline else None)
         console.print(table)

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.
-        console = Console(width=140)
+        console = Console(width=180)
     if not arguments.quiet:
         print_reproduction(reproduction, console)
     console.print(f"Written: {' '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
