@@ -121,7 +121,7 @@ def test_the_commands_that_it_shows_are_understood(page: Path) -> None:
 
 def test_commands_are_found() -> None:
     assert "wellcond compare --methods SGDM,SGDM+GC,W-SGDM --seeds 3 --out runs/try" in shown_commands(DOCS / "lab.md")
-    assert any("--lrs SGD=" in command for command in shown_commands(ROOT / "README.md"))
+    assert any("--lrs SGD=" in command for command in shown_commands(DOCS / "normalization.md"))
 
 
 def test_code_in_pages_is_marked_with_what_it_is() -> None:
