@@ -51,4 +51,5 @@ def test_of_an_optimizer_that_is_gone_it_says_what_was_done():
 def test_an_optimizer_that_nobody_asked_about_while_it_was_there_is_known_too():
     model = nn.Linear(3, 2)
     handle = wellcond.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, FeatureWhitening())
-    assert [row.how for row in handle.coverage()["whitening"]] == ["preconditioned, dense 4 × 4", "together with weight"]
+    rows = handle.coverage()["whitening"]
+    assert [row.how for row in rows] == ["preconditioned, dense 4 × 4", "together with weight"]
