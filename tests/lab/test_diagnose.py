@@ -160,15 +160,15 @@ def test_concentrated_features_are_named() -> None:
     assert [line.split(":")[0] for line in said[:3]] == ["layer0", "layer1", "layer2"]
     assert said[3].endswith("are the inputs of 2 more layers.")
     assert findings(with_inputs(even=even))[0] == (
-        "No layer's input has 90 % of its energy within a tenth of its directions; the most uneven, even, has an "
-        "effective rank of 20 of 20."
+        "No layer's input has 90 % of its energy within a tenth of its directions; the most uneven, of layer even, "
+        "has an effective rank of 20 of 20."
     )
 
 
 def test_singular_and_badly_conditioned_inputs_are_named() -> None:
     said = findings(with_inputs(a=spectrum_of((1.0, 0.0)), b=spectrum_of((8.0, 1.0)), c=spectrum_of((4.0, 1.0))))
     assert any("is singular in 1 (a) of 3 layers: a preconditioner needs" in line for line in said)
-    assert "The largest finite condition number of an input is 8, in b." in said
+    assert "The largest finite condition number of an input is 8, in layer b." in said
     starved = Spectrum(1, 200, 100, ((1.0, *[0.0] * 199),), (1.0,))
     assert any("1 of them saw fewer samples than dimensions" in line for line in findings(with_inputs(a=starved)))
 

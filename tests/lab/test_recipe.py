@@ -207,6 +207,12 @@ def test_an_unknown_table_names_the_nearest():
         find_recipe("4.11")
 
 
+def test_recipes_are_in_the_order_of_their_numbers():
+    tables = [recipe.name for recipe in bundled_recipes() if recipe.name.startswith("6.")]
+    assert tables == sorted(tables, key=lambda name: int(name.partition(".")[2]))
+    assert tables[-1] == "6.11"
+
+
 def test_no_two_recipes_share_a_name_and_all_data_are_known():
     names, data = [], set()
     for recipe in bundled_recipes():

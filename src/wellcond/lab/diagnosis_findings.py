@@ -62,7 +62,7 @@ def _features(diagnosis: Diagnosis) -> Iterator[str]:
         own = inputs[name]
         yield (
             f"No layer's input has {100 * _ENERGY:.0f} % of its energy within a tenth of its directions; the most "
-            f"uneven, {name or '(model)'}, has an effective rank of {own.effective_rank:.0f} of {own.width}."
+            f"uneven, of {_layer(name)}, has an effective rank of {own.effective_rank:.0f} of {own.width}."
         )
     singular = [name for name, own in inputs.items() if math.isinf(own.condition)]
     rows = [name for name in singular if inputs[name].rows < inputs[name].width]
@@ -73,7 +73,12 @@ def _features(diagnosis: Diagnosis) -> Iterator[str]:
     finite = {name: own.condition for name, own in inputs.items() if math.isfinite(own.condition)}
     if finite:
         worst = max(finite, key=lambda name: finite[name])
-        yield f"The largest finite condition number of an input is {finite[worst]:.2g}, in {worst or '(model)'}."
+        yield f"The largest finite condition number of an input is {finite[worst]:.2g}, in {_layer(worst)}."
+
+
+def _layer(name: str) -> str:
+    """Name a layer in a sentence: in a `Sequential` its name is a number."""
+    return f"layer {name}" if name else "the model"
 
 
 def _gradients(diagnosis: Diagnosis) -> Iterator[str]:
@@ -163,7 +168,7 @@ def _noise(diagnosis: Diagnosis) -> Iterator[str]:
         return
     name, own = next(iter(found.layers.items()))
     yield (
-        f"{name or '(model)'}: the mean of a batch of {found.batch_size} is as noisy as that of {own.effective:,.0f} "
+        f"In {_layer(name)} the mean of a batch of {found.batch_size} is as noisy as that of {own.effective:,.0f} "
         f"independent values, of {own.elements:,.0f} that it is taken over; its distance from the normal law is "
         f"{own.mean.distance:.2f}, the variance's from the chi-square law {own.variance.distance:.2f}."
     )

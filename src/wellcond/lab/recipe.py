@@ -272,9 +272,13 @@ def load_recipe(file: Path) -> Recipe:
 
 
 def bundled_recipes() -> Iterator[Recipe]:
-    """Yield every recipe that comes with the lab, in the order of their files' names."""
-    for file in sorted(_FOLDER.glob("*.toml")):
+    """Yield every recipe that comes with the lab, in the order of their files' names, 6-3 before 6-10."""
+    for file in sorted(_FOLDER.glob("*.toml"), key=_natural):
         yield load_recipe(file)
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", file.stem)]
 
 
 def find_recipe(name: str) -> Recipe:

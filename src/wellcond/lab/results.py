@@ -48,8 +48,12 @@ class Results:
         size = f" of {s['image_size']}" if "image_size" in s else ""
         return (
             f"{Path(s['data']).name}: {s['train_images']} training images{size}, {s['model']}, "
-            f"{s['epochs']} epochs of {s['steps_per_epoch']} steps{ghost}"
+            f"{_counted(s['epochs'], 'epoch')} of {_counted(s['steps_per_epoch'], 'step')}{ghost}"
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def collect_results(comparison: Comparison, summary: Summary, command: str) -> Results:
