@@ -66,6 +66,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder")
     parser.add_argument("--resume", action="store_true")
+    if not dist.is_torchelastic_launched():
+        parser.error("start it with torchrun --nproc-per-node 2 examples/fsdp2_torchrun.py")
     dist.init_process_group()
     main(**vars(parser.parse_args()))
     dist.destroy_process_group()

@@ -36,9 +36,8 @@ def blocks(text: str, length: int) -> list[dict[str, torch.Tensor]]:
 def main(steps: int = 100, folder: str | None = None, resume: str | None = None) -> GPT2LMHeadModel:
     logging.disable_progress_bar()
     set_seed(0)
-    config = GPT2Config(
-        vocab_size=len(LETTERS), n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
-    )
+    sizes = {"vocab_size": len(LETTERS), "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
@@ -63,8 +62,8 @@ def main(steps: int = 100, folder: str | None = None, resume: str | None = None)
             callbacks=[WellcondTrainerCallback()],  # The log also says what wellcond counts.
         )
         trainer.train(resume_from_checkpoint=resume)
-        saved = sorted(path.name for path in Path(folder or temporary).glob("checkpoint-*"))
-    print("checkpoints:", ", ".join(saved))
+        saved = sorted(int(path.name.partition("-")[2]) for path in Path(folder or temporary).glob("checkpoint-*"))
+    print("checkpoints after", *saved, "steps")
     return model
 
 

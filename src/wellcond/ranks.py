@@ -75,7 +75,9 @@ class Ranks:
         if self._group is None:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size * tensor.numel())
-        dist.all_gather_into_tensor(gathered, tensor.reshape(-1).contiguous(), group=self._group)
+        # Newer versions of torch warn of the older name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, tensor.reshape(-1).contiguous(), group=self._group)
         return gathered.view(self.size, *tensor.shape)
 
     def send(self, tensors: Sequence[Tensor], owner: int) -> None:

@@ -89,6 +89,15 @@ def test_an_example_runs_as_a_script() -> None:
     assert "Muon over feature descent: loss" in done.stdout
 
 
+def test_an_example_for_several_processes_says_how_it_is_started() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "fsdp2_torchrun.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "start it with torchrun" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_muon_over_feature_descent_differs_from_muon() -> None:
     module = example("muon_feature_descent")
     newton, plain = module.main(20), module.main(20, plain=True)
@@ -216,6 +225,9 @@ def test_fsdp2_and_lightnings_ddp_resume_exactly(tmp_path: Path) -> None:
     command = [*torchrun, str(script), str(ROOT / "examples"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    # Of what users would see, nothing is for the library to mend.
+    assert "all_gather" not in done.stderr
+    assert "sync_dist" not in done.stderr
     for run in ("whole", "stopped"):
         dcp_to_torch_save(str(tmp_path / run), str(tmp_path / f"{run}.pt"))
     whole, resumed = (torch.load(tmp_path / f"{run}.pt") for run in ("whole", "stopped"))

@@ -129,7 +129,7 @@ class WellcondCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the transforms of all optimizers have counted."""
         if self.log_stats:
-            pl_module.log_dict(counts(trainer.optimizers))
+            pl_module.log_dict(counts(trainer.optimizers), sync_dist=True)
 
 
 def _take_buffers_of_first_rank(model: nn.Module | None) -> None:
