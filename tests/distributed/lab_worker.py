@@ -19,8 +19,8 @@ from wellcond.__main__ import main
 from wellcond.lab.methods import METHODS
 from wellcond.lab.norms import NormSpec
 
-# Preconditioning without batch statistics, which no method of the lab is.
-METHODS["W-SGDM+GN"] = replace(METHODS["W-SGDM"], name="W-SGDM+GN", norm=NormSpec("gn", (("num_groups", 8),)))
+# Preconditioning without batch statistics, which no method of the lab is; whoever trains with it adds it to `METHODS`.
+WITHOUT_BATCH = replace(METHODS["W-SGDM"], name="W-SGDM+GN", norm=NormSpec("gn", (("num_groups", 8),)))
 
 STOPPED_AT = 7
 RUNS = [(method, "ddp") for method in ("SGDM", "W-SGDM", "MBN", "GN", "W-SGDM+GN")]
@@ -76,6 +76,7 @@ def run_all(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    METHODS[WITHOUT_BATCH.name] = WITHOUT_BATCH
     folder = Path(sys.argv[1])
     if sys.argv[2:] == ["fail"]:
         from wellcond.lab.training import Training

@@ -29,7 +29,9 @@ OF_METHOD = {
     "EvalNorm-fixed": "EvalNorm2d",
     "BRN": "BatchRenorm2d",
     "PN": "PopulationNorm2d",
+    "PN+gamma-decay": "PopulationNorm2d",
     "GN": "GroupNorm",
+    "GN+GC-conv": "GroupNorm",
     "SN": "SwitchableNorm2d",
     "SSN": "SparseSwitchableNorm2d",
     "IBN": "InstanceBatchNorm2d",
@@ -66,8 +68,8 @@ def test_every_batch_normalization_is_replaced(name, ghost_batch):
     found = norms_of(name, ghost_batch)
     assert len(found) == 9
     assert {type(module).__name__ for module in found} == {OF_METHOD[name]}
-    if name in ("GN", "LN"):
-        assert {module.num_groups for module in found} == {8 if name == "GN" else 1}
+    if OF_METHOD[name] == "GroupNorm":
+        assert {module.num_groups for module in found} == {1 if name == "LN" else 8}
     elif name != "IN":
         assert {module.group_size for module in found} == {ghost_batch}
 

@@ -25,7 +25,7 @@ from wellcond.lab.run import Runner
 from wellcond.lab.settings import Settings
 from wellcond.lab.share_bars import draw_shares
 from wellcond.lab.shares import summarize_shares
-from wellcond.lab.svg import _MARKERS
+from wellcond.lab.svg import MARKERS
 
 NAMES = ["0.1", "1.first.1", "1.second.1", "2.first.1", "2.second.1", "2.shortcut.1", "3.first.1", "3.second.1"]
 
@@ -153,7 +153,7 @@ def test_bars_stack_to_the_whole_and_are_as_high_as_their_shares(count):
 def test_methods_of_other_layers_or_transforms_are_drawn_differently():
     styles = [*_BY_LAYERS.values(), *_BY_TECHNIQUE.values()]
     assert len({(style.light, style.marker) for style in styles}) == len(styles)
-    assert {style.marker for style in styles} <= set(_MARKERS)
+    assert {style.marker for style in styles} <= set(MARKERS)
     assert {method.norm.kind for method in METHODS.values() if method.norm is not None} <= set(_BY_LAYERS)
 
 
@@ -202,8 +202,8 @@ def test_the_report_draws_each_layers_shares(compared):
     assert "What SN learned" in page
     assert "What SSN learned" in page
     assert "What SGDM learned" not in page
-    # Curves of one family over two axes; SN's means and variances; SSN's shares serve both.
-    assert page.count("<figure>") == 2 + 2 + 1
+    # Gain against cost; curves of score and loss over two axes; SN's means and variances; SSN's shares serve both.
+    assert page.count("<figure>") == 1 + 4 + 2 + 1
     for title in ("SN, means", "SN, variances", "SSN, means and variances"):
         assert f"<figcaption>{title}</figcaption>" in page
     for name in ("in", "ln", "bn"):
@@ -221,7 +221,7 @@ def test_a_comparison_of_one_method_still_says_what_it_learned(compared):
     method = plan.methods[0]
     spec = plan.spec(method, 0.1, seed=0)
     record = Runner(plan.task, torch.device("cpu")).run(spec)
-    said = findings(summarize(Comparison(plan, {spec: record}, {"SN": 0.1}, {"SN": 1.0}, {"SN": 1.0}, {})))
+    said = findings(summarize(Comparison(plan, {spec: record}, {"SN": 0.1}, {"SN": 1.0}, {"SN": 1.0}, {"SN": 1.0}, {})))
     assert len(said) == 2
     assert said[0].startswith("Only baselines")
     assert said[1].startswith("SN learned these shares, on average over 3 layers: 0.3")
