@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -205,7 +206,7 @@ def _drawn(title: str, probe: Probe[object], plot: Draw) -> Drawn:
 def _make_small(ax: Axes) -> None:
     """Keep a figure readable and light, however many layers or points it has."""
     for line in ax.get_lines():
-        points = len(line.get_xdata())  # type: ignore[arg-type]
+        points = np.size(line.get_xdata())
         if points > _POINTS:
             line.set_rasterized(True)
         elif points > 60 and line.get_linestyle() not in ("None", "none", ""):
