@@ -1,8 +1,8 @@
 """Count the trips between files that a reader makes who follows a command call by call.
 
 The command runs once, in this process, at a smoke scale. A reader who follows it opens each function when it is called
-for the first time. A *stay* is a row of such openings in one file; the next opening in another file ends it. Later calls
-of the same function are not followed again, so loops count once. Returns to a caller and imports do not count.
+for the first time. A *stay* is a row of such openings in one file; the next opening in another file ends it. Later
+calls of the same function are not followed again, so loops count once. Returns to a caller and imports do not count.
 
     python tools/trips.py compare            # stays and files, in order
     python tools/trips.py reproduce --brief  # the two numbers
