@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wellcond.nn import gamma_decay
-from wellcond.nn.norm.population import PopulationNorm
+from wellcond.nn.norm.population import PopulationNorm, gamma_decay
 from wellcond.theory import gamma_decay_coefficient
 
 # Weight of the old ζ when another step is measured.

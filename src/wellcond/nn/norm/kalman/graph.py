@@ -6,18 +6,16 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import activation, pooling
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from wellcond.numerics.moments import statistics_dtype
-
-if TYPE_CHECKING:
-    from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 
 
 class Statistics(NamedTuple):
@@ -233,9 +231,7 @@ class StatisticsGraph:
         priors: For the layers that have a prediction, the node that it is made of.
     """
 
-    def __init__(
-        self, layers: Mapping[str, KalmanBatchNorm2d], nodes: Sequence[Node], priors: Mapping[str, int]
-    ) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm], nodes: Sequence[Node], priors: Mapping[str, int]) -> None:
         self.layers = dict(layers)
         self.nodes = tuple(nodes)
         self.priors = dict(priors)
