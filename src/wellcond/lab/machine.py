@@ -12,36 +12,9 @@ from pathlib import Path
 import torch
 
 import wellcond
+from wellcond.lab.code_digest import code_digest
 from wellcond.lab.errors import LabError
 from wellcond.lab.launch import launched
-
-# Files of the lab that decide what a run computes; the others only plan and present.
-_RUN_FILES = (
-    "batches",
-    "budget",
-    "checkpoint",
-    "extras",
-    "gamma_decay",
-    "images",
-    "layers",
-    "measure",
-    "memory",
-    "methods",
-    "norms",
-    "optimizers",
-    "parquet",
-    "probes",
-    "run",
-    "run_memory",
-    "schedule",
-    "splits",
-    "stopwatch",
-    "strategies",
-    "training",
-    "weights",
-)
-# Whatever a task or a network consists of counts too.
-_RUN_FOLDERS = ("tasks", "models")
 
 
 def training_device(accelerator: str = "auto") -> torch.device:
@@ -114,17 +87,6 @@ def environment(jobs: int, threads: int, *more: object) -> str:
     """
     # The version alone would take runs of changed code for current ones.
     return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest(), *more)).encode()).hexdigest()
-
-
-def code_digest() -> str:
-    """Return a digest of the code that decides what a run computes."""
-    digest = hashlib.sha256()
-    package = Path(wellcond.__file__).parent
-    for file in sorted(package.rglob("*.py")):
-        parts = file.relative_to(package).parts
-        if parts[0] != "lab" or file.stem in _RUN_FILES or parts[1].startswith(_RUN_FOLDERS):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _processor() -> str:

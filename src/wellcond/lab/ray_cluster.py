@@ -15,9 +15,10 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from wellcond.lab.code_digest import code_digest
 from wellcond.lab.engine import Finished, RunFailedError
 from wellcond.lab.errors import LabError
-from wellcond.lab.machine import code_digest, training_device, versions
+from wellcond.lab.machine import training_device, versions
 from wellcond.lab.plan import Plan
 from wellcond.lab.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.settings import Settings
