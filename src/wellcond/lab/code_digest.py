@@ -17,6 +17,7 @@ _COMPUTING = (
     "budget",
     "checkpoint",
     "cifar",
+    "decoding",
     "extras",
     "fine_grained",
     "gamma_decay",
@@ -77,10 +78,10 @@ def _digest(package: Path) -> str:
 
 
 def without_docstrings(source: str) -> ast.Module:
-    """Return the syntax tree of a program without the texts that only describe it.
+    r"""Return the syntax tree of a program without the texts that only describe it.
 
-    >>> ast.unparse(without_docstrings('def f(x):\\n    "Say it."\\n    return x  # why'))
-    'def f(x):\\n    return x'
+    >>> ast.unparse(without_docstrings('def f(x):\n    "Say it."\n    return x  # why'))
+    'def f(x):\n    return x'
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.lab.decoding import check_images
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
@@ -104,6 +105,14 @@ class DetectionTask:
             "image_size": size,
             "images without objects": len(self.pool.ids) - len(self.pool_ids),
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        check_images(self.pool.files(self.pool_ids) + self.test.files(self.test_ids))
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the detector that a run begins with, leaving torch's global generator as it was.

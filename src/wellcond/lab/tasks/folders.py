@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from wellcond.lab import models
 from wellcond.lab.batches import Batch, check_augmentation
+from wellcond.lab.decoding import check_images
 from wellcond.lab.errors import LabError
 from wellcond.lab.fine_grained import FINE_GRAINED
 from wellcond.lab.image_files import FileData, find_class_folders, read_class_folders
@@ -121,6 +122,15 @@ class FolderTask:
             "training cut": cuts[self.augmentation],
             "evaluation cut": centre,
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        for part in (self.data.pool, self.data.test):
+            check_images([part.path(position) for position in range(len(part.labels))])
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with, leaving torch's global generator as it was."""

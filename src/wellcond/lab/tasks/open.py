@@ -10,6 +10,7 @@ from pathlib import Path
 from wellcond.lab.cifar import find_cifar
 from wellcond.lab.errors import LabError
 from wellcond.lab.fine_grained import FINE_GRAINED
+from wellcond.lab.given_paths import check_data
 from wellcond.lab.image_files import find_class_folders
 from wellcond.lab.images import DIGITS
 from wellcond.lab.settings import Settings
@@ -180,7 +181,11 @@ def open_task(settings: Settings) -> Task:
     if settings.data == DIGITS:
         return open_in_memory(settings)
     path = Path(settings.data)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # no name that a file could have
+        raise LabError(f"--data {settings.data}: cannot be read ({error})") from error
+    if not exists:
         advice = _advice(path)
         if advice:
             raise LabError(f"--data {path}: there is no such folder{advice}")
@@ -188,11 +193,21 @@ def open_task(settings: Settings) -> Task:
             "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
             f"there is no {path}"
         )
+    check_data("--data", path)
     for layout in LAYOUTS:
         if layout.is_here(path):
-            return layout.open(settings)
+            return _opened(layout, path, settings)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`, found {found}{_advice(path)}")
+
+
+def _opened(layout: Layout, path: Path, settings: Settings) -> Task:
+    try:
+        return layout.open(settings)
+    except OSError as error:
+        # Without the right to read it, or gone meanwhile.
+        place = error.filename or path
+        raise LabError(f"--data {place}: cannot be read ({error.strerror or error})") from error
 
 
 def _advice(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.decoding import check_images
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
@@ -116,6 +117,14 @@ class ReidTask:
             "channels": 3,
             "image_size": f"{self.height}x{self.height // 2}",
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        check_images([*self.pool.files, *self.test.query.files, *self.test.gallery.files])
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with, leaving torch's global generator as it was."""

@@ -1,0 +1,50 @@
+"""Options that name where results go: the paths are checked when they are read, before any work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from wellcond.lab.given_paths import check_output_file, check_output_folder
+from wellcond.lab.launch import launched
+
+
+class _OutputPath(argparse.Action):
+    check: ClassVar[Callable[[str, str | Path], Path]]
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        # Of several processes only the first writes, perhaps on a machine of its own.
+        if values and launched().rank == 0:
+            type(self).check(option_string or self.dest, str(values))
+        setattr(namespace, self.dest, values)
+
+
+class OutputFile(_OutputPath):
+    """A file that the command writes, as a `Path`."""
+
+    check = staticmethod(check_output_file)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        if values:
+            setattr(namespace, self.dest, Path(str(values)))
+
+
+class OutputFolder(_OutputPath):
+    """A folder that the command writes to and makes if need be, as text."""
+
+    check = staticmethod(check_output_folder)
