@@ -49,7 +49,12 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse an empty text, which would be taken for none or for this folder."""
-        given, rest = super().parse_known_args(args, namespace)
+        try:
+            given, rest = super().parse_known_args(args, namespace)
+        except LabError:
+            raise
+        except ValueError as error:  # some versions of argparse take `--option=--` for no value
+            raise LabError(f"an option's value must not be -- ({error})") from error
         for action in self._actions:
             # Lists of methods say so themselves.
             if getattr(given, action.dest, None) == "" and action.dest != "methods":

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.given_paths import check_input_file
 from wellcond.lab.methods import METHODS
 from wellcond.lab.probes import PROBES
 from wellcond.lab.settings import Settings
@@ -256,6 +257,7 @@ def load_recipe(file: Path) -> Recipe:
     Raises:
         LabError: If there is no such file, it is not TOML, or a key or a value is wrong.
     """
+    check_input_file("recipe", file)
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

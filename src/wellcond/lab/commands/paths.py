@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_file, check_output_folder
 from wellcond.lab.launch import launched
 
 
 class _OutputPath(argparse.Action):
     check: ClassVar[Callable[[str, str | Path], Path]]
+    kind: ClassVar[Callable[[str], object]]
 
     def __call__(
         self,
@@ -21,30 +23,25 @@ class _OutputPath(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
+        """Check the path and keep it."""
+        given, option = str(values), option_string or self.dest
+        if not given:
+            raise LabError(f"{option} must not be empty")
         # Of several processes only the first writes, perhaps on a machine of its own.
-        if values and launched().rank == 0:
-            type(self).check(option_string or self.dest, str(values))
-        setattr(namespace, self.dest, values)
+        if launched().rank == 0:
+            type(self).check(option, given)
+        setattr(namespace, self.dest, type(self).kind(given))
 
 
 class OutputFile(_OutputPath):
     """A file that the command writes, as a `Path`."""
 
     check = staticmethod(check_output_file)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        super().__call__(parser, namespace, values, option_string)
-        if values:
-            setattr(namespace, self.dest, Path(str(values)))
+    kind = Path
 
 
 class OutputFolder(_OutputPath):
     """A folder that the command writes to and makes if need be, as text."""
 
     check = staticmethod(check_output_folder)
+    kind = str
