@@ -57,18 +57,7 @@ def options(command: str) -> list[argparse.Action]:
 def given(command: str) -> list[str]:
     """Return what a command needs to be given, all of it right."""
     return {
-        "calibrate": [
-            "calibrate",
-            "weights.pt",
-            "--model",
-            "convnet",
-            "--what",
-            "bn",
-            "--batch-size",
-            "4",
-            "--out",
-            "new.pt",
-        ],
+        "calibrate": ["calibrate", "weights.pt", "--model=convnet", "--what=bn", "--batch-size=4", "--out=new.pt"],
         "reproduce": ["reproduce", "6.3", "--scale", "smoke"],
         "diagnose": ["diagnose", "convnet", "digits"],
     }.get(command, [command])
