@@ -11,6 +11,14 @@ from pathlib import Path
 from wellcond.lab.errors import LabError
 
 
+def is_there(path: str | Path) -> bool:
+    """Return whether something is there; of a name that nothing could have, nothing is."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def check_input_file(option: str, file: str | Path) -> Path:
     """Return the path of a file that can be read.
 

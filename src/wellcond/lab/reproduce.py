@@ -23,7 +23,7 @@ from wellcond.lab.settings import Settings
 from wellcond.lab.statistics import Difference, Spread, paired_difference, spread
 from wellcond.lab.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.open import open_task
+from wellcond.lab.tasks.open import find_layout, open_task
 
 FORMAT = 1
 """The version of reproduce.json's layout."""
@@ -163,6 +163,10 @@ def reproduce(
         LabError: If a panel's settings do not fit its data.
         RunFailedError: If a run fails; the finished ones are kept.
     """
+    for panel, asked in zip(panels, settings, strict=True):
+        # All of them before the first is run, which may take days.
+        with _naming(panel):
+            find_layout(asked.data)
     shelf = TaskShelf()
     results = []
     for panel, asked in zip(panels, settings, strict=True):

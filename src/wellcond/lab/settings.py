@@ -60,8 +60,10 @@ def check_seed(seed: int) -> None:
     Raises:
         LabError: If it is negative or does not fit 63 bits.
     """
-    if not 0 <= seed < 2**63:
-        raise LabError(f"--seed must be 0 or more, and below 2^63, got {seed}")
+    if seed < 0:
+        raise LabError(f"--seed must be 0 or more, got {seed}")
+    if seed >= 2**63:
+        raise LabError(f"--seed must be below 2^63, got {seed}")
 
 
 def most_processes() -> int:

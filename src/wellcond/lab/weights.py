@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.given_paths import check_input_file
+from wellcond.lab.given_paths import check_input_file, is_there
 
 _logger = logging.getLogger(__name__)
 _PUBLISHED = "torchvision:"
@@ -133,7 +133,7 @@ def _unwrapped(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
 
 def _read(weights: str, option: str = "--weights") -> dict[str, Tensor]:
     path = Path(weights)
-    if option == "--weights" and not _is_there(path):
+    if option == "--weights" and not is_there(path):
         raise LabError(f"--weights must be a file or torchvision:NAME (as torchvision:IMAGENET1K_V1), got {weights}")
     check_input_file(option, path)
     content = _read_safetensors(path, option) if path.suffix == ".safetensors" else _read_torch(path, option)
@@ -146,13 +146,6 @@ def _read(weights: str, option: str = "--weights") -> dict[str, Tensor]:
             f"got {type(content).__name__}"
         )
     return {str(key): value for key, value in content.items()}
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no name that a file could have
-        return False
 
 
 def _read_torch(path: Path, option: str) -> Any:

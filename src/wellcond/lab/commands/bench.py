@@ -81,7 +81,10 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     """
     names = ("batch_size", "image_size", "rounds", "stats_every", "solve_every")
     for name in names:
-        check_whole(name.replace("_", "-"), getattr(arguments, name), least=2 if name == "batch_size" else 1)
+        value, least = getattr(arguments, name), 2 if name == "batch_size" else 1
+        if value < least:
+            raise LabError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        check_whole(name.replace("_", "-"), value)
     pixels = arguments.batch_size * arguments.image_size**2
     if pixels > _MOST_PIXELS:
         raise LabError(

@@ -16,6 +16,7 @@ from wellcond.lab.commands.options import add_data_options, given_settings
 from wellcond.lab.commands.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.formats import score_text
+from wellcond.lab.given_paths import is_there
 from wellcond.lab.machine import training_device
 from wellcond.lab.plan import make_plan
 from wellcond.lab.settings import check_seed
@@ -93,6 +94,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     if m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
     check_seed(arguments.seed)
+    if not is_there(arguments.checkpoint):
+        raise LabError(f"there is no checkpoint {arguments.checkpoint}")
     check_weights("checkpoint", arguments.checkpoint)
     if out.exists() and out.samefile(arguments.checkpoint):
         raise LabError(f"--out {out}: would write over the checkpoint")

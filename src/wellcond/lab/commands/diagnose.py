@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         check_whole(name, getattr(arguments, name), least, most)
     check_seed(arguments.seed)
     if not 0 < arguments.lr < math.inf:
-        raise LabError(f"--lr must be a positive number, got {arguments.lr:g}")
+        raise LabError(f"--lr must be {'finite' if arguments.lr > 0 else 'positive'}, got {arguments.lr:g}")
     if arguments.checkpoint is not None:
         check_weights("--checkpoint", arguments.checkpoint)
     plan = make_plan(given_settings(arguments, methods=("SGDM",), seeds=1))

@@ -178,13 +178,33 @@ def open_task(settings: Settings) -> Task:
     Raises:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
-    if settings.data == DIGITS:
+    layout = find_layout(settings.data)
+    if layout is None:
         return open_in_memory(settings)
-    path = Path(settings.data)
+    try:
+        return layout.open(settings)
+    except OSError as error:
+        # Without the right to read it, or gone meanwhile.
+        place = error.filename or settings.data
+        raise LabError(f"--data {place}: cannot be read ({error.strerror or error})") from error
+
+
+def find_layout(data: str) -> Layout | None:
+    """Return the layout of data, without reading it; None for the digits.
+
+    Args:
+        data: What `--data` names.
+
+    Raises:
+        LabError: If there is no such data, it has an unknown layout, or something in it is neither file nor folder.
+    """
+    if data == DIGITS:
+        return None
+    path = Path(data)
     try:
         exists = path.exists()
     except (OSError, ValueError) as error:  # no name that a file could have
-        raise LabError(f"--data {settings.data}: cannot be read ({error})") from error
+        raise LabError(f"--data {path}: cannot be read ({error})") from error
     if not exists:
         advice = _advice(path)
         if advice:
@@ -196,18 +216,9 @@ def open_task(settings: Settings) -> Task:
     check_data("--data", path)
     for layout in LAYOUTS:
         if layout.is_here(path):
-            return _opened(layout, path, settings)
+            return layout
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`, found {found}{_advice(path)}")
-
-
-def _opened(layout: Layout, path: Path, settings: Settings) -> Task:
-    try:
-        return layout.open(settings)
-    except OSError as error:
-        # Without the right to read it, or gone meanwhile.
-        place = error.filename or path
-        raise LabError(f"--data {place}: cannot be read ({error.strerror or error})") from error
 
 
 def _advice(path: Path) -> str:
