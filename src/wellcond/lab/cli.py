@@ -48,17 +48,17 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse an empty text, which would be taken for none or for this folder."""
-        try:
-            given, rest = super().parse_known_args(args, namespace)
-        except LabError:
-            raise
-        except ValueError as error:  # some versions of argparse take `--option=--` for no value
-            raise LabError(f"an option's value must not be -- ({error})") from error
+        """Refuse values that would be taken for none, or for this folder."""
+        given, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
+            value = getattr(given, action.dest, None)
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            # Some versions of argparse make an empty list of a lone --.
+            if (value == [] and value != action.default) or (isinstance(value, list) and [] in value):
+                raise LabError(f"{name} must not be --")
             # Lists of methods say so themselves.
-            if getattr(given, action.dest, None) == "" and action.dest != "methods":
-                raise LabError(f"{'/'.join(action.option_strings) or action.metavar} must not be empty")
+            if value == "" and action.dest != "methods":
+                raise LabError(f"{name} must not be empty")
         return given, rest
 
     def error(self, message: str) -> NoReturn:

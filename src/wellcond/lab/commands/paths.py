@@ -24,13 +24,14 @@ class _OutputPath(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Check the path and keep it."""
-        given, option = str(values), option_string or self.dest
-        if not given:
-            raise LabError(f"{option} must not be empty")
+        option = option_string or self.dest
+        if not isinstance(values, str) or not values:
+            # Some versions of argparse make an empty list of a lone --.
+            raise LabError(f"{option} must not be {'empty' if values == '' else '--'}")
         # Of several processes only the first writes, perhaps on a machine of its own.
         if launched().rank == 0:
-            type(self).check(option, given)
-        setattr(namespace, self.dest, type(self).kind(given))
+            type(self).check(option, values)
+        setattr(namespace, self.dest, type(self).kind(values))
 
 
 class OutputFile(_OutputPath):
