@@ -17,7 +17,15 @@ from wellcond.lab.records import RunRecord, RunStore
 from wellcond.lab.settings import Settings
 
 PACKAGE = Path(wellcond.__file__).parent
-TELLS_ALONE = {"lab.errors", "lab.code_digest", "lab.launch", "lab.machine", "lab.records", "lab.settings"}
+TELLS_ALONE = {
+    "lab.errors",
+    "lab.given_paths",
+    "lab.code_digest",
+    "lab.launch",
+    "lab.machine",
+    "lab.records",
+    "lab.settings",
+}
 """What a run imports that does not decide its numbers, or whose choices its settings tell."""
 
 

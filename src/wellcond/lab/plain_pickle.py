@@ -53,7 +53,7 @@ class _Kind:
         self.order = {"|": "=", "<": "<", ">": ">", "=": "="}[state[1]]
 
     def dtype(self) -> np.dtype[Any]:
-        found = np.dtype(self.name).newbyteorder(self.order)  # type: ignore[arg-type]  # one of the four above
+        found: np.dtype[Any] = np.dtype(self.name).newbyteorder(self.order)  # type: ignore[arg-type]  # one of the four above
         if found.kind not in "biufc":
             raise _RefusedError(f"it holds an array of {self.name}")
         return found
@@ -81,7 +81,8 @@ def _shaped(raw: Any, kind: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]
     numbers = np.frombuffer(content, dtype=kind.dtype())
     if numbers.size != count:
         raise ValueError(f"an array of {count} numbers has {numbers.size}")
-    return numbers.reshape(shape, order="F" if order == "F" else "C").copy()
+    shaped: np.ndarray[Any, Any] = numbers.reshape(shape, order="F" if order == "F" else "C").copy()
+    return shaped
 
 
 def _scalar(kind: Any, raw: Any) -> Any:
