@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_file, check_output_folder
@@ -13,9 +13,6 @@ from wellcond.lab.launch import launched
 
 
 class _OutputPath(argparse.Action):
-    check: ClassVar[Callable[[str, str | Path], Path]]
-    kind: ClassVar[Callable[[str], object]]
-
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -30,19 +27,33 @@ class _OutputPath(argparse.Action):
             raise LabError(f"{option} must not be {'empty' if values == '' else '--'}")
         # Of several processes only the first writes, perhaps on a machine of its own.
         if launched().rank == 0:
-            type(self).check(option, values)
-        setattr(namespace, self.dest, type(self).kind(values))
+            self.check(option, values)
+        setattr(namespace, self.dest, self.kept(values))
+
+    def check(self, option: str, given: str) -> None:
+        """Raise a `LabError` if nothing can be written there."""
+        raise NotImplementedError
+
+    def kept(self, given: str) -> Path | str:
+        """Return what the command gets."""
+        return given
 
 
 class OutputFile(_OutputPath):
     """A file that the command writes, as a `Path`."""
 
-    check = staticmethod(check_output_file)
-    kind = Path
+    def check(self, option: str, given: str) -> None:
+        """Raise a `LabError` if it cannot be written."""
+        check_output_file(option, given)
+
+    def kept(self, given: str) -> Path:
+        """Return its path."""
+        return Path(given)
 
 
 class OutputFolder(_OutputPath):
     """A folder that the command writes to and makes if need be, as text."""
 
-    check = staticmethod(check_output_folder)
-    kind = str
+    def check(self, option: str, given: str) -> None:
+        """Raise a `LabError` if it cannot be written to or made."""
+        check_output_folder(option, given)
