@@ -91,7 +91,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def said(capsys, kind: str, root: Path) -> str:
     """Return the one line that a comparison of the data says."""
-    arguments = ["--methods", "SGDM", "--seeds", "1", "--batch-size", "4", "--quiet", "--out", str(root / "out")]
+    arguments = ["--methods", "SGDM", "--seeds", "1", "--batch-size", "8", "--quiet"]
+    arguments += ["--out", str((root if root.is_dir() else root.parent) / "out")]
     model = MODELS.get(kind, "convnet")
     assert main(["compare", "--data", str(root), "--model", model, *arguments]) == 2
     captured = capsys.readouterr()

@@ -120,6 +120,8 @@ def test_wrong_values_of_every_option(capsys, weights, command, option):
     Path("full/report.html").mkdir(parents=True)
     kind = type(option) if isinstance(option, (OutputFile, OutputFolder)) else option.type or str
     for value in WRONG[kind]:
+        if value == "--" and not option.option_strings:
+            continue  # it says that no more options follow
         arguments = given(command)
         if option.option_strings:
             # The last of several counts; joined, so that no value is taken for an option.
