@@ -63,7 +63,7 @@ WRITERS: dict[str, Callable[[Path, Callable], Path]] = {
     "coco": lambda root, _: write_coco(root),
     "reid": lambda root, _: write_reid(root),
 }
-MODELS = {"coco": "fasterrcnn-tiny-bn", "reid": "reid-tiny"}
+MODELS = {"coco": "fasterrcnn-tiny", "reid": "reid-tiny"}
 IMAGES = (".jpg", ".jpeg", ".png")
 NOT_LISTED = ("class folders", "reid")
 """Layouts whose images are those that are there."""
@@ -92,6 +92,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def said(capsys, kind: str, root: Path) -> str:
     """Return the one line that a comparison of the data says."""
     arguments = ["--methods", "SGDM", "--seeds", "1", "--batch-size", "8", "--quiet"]
+    arguments += ["--image-size", "32", "--val-images", "8"] if kind == "reid" else []
     arguments += ["--out", str((root if root.is_dir() else root.parent) / "out")]
     model = MODELS.get(kind, "convnet")
     assert main(["compare", "--data", str(root), "--model", model, *arguments]) == 2
