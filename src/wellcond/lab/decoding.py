@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from PIL import Image
 from wellcond.lab.errors import DataError
 
 T = TypeVar("T")
+# What is odd in a file and decodes all the same; what does not is said by an error.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # How whole files of these formats end; what decodes them reads most of the file for it.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
