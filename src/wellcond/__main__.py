@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import metadata
 
-# What the lab imports beside torch; installed by the `lab` extra.
-_LAB_MODULES = (
-    "PIL",
-    "jinja2",
-    "lightning",
-    "matplotlib",
-    "numpy",
-    "pyarrow",
-    "pydantic",
-    "rich",
-    "scipy",
-    "sklearn",
-    "tensorboard",
-    "torchmetrics",
-    "torchvision",
-)
+_EXTRA = "lab"
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of the ``lab`` extra that are not installed; none where wellcond itself is not.
+
+    The extra's list in pyproject.toml is the only one: installing writes it into the package's metadata.
+    """
+    try:
+        wanted = metadata.requires("wellcond") or []
+    except metadata.PackageNotFoundError:
+        return []
+    missing = []
+    for requirement in wanted:
+        name, _, marker = requirement.partition(";")
+        old = re.search(r"python_version\s*<\s*['\"](\d+)\.(\d+)['\"]", marker)
+        if not re.search(rf"extra\s*==\s*['\"]{_EXTRA}['\"]", marker):
+            continue
+        if old is None or sys.version_info < (int(old[1]), int(old[2])):
+            found = re.match(r"[A-Za-z0-9._-]+", name.strip())
+            if found is not None and not _is_installed(found[0]):
+                missing.append(found[0])
+    return missing
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; 2 also where the lab's dependencies are not installed.
     """
-    missing = [name for name in _LAB_MODULES if find_spec(name) is None]
+    missing = missing_packages()
     if missing:
         print(
             'wellcond: error: the command line needs the lab extra: pip install "wellcond[lab]" '

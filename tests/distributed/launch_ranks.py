@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from wellcond import WellcondWarning
 
-TIMEOUT = 150
+TIMEOUT = 900
 Ranks = list[dict[str, Any]]
 Check = Callable[[int, int], Any]
 
@@ -79,7 +79,7 @@ def serve(checks: Mapping[str, Check]) -> None:
         init_method=(folder / "rendezvous").as_uri(),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=600),
     )
     torch.save({name: _run(check, rank, world) for name, check in checks.items()}, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -19,7 +19,7 @@ from wellcond.lab.methods.method import METHODS
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 SHARE = 16  # of a batch of 32
-TIMEOUT = 250
+TIMEOUT = 900
 
 
 def torchrun(*arguments: str) -> tuple[int, str]:

@@ -31,6 +31,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> LabError:
     return LabError(f"unknown {kind} {name!r}:{guess} Known: {', '.join(known)}")
 
 
+class DataError(LabError):
+    """A file of the data cannot be read, which may show only when a run comes to it."""
+
+
+def one_line(text: str) -> str:
+    r"""Return a text on one line: names of files may hold the ends of lines, and messages of other libraries do.
+
+    >>> print(one_line("a\nb"))
+    a\nb
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class CommandEndedError(RuntimeError):
     """A command cannot go on, through no mistake in what was asked for.
 

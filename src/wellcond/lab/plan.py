@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import environment, training_device
 from wellcond.lab.methods.method import Method, Refresh, baselines, select_methods, with_lrs
-from wellcond.lab.networks.weights import digest_of
+from wellcond.lab.methods.schedule import parse_schedule
+from wellcond.lab.networks.weights import check_weights, digest_of
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
@@ -104,6 +106,8 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     Raises:
         LabError: If a name is unknown, the data cannot be read, or the numbers do not fit together.
     """
+    if settings.weights is not None:
+        check_weights("--weights", settings.weights)
     overrides = {override.label: override.apply() for override in settings.overrides}
     methods = with_lrs(select_methods(settings.methods, overrides), dict(settings.lrs))
     task = task or open_task(settings)
@@ -125,7 +129,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     steps = epochs * (task.train_images // batch_size)
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
-    _check_training(settings, task, methods, epochs)
+    _check_training(settings, task, methods, epochs, steps)
     _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
     return Plan(
@@ -217,11 +221,9 @@ def writable_folder(folder: Path) -> Path:
 
 
 def _make_writable(folder: Path) -> None:
+    check_output_folder("--out", folder)
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        probe = folder / "runs" / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise LabError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
 
@@ -265,7 +267,10 @@ def _check_ranks(settings: Settings, methods: Sequence[Method], batch_size: int,
             raise LabError(f"method {method.name} differentiates its gradients, which cannot be done on several ranks")
 
 
-def _check_training(settings: Settings, task: Task, methods: Sequence[Method], epochs: int) -> None:
+def _check_training(settings: Settings, task: Task, methods: Sequence[Method], epochs: int, steps: int) -> None:
+    schedule = parse_schedule(settings.schedule)
+    if schedule.kind == "step" and schedule.milestones[0] * steps < epochs:
+        raise LabError(f"--schedule {settings.schedule}: changes the lr more often than once a step")
     if settings.warmup >= epochs:
         raise LabError(f"--warmup must be shorter than the run ({epochs} epochs), got {settings.warmup:g}")
     if settings.label_smoothing and task.kind != "classification":

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from wellcond.__main__ import main
+from wellcond.__main__ import main, missing_packages
 from wellcond.lab.cli.main import COMMANDS
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.networks.registry import MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @pytest.fixture(autouse=True)
@@ -209,8 +217,12 @@ def test_list_names_everything(capsys):
 def test_without_the_lab_extra_one_line_says_what_to_install():
     # As if rich and lightning were not installed.
     code = (
-        "import importlib.util, sys; find = importlib.util.find_spec; "
-        "importlib.util.find_spec = lambda name, *a: None if name in ('rich', 'lightning') else find(name, *a); "
+        "import importlib.metadata as metadata, sys; find = metadata.distribution\n"
+        "def distribution(name):\n"
+        "    if name in ('rich', 'lightning'): raise metadata.PackageNotFoundError(name)\n"
+        "    return find(name)\n"
+        "metadata.distribution = distribution\n"
+        "metadata.requires = lambda name: find(name).requires\n"
         "from wellcond.__main__ import main; sys.exit(main(['list']))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -220,6 +232,40 @@ def test_without_the_lab_extra_one_line_says_what_to_install():
         "(not found: lightning, rich)\n"
     )
     assert result.stdout == ""
+
+
+def test_the_check_reads_the_list_of_the_extra(monkeypatch):
+    listed = [
+        "torch>=2.11",
+        'gone>=1; extra == "lab"',
+        'Gone.Too>=1,<2; python_version < "3.999" and extra == "lab"',
+        "gone-on-old>=1; (python_version < '3.1') and extra == 'lab'",
+        'rich>=13; extra == "lab"',
+        'gone-elsewhere; extra == "docs"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: listed)
+    assert missing_packages() == ["gone", "Gone.Too"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: None)
+    assert missing_packages() == []
+
+
+def test_what_the_lab_imports_is_in_its_extra():
+    """Each package that a file of the lab imports is one of the extra's, and each of those is imported."""
+    project = Path(__file__).parents[3]
+    extras = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    listed = {re.match(r"[\w.-]+", requirement)[0] for requirement in extras["lab"]}
+    trees = [
+        ast.parse(file.read_text(encoding="utf-8")) for file in sorted((project / "src/wellcond/lab").rglob("*.py"))
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {name.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    called = {"PIL": "pillow", "sklearn": "scikit-learn", "tomllib": "tomli", "pydantic_core": "pydantic"}
+    imported = {called.get(name, name) for name in imported} - set(sys.stdlib_module_names) | {"tomli"}
+    # The first is wellcond's own; the others are asked for where they are used, with a line of their own.
+    assert imported - listed == {"torch", "wellcond", "ray", "safetensors", "timm"}
+    # TensorBoard is what writes the logs, by torch's name for it.
+    assert listed - imported == {"tensorboard"}
 
 
 def test_the_module_runs_as_the_command_does():

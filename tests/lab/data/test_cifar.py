@@ -50,7 +50,7 @@ def test_missing_and_damaged_files(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     (folder / "data_batch_3").write_bytes(b"\x80\x04 cut off")
     with pytest.raises(
-        LabError, match=r"cifar-10-batches-py: damaged or not CIFAR's .*unpack https://.*-python.tar.gz"
+        LabError, match=r"cifar-10-batches-py.data_batch_3: damaged or no pickle .*unpack https://.*-python.tar.gz"
     ):
         load_data(str(tmp_path), None, None)
     (folder / "data_batch_3").unlink()

@@ -51,9 +51,20 @@ def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path, capsys):
 def cluster():
     """A Ray cluster of two workers on this machine."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # On a busy machine workers take minutes to start, and Ray kills them where others leave little memory.
+        patch.setenv("RAY_worker_register_timeout_seconds", "900")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        for left in reversed(range(5)):
+            try:
+                ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                break
+            except Exception:  # it waits half a minute for its own processes, and no longer
+                ray.shutdown()
+                if not left:
+                    raise
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from wellcond.lab.benchmark.steps import StepCost, Workload, measure_steps
+from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.methods.method import Refresh, select_methods
 from wellcond.lab.report.formats import NOTHING, bytes_text
 from wellcond.lab.report.results import rounded
 from wellcond.lab.runs.records import write_atomically
+from wellcond.lab.runs.settings import check_whole
 
 _DESCRIPTION = """\
 Time a whole training step of each method on one network, with noise for images. The methods take turns, so that a
@@ -32,6 +33,10 @@ examples:
   wellcond bench --methods AdamW,W-Adam --batch-size 128 --rounds 20 --json steps.json
   wellcond bench --model resnet8 --image-size 16 --methods SGDM,MBN,SN,GN
       layers instead of transforms: their cost is in the forward and backward pass"""
+
+
+# 3 GB in float32, before the first layer.
+_MOST_PIXELS = 2**28
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,7 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("--solve-every", 500, "steps that its solves are spread over"),
     ):
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", action=OutputFile, metavar="FILE", help="write the figures there too")
 
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
@@ -79,8 +84,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         value, least = getattr(arguments, name), 2 if name == "batch_size" else 1
         if value < least:
             raise LabError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise LabError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
+        check_whole(name.replace("_", "-"), value)
+    pixels = arguments.batch_size * arguments.image_size**2
+    if pixels > _MOST_PIXELS:
+        raise LabError(
+            f"--batch-size {arguments.batch_size} and --image-size {arguments.image_size} must give a batch of at most "
+            f"{_MOST_PIXELS} pixels, got {pixels}"
+        )
     methods = select_methods([name.strip() for name in arguments.methods.split(",")])
     device = training_device()
     refresh = Refresh(arguments.stats_every, arguments.solve_every)

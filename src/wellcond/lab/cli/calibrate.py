@@ -13,10 +13,14 @@ from torch import nn
 
 import wellcond
 from wellcond.lab.cli.options import add_data_options, given_settings
+from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import is_there
 from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.networks.weights import check_weights
 from wellcond.lab.plan import make_plan
 from wellcond.lab.report.formats import score_text
+from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import ROLES, Evaluation, SeedData
 
@@ -61,7 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="M",
         help="images behind one set of statistics in training: of one device, or of a ghost group",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the new state dict goes")
+    parser.add_argument("--out", required=True, action=OutputFile, metavar="FILE", help="where the new state dict goes")
     parser.add_argument(
         "--seed",
         type=int,
@@ -89,12 +93,10 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     m, out = arguments.samples, arguments.out
     if m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
-    if arguments.seed < 0:
-        raise LabError(f"--seed must be 0 or more, got {arguments.seed}")
-    if not Path(arguments.checkpoint).is_file():
+    check_seed(arguments.seed)
+    if not is_there(arguments.checkpoint):
         raise LabError(f"there is no checkpoint {arguments.checkpoint}")
-    if not out.parent.is_dir():
-        raise LabError(f"--out {out}: there is no folder {out.parent}")
+    check_weights("checkpoint", arguments.checkpoint)
     if out.exists() and out.samefile(arguments.checkpoint):
         raise LabError(f"--out {out}: would write over the checkpoint")
     settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoint, batch_size=m)

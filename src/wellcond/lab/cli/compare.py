@@ -14,6 +14,7 @@ from wellcond.lab.cli.options import (
     add_training_options,
     given_settings,
 )
+from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.cli.processes import in_processes
 from wellcond.lab.comparison.compare import run_comparison
 from wellcond.lab.comparison.summary import summarize
@@ -81,7 +82,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_training_options(parser)
     add_data_options(parser)
     output = parser.add_argument_group("running and results")
-    output.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/compare-<data>)")
+    output.add_argument(
+        "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/compare-<data>)"
+    )
     output.add_argument("--target", type=float, metavar="PERCENT", help="test score to count the epochs to")
     output.add_argument(
         "--jobs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from wellcond.lab.cli.options import given_settings
+from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.batches import AUGMENTATIONS
 from wellcond.lab.data.load import DIGITS
 from wellcond.lab.diagnosis.diagnose import diagnose, trained_briefly
 from wellcond.lab.diagnosis.findings import findings
 from wellcond.lab.diagnosis.page import write_diagnosis
 from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.networks.weights import check_weights
 from wellcond.lab.plan import make_plan
+from wellcond.lab.runs.settings import MOST, check_seed, check_whole
 from wellcond.lab.tasks.base import EpochBatches
 
 _DESCRIPTION = """\
@@ -34,6 +39,10 @@ examples:
       after 200 steps of training, over which gradients are recorded
   wellcond diagnose resnet18 cifar10/ --checkpoint trained.pt --batch-size 2
       a trained network, at the batch size that its statistics are taken over on a device"""
+
+
+# They are all in memory at once.
+_MOST_BATCHES = 1000
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,7 +75,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--augment", dest="augmentation", metavar="NAME", help=f"{', '.join(AUGMENTATIONS)} (default: as for `compare`)"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of the page (default: runs/diagnose-<model>-<data>)")
+    parser.add_argument(
+        "--out", action=OutputFolder, metavar="DIR", help="folder of the page (default: runs/diagnose-<model>-<data>)"
+    )
 
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
@@ -79,11 +90,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
-    for name, least in (("batches", 2), ("steps", 0), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise LabError(f"--{name} must be an integer of at least {least}, got {getattr(arguments, name)}")
-    if not arguments.lr > 0:
-        raise LabError(f"--lr must be positive, got {arguments.lr:g}")
+    for name, least, most in (("batches", 2, _MOST_BATCHES), ("steps", 0, MOST)):
+        check_whole(name, getattr(arguments, name), least, most)
+    check_seed(arguments.seed)
+    if not 0 < arguments.lr < math.inf:
+        raise LabError(f"--lr must be {'finite' if arguments.lr > 0 else 'positive'}, got {arguments.lr:g}")
+    if arguments.checkpoint is not None:
+        check_weights("--checkpoint", arguments.checkpoint)
     plan = make_plan(given_settings(arguments, methods=("SGDM",), seeds=1))
     folder = _folder(arguments.out, f"{plan.model}-{plan.task.name}")
     device = training_device()
@@ -140,8 +153,6 @@ def _epochs(batches: EpochBatches) -> Iterator[Any]:
 
 def _folder(out: str | None, name: str) -> Path:
     folder = Path(out) if out is not None else Path("runs") / f"diagnose-{name.replace(':', '-')}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+    check_output_folder("--out", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol
 import wellcond
 from wellcond.lab.cli import bench, calibrate, compare, diagnose, reproduce, train
 from wellcond.lab.cli import list as listing
-from wellcond.lab.errors import CommandEndedError, LabError
+from wellcond.lab.errors import CommandEndedError, LabError, one_line
 from wellcond.lab.hardware.launch import launched
 
 
@@ -47,6 +47,20 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse values that would be taken for none, or for this folder."""
+        given, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(given, action.dest, None)
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            # Some versions of argparse make an empty list of a lone --.
+            if (value == [] and value != action.default) or (isinstance(value, list) and [] in value):
+                raise LabError(f"{name} must not be --")
+            # Lists of methods say so themselves.
+            if value == "" and action.dest != "methods":
+                raise LabError(f"{name} must not be empty")
+        return given, rest
+
     def error(self, message: str) -> NoReturn:
         raise LabError(message)
 
@@ -69,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return COMMANDS[arguments.command].run(arguments, shlex.join(["wellcond", *argv]))
     except LabError as error:
-        _say(f"error: {error}")
+        _say(f"error: {one_line(str(error))}")
         return 2
     except CommandEndedError as ended:
         # A run may have failed on one process alone.

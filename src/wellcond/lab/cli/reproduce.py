@@ -10,7 +10,9 @@ from typing import get_args
 from rich.console import Console
 
 from wellcond.lab.cli.kept_runs import keeping_runs
+from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.named_data import VARIABLE, bind_data
+from wellcond.lab.errors import LabError
 from wellcond.lab.plan import writable_folder
 from wellcond.lab.reproduction.panels import needed_data, scaled_panels
 from wellcond.lab.reproduction.recipe import Scale, find_recipe
@@ -58,7 +60,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="paired seeds (default: the scale's)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/reproduce-<table>-<scale>)")
+    parser.add_argument(
+        "--out",
+        action=OutputFolder,
+        metavar="DIR",
+        help="folder of the results (default: runs/reproduce-<table>-<scale>)",
+    )
     parser.add_argument(
         "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"
     )
@@ -76,7 +83,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     """
     recipe = find_recipe(arguments.table)
     scale: Scale = arguments.scale
-    panels = scaled_panels(recipe, scale, _names(arguments.panels), _names(arguments.methods))
+    panels = scaled_panels(recipe, scale, _names("panels", arguments.panels), _names("methods", arguments.methods))
     paths = bind_data(arguments.data, needed_data(panels))
     settings = [panel.settings(paths, arguments.jobs, arguments.seeds) for panel in panels]
     default = f"reproduce-{recipe.name.replace(' ', '-')}-{scale}"
@@ -97,5 +104,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     return 0
 
 
-def _names(text: str | None) -> Sequence[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, text: str | None) -> Sequence[str] | None:
+    names = None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if names == []:
+        raise LabError(f"--{option} must name at least one, got {text!r}")
+    return names

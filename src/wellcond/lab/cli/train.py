@@ -22,6 +22,7 @@ from wellcond.lab.cli.options import (
     add_training_options,
     given_settings,
 )
+from wellcond.lab.cli.paths import OutputFile, OutputFolder
 from wellcond.lab.cli.processes import in_processes
 from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import CommandEndedError, LabError
@@ -31,8 +32,8 @@ from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.methods.method import select_methods
 from wellcond.lab.plan import Plan, make_plan, writable_folder
 from wellcond.lab.report.results import rounded
-from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore, write_atomically
-from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore, partial, write_atomically
+from wellcond.lab.runs.settings import Settings, check_seed, check_whole
 
 _DESCRIPTION = """\
 Train one network with one method, and write how it goes: the loss every few steps, scores after each epoch, the lr and
@@ -75,8 +76,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_training_options(parser)
     add_data_options(parser)
     output = parser.add_argument_group("running and results")
-    output.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/train-<data>)")
-    output.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights there, too")
+    output.add_argument(
+        "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/train-<data>)"
+    )
+    output.add_argument("--save", action=OutputFile, metavar="FILE", help="write the trained weights there, too")
     output.add_argument(
         "--log-every", type=int, default=20, metavar="N", help="steps between two logged losses (default: %(default)s)"
     )
@@ -102,12 +105,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     lr = method.lrs[len(method.lrs) // 2] if arguments.lr is None else arguments.lr
     if not 0 < lr < math.inf:
         raise LabError(f"--lr must be a positive number, got {lr:g}")
-    if arguments.seed < 0:
-        raise LabError(f"--seed must be 0 or more, got {arguments.seed}")
-    if arguments.log_every < 1:
-        raise LabError(f"--log-every must be a positive integer, got {arguments.log_every}")
-    if arguments.save is not None and not arguments.save.parent.is_dir():
-        raise LabError(f"--save {arguments.save}: there is no folder {arguments.save.parent}")
+    check_seed(arguments.seed)
+    check_whole("log-every", arguments.log_every)
     settings = given_settings(arguments, methods=(method.name,), lrs=((method.optimizer, (lr,)),), seeds=1)
     return in_processes(settings, command_line, lambda first: _train(arguments, settings, lr, command_line, first))
 
@@ -131,12 +130,18 @@ def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command
     write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
     if arguments.save is not None:
         files[2] = arguments.save
-        shutil.copyfile(weights, arguments.save)
+        _copy(weights, arguments.save)
     console = Console()
     if not arguments.quiet:
         console.print(_result(plan, spec, record), highlight=False, soft_wrap=True)
     console.print(f"Written: {' '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy by way of a file beside it, so that what is there is always whole."""
+    shutil.copyfile(file, partial(to))
+    partial(to).replace(to)
 
 
 def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunStore, weights: Path) -> RunRecord:
@@ -158,6 +163,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
         weights,
     )
     try:
+        plan.task.check_files()
         return runner.run(spec)
     except LabError:
         raise

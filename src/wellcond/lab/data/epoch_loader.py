@@ -8,6 +8,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from wellcond.lab.data.decoding import told
 from wellcond.lab.data.splits import derived_seed
 
 T = TypeVar("T")
@@ -105,4 +106,4 @@ def read_samples(samples: Samples, batches: Iterable[Sequence[Key]], workers: in
         # Its own: it would draw a number from torch's global one at each start, which a resumed run would see.
         generator=torch.Generator(),
     )
-    yield from loader
+    yield from told(loader)

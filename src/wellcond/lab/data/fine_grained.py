@@ -46,8 +46,8 @@ class FineGrained:
             pool, test = self.read(folder)
         except LabError:
             raise
-        except (OSError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # the readers of lists and of MATLAB's files have many ways to say it
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise LabError(f"--data {folder}: lists of {self.name} are missing or damaged ({reason})") from error
         return FileData(self.name, pool, test, "position")
 

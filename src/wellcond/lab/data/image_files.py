@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,22 @@ class ImageFiles:
         """Return the file of one image."""
         return self.root / os.fsdecode(self.files[position])
 
+    def size(self, position: int) -> int:
+        """Return the bytes of one image's file.
+
+        Raises:
+            LabError: If it is missing, empty or no file.
+        """
+        name = os.fsdecode(self.files[position])
+        try:
+            found = self.path(position).stat()
+        except (OSError, ValueError) as error:
+            raise LabError(f"--data {self.root}: {name} is missing; unpack it again") from error
+        if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+            kind = "empty" if stat.S_ISREG(found.st_mode) else "no file"
+            raise LabError(f"--data {self.root}: {name} is {kind}; unpack it again")
+        return found.st_size
+
 
 @dataclass(frozen=True)
 class FileData:
@@ -69,11 +86,7 @@ class FileData:
         for part in (self.pool, self.test):
             digest.update(f"{len(part.labels)}".encode())
             for position, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
-                try:
-                    size = part.path(position).stat().st_size
-                except OSError as error:
-                    raise LabError(f"--data {part.root}: {os.fsdecode(file)} is missing; unpack it again") from error
-                digest.update(b"%s %d %d\n" % (file, size, label))
+                digest.update(b"%s %d %d\n" % (file, part.size(position), label))
         return digest.hexdigest()
 
 
@@ -129,7 +142,7 @@ def read_class_folders(source: str, train: Path, held_out: Path) -> FileData:
     for folder in (train, held_out):
         try:
             read = ImageFolder(str(folder), allow_empty=folder == held_out)
-        except FileNotFoundError as error:
+        except OSError as error:
             reason = " ".join(str(error).split())
             raise LabError(f"--data {source}: {folder.name} must hold a folder of images a class: {reason}") from error
         parts.append(read)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from wellcond.lab.data.decoding import BrokenImageError, opened
 from wellcond.lab.data.load import LabelledImages
 from wellcond.lab.errors import LabError
 
+# The most classes that labels alone stand for, if there are not more images than that.
+_UNNAMED = 1000
 _EXPECTED = "expected the Hugging Face image layout: an image column of struct<bytes, path> and an integer label column"
 
 
@@ -76,15 +77,22 @@ def read_parquet(files: Sequence[Path]) -> LabelledImages:
         if not encoded:
             raise LabError(f"--data {file}: the file holds no images")
         if mode is None:
-            mode = "L" if _open(file, 0, encoded[0]).mode in ("1", "L") else "RGB"
+            mode = "L" if _pixels(file, 0, encoded[0]).ndim == 2 else "RGB"
         images.append(_decode(file, encoded, mode))
-        labels.append(np.asarray(table.column(label_column).to_numpy(), dtype=np.int64))
+        labels.append(_labels(file, table.column(label_column)))
     sizes = sorted({part.shape[1:3] for part in images})
     if len(sizes) > 1:
         raise LabError(f"--data {files[0]}: all images must have one size, found {_sizes(sizes)}")
     pixels = np.concatenate(images)
     classes = np.concatenate(labels)
     if names is None:
+        # Not as many as the largest label says, whatever that is: each takes part of the network and of every list.
+        most = max(_UNNAMED, len(classes))
+        if classes.max() >= most:
+            raise LabError(
+                f"--data {files[0]}: labels of classes without names must lie between 0 and {most - 1}, found "
+                f"{classes.max()}; the classes' names belong into the file's Hugging Face metadata"
+            )
         names = tuple(str(label) for label in range(int(classes.max()) + 1))
     if classes.min() < 0 or classes.max() >= len(names):
         raise LabError(
@@ -100,10 +108,21 @@ def _read_table(file: Path) -> tuple[pa.Table, str, str, tuple[str, ...] | None]
         schema = pq.read_schema(file)
         image_column, label_column, names = _columns(file, schema)
         return pq.read_table(file, columns=[image_column, label_column]), image_column, label_column, names
+    except LabError:
+        raise
     except pa.ArrowInvalid as error:
         raise LabError(f"--data {file}: {_EXPECTED}, but this is not a parquet file") from error
-    except OSError as error:
-        raise LabError(f"--data {file}: cannot be read ({error.strerror or error})") from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # damaged after its beginning
+        raise LabError(f"--data {file}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def _labels(file: Path, column: pa.ChunkedArray) -> NDArray[np.int64]:
+    if column.null_count:
+        raise LabError(f"--data {file}: each image must have a label, and {column.null_count} have none")
+    try:
+        return np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
+    except pa.ArrowInvalid as error:
+        raise LabError(f"--data {file}: a label is too large ({error})") from error
 
 
 def _columns(file: Path, schema: pa.Schema) -> tuple[str, str, tuple[str, ...] | None]:
@@ -142,22 +161,20 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content))
 
 
-def _open(file: Path, row: int, encoded: bytes | None) -> Image.Image:
+def _pixels(file: Path, row: int, encoded: bytes | None, mode: str | None = None) -> NDArray[np.uint8]:
+    """Return an image's pixels; without a mode grey ones as they are, and others in RGB."""
     if encoded is None:
         raise LabError(f"--data {file}: the image of row {row} has no bytes")
     try:
-        return Image.open(io.BytesIO(encoded))
-    except (UnidentifiedImageError, OSError) as error:
+        with opened(encoded) as image:
+            return np.asarray(image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB")))
+    except BrokenImageError as error:
         raise LabError(f"--data {file}: the image of row {row} cannot be decoded") from error
 
 
 def _decode(file: Path, encoded: Sequence[bytes | None], mode: str) -> NDArray[np.uint8]:
     def pixels(row: int) -> NDArray[np.uint8]:
-        image = _open(file, row, encoded[row])
-        try:
-            return np.asarray(image.convert(mode))
-        except OSError as error:  # cut off after the header
-            raise LabError(f"--data {file}: the image of row {row} cannot be decoded") from error
+        return _pixels(file, row, encoded[row], mode)
 
     # Threads, because the decoders release the interpreter lock.
     with ThreadPoolExecutor() as pool:

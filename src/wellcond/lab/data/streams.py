@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wellcond.lab.data.batches import Batch, share_of
+from wellcond.lab.data.decoding import told
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.data.views import TrainingViews
-from wellcond.lab.errors import LabError
 
 _MOST_WORKERS = 16
 # Of ImageNet's training images, in 0…255: what networks that were trained on it expect.
@@ -94,7 +94,7 @@ class StreamedBatches:
         self._sampler.epoch, self._sampler.first = self.epoch, self._first_batch
         self._first_batch = 0
         self.epoch += 1
-        for images, labels in _told(self._loader):
+        for images, labels in told(self._loader):
             yield normalized(images, self.device), labels.to(self.device, non_blocking=True)
 
 
@@ -139,7 +139,7 @@ def evaluation_stream(
         ranks: How many processes there are; all get equally many batches.
     """
     shares = [whole[rank::ranks].tolist() for whole in torch.from_numpy(positions).split(batch_size)]
-    for images, labels in _told(_loader(views, shares, image_size, device, workers, persistent=False)):
+    for images, labels in told(_loader(views, shares, image_size, device, workers, persistent=False)):
         yield normalized(images, device), labels.to(device, non_blocking=True)
 
 
@@ -161,14 +161,6 @@ def _loader(
         # Its own: it would draw a number from torch's global one at each start, which a resumed run would see.
         generator=torch.Generator(),
     )
-
-
-def _told(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """Yield the batches; say in one line what a process found wrong, which torch wraps in the process's traceback."""
-    try:
-        yield from loader
-    except LabError as error:
-        raise LabError(str(error).strip().splitlines()[-1].rpartition("LabError: ")[2]) from error
 
 
 def _collate(image_size: int, views: Sequence[tuple[Tensor, int]]) -> Batch:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wellcond.lab.data.decoding import BrokenImageError, opened
 from wellcond.lab.data.image_files import Crop, ImageFiles
 from wellcond.lab.data.splits import derived_seed
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import DataError
 
 # Images are kept decoded if there are at most so many and their pixels take at most so many bytes.
 _MOST_IMAGES = 100_000
@@ -99,7 +99,7 @@ class Pictures:
         """Return an image, uint8 RGB, [3, height, width].
 
         Raises:
-            LabError: If the file does not decode.
+            DataError: If the file does not decode.
         """
         if self._starts is None:
             return self._decode(position)
@@ -114,21 +114,21 @@ class Pictures:
 
     def _size(self, position: int) -> tuple[int, int]:
         try:
-            with Image.open(self.files.path(position)) as image:
+            with opened(self.files.path(position)) as image:
                 return image.width, image.height
-        except OSError as error:
+        except BrokenImageError as error:
             raise self._broken(position) from error
 
     def _decode(self, position: int) -> Tensor:
         try:
-            with Image.open(self.files.path(position)) as image:
+            with opened(self.files.path(position)) as image:
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except OSError as error:  # also PIL's UnidentifiedImageError
+        except BrokenImageError as error:
             raise self._broken(position) from error
 
-    def _broken(self, position: int) -> LabError:
+    def _broken(self, position: int) -> DataError:
         path = self.files.path(position)
-        return LabError(f"--data: {path} {'cannot be decoded' if path.exists() else 'is missing'}")
+        return DataError(f"--data: {path} {'cannot be decoded' if path.exists() else 'is missing'}")
 
 
 class TrainingViews(Dataset[tuple[Tensor, int]]):

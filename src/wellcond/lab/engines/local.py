@@ -12,6 +12,7 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from wellcond.lab.engines.select import Finished, RunFailedError
+from wellcond.lab.errors import DataError
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
@@ -34,6 +35,8 @@ class ThisProcess:
         for spec in specs:
             try:
                 record = runner.run(spec)
+            except DataError:
+                raise
             except Exception as error:
                 raise RunFailedError(spec, traceback.format_exc()) from error
             yield spec, record
@@ -72,6 +75,8 @@ class WorkerProcesses:
                     except EOFError:
                         process.join()
                         raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
+                    if isinstance(result, DataError):
+                        raise result
                     if isinstance(result, str):
                         raise RunFailedError(spec, result)
                     if waiting:
@@ -99,7 +104,7 @@ def _start_deaf_to_interrupts(process: SpawnProcess) -> None:
 
 
 def _work(connection: Connection, settings: Settings, threads: int, store: RunStore) -> None:
-    """Serve runs until the connection closes; answer each with its record, or with a traceback."""
+    """Serve runs until the connection closes; answer each with its record, a mistake in the data, or a traceback."""
     try:
         from wellcond.lab.training.checkpoint import Checkpointing
         from wellcond.lab.training.runner import Runner
@@ -111,5 +116,7 @@ def _work(connection: Connection, settings: Settings, threads: int, store: RunSt
             connection.send(runner.run(connection.recv()))
     except (EOFError, BrokenPipeError):
         return
+    except DataError as error:
+        connection.send(error)
     except Exception:
         connection.send(traceback.format_exc())

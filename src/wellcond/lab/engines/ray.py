@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 
 from wellcond.lab.engines.select import Finished, RunFailedError
 from wellcond.lab.errors import LabError
-from wellcond.lab.hardware.machine import code_digest, training_device, versions
+from wellcond.lab.hardware.code_digest import code_digest
+from wellcond.lab.hardware.machine import training_device, versions
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings

@@ -54,10 +54,11 @@ def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[F
         Each run with its record, in the order in which they finish.
 
     Raises:
-        LabError: If there is no such Ray cluster.
+        LabError: If there is no such Ray cluster, or a file of the data is broken.
         RunFailedError: If a run fails; those that were running with it are given up.
     """
     if specs:
+        plan.task.check_files()
         yield from _engine(plan).execute(plan, specs, store)
 
 

@@ -13,10 +13,8 @@ import torch
 
 import wellcond
 from wellcond.lab.errors import LabError
+from wellcond.lab.hardware.code_digest import code_digest
 from wellcond.lab.hardware.launch import launched
-
-# Parts of the lab that decide what a run computes; the others only plan and present.
-_RUN_PARTS = ("data", "hardware", "methods", "networks", "runs", "tasks", "training")
 
 
 def training_device(accelerator: str = "auto") -> torch.device:
@@ -89,17 +87,6 @@ def environment(jobs: int, threads: int, *more: object) -> str:
     """
     # The version alone would take runs of changed code for current ones.
     return hashlib.sha256(repr((machine(), versions(), jobs, threads, code_digest(), *more)).encode()).hexdigest()
-
-
-def code_digest() -> str:
-    """Return a digest of the code that decides what a run computes."""
-    digest = hashlib.sha256()
-    package = Path(wellcond.__file__).parent
-    for file in sorted(package.rglob("*.py")):
-        parts = file.relative_to(package).parts
-        if parts[0] != "lab" or parts[1] in _RUN_PARTS:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _processor() -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.given_paths import check_input_file, is_there
 
 _logger = logging.getLogger(__name__)
 _PUBLISHED = "torchvision:"
@@ -74,6 +75,20 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
     return _note(weights, dropped, headless)
 
 
+def check_weights(option: str, weights: str) -> None:
+    """Check that weights are there and are a state dict, before anything that takes longer.
+
+    Args:
+        option: What named them.
+        weights: As for `load_weights`; published ones are not looked for.
+
+    Raises:
+        LabError: If they are not.
+    """
+    if not weights.startswith(_PUBLISHED):
+        _read(weights, option)
+
+
 def digest_of(weights: str) -> str:
     """Return a digest of a file, so that other weights under the same name are told apart; of no file, of the name."""
     path = Path(weights)
@@ -116,41 +131,45 @@ def _unwrapped(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     return given
 
 
-def _read(weights: str) -> dict[str, Tensor]:
+def _read(weights: str, option: str = "--weights") -> dict[str, Tensor]:
     path = Path(weights)
-    if not path.is_file():
+    if option == "--weights" and not is_there(path):
         raise LabError(f"--weights must be a file or torchvision:NAME (as torchvision:IMAGENET1K_V1), got {weights}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    check_input_file(option, path)
+    content = _read_safetensors(path, option) if path.suffix == ".safetensors" else _read_torch(path, option)
     for key in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise LabError(
-            f"--weights {weights}: must hold a state dict, by itself or under {', '.join(_INSIDE)}, "
+            f"{option} {weights}: must hold a state dict, by itself or under {', '.join(_INSIDE)}, "
             f"got {type(content).__name__}"
         )
     return {str(key): value for key, value in content.items()}
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, option: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        with warnings.catch_warnings():
+            # What else the file might have been.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch passes on whatever its readers of zip, tar and pickle files raise
         raise LabError(
-            f"--weights {path}: cannot be read as a state dict by torch.load(weights_only=True); save it alone"
+            f"{option} {path}: cannot be read as a state dict by torch.load(weights_only=True); save it alone"
         ) from error
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path, option: str) -> Any:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise LabError(f"--weights {path}: needs the package safetensors: pip install safetensors") from error
+        raise LabError(f"{option} {path}: needs the package safetensors: pip install safetensors") from error
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise LabError(f"--weights {path}: not a safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LabError(f"{option} {path}: not a safetensors file ({error})") from error
 
 
 def _published(name: str, weights: str) -> dict[str, Tensor]:

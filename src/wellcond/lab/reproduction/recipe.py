@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.given_paths import check_input_file
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.probes import PROBES
@@ -256,6 +257,7 @@ def load_recipe(file: Path) -> Recipe:
     Raises:
         LabError: If there is no such file, it is not TOML, or a key or a value is wrong.
     """
+    check_input_file("recipe", file)
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,7 +22,7 @@ from wellcond.lab.reproduction.recipe import PanelTable, Recipe, Scale
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.open import open_task
+from wellcond.lab.tasks.open import find_layout, open_task
 from wellcond.lab.training.progress import RunProgress
 
 FORMAT = 1
@@ -163,6 +163,10 @@ def reproduce(
         LabError: If a panel's settings do not fit its data.
         RunFailedError: If a run fails; the finished ones are kept.
     """
+    for panel, asked in zip(panels, settings, strict=True):
+        # All of them before the first is run, which may take days.
+        with _naming(panel):
+            find_layout(asked.data)
     shelf = TaskShelf()
     results = []
     for panel, asked in zip(panels, settings, strict=True):

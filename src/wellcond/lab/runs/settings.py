@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from typing import get_args
 
@@ -25,6 +26,49 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 ACCELERATORS = ("auto", "cpu", "cuda")
 """What trains; ``"auto"`` is a CUDA device if there is one."""
+
+
+MOST = 1_000_000
+"""The most of anything that is counted and not otherwise limited: epochs, steps, images."""
+
+_MOST_COUNTED = 10**9
+_LIMITS = {"seeds": 1000, "image_size": 4096}
+
+
+def check_whole(option: str, value: int, least: int = 1, most: int = MOST) -> None:
+    """Check an integer.
+
+    Args:
+        option: What it was given by, without the dashes.
+        value: The integer.
+        least: The least that it may be.
+        most: The most.
+
+    Raises:
+        LabError: If it is less or more.
+    """
+    if value < least:
+        rule = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise LabError(f"--{option} must be {rule}, got {value}")
+    if value > most:
+        raise LabError(f"--{option} must be at most {most}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Check the number of a seed.
+
+    Raises:
+        LabError: If it is negative or does not fit 63 bits.
+    """
+    if seed < 0:
+        raise LabError(f"--seed must be 0 or more, got {seed}")
+    if seed >= 2**63:
+        raise LabError(f"--seed must be below 2^63, got {seed}")
+
+
+def most_processes() -> int:
+    """Return how many processes may share this machine: each takes some hundred megabytes and seconds to start."""
+    return max(8, 2 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -130,6 +174,9 @@ class Settings:
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if value is not None and value < 1:
-            option = name.replace("_", "-").replace("validation", "val")
-            raise LabError(f"--{option} must be a positive integer, got {value}")
+        if value is None:
+            return
+        most = _LIMITS.get(name, MOST if name == "epochs" else _MOST_COUNTED)
+        if name == "devices" or (name == "jobs" and self.engine == "local"):
+            most = most_processes()
+        check_whole(name.replace("_", "-").replace("validation", "val"), value, most=most)

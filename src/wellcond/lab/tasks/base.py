@@ -142,6 +142,13 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the report says of the data: classes, image size and the like, as JSON takes it."""
 
+    def check_files(self) -> None:
+        """Look at every file that runs will read, before the first of them begins.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with; torch's global generator is left as it was.
 

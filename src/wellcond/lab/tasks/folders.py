@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch, check_augmentation
+from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.fine_grained import FINE_GRAINED
 from wellcond.lab.data.image_files import FileData, find_class_folders, read_class_folders
 from wellcond.lab.data.load import draw_test
@@ -128,6 +129,15 @@ class FolderTask:
             "training cut": cuts[self.augmentation],
             "evaluation cut": centre,
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        for part in (self.data.pool, self.data.test):
+            check_images([part.path(position) for position in range(len(part.labels))])
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with, leaving torch's global generator as it was."""

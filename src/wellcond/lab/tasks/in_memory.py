@@ -98,6 +98,9 @@ class InMemoryTask:
         height, width = self.data.size
         return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
 
+    def check_files(self) -> None:
+        """Do nothing: all has been read."""
+
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with, leaving torch's global generator as it was."""
         models.select_model(model, min(self.data.size), self.data.channels)

@@ -12,6 +12,7 @@ from wellcond.lab.data.fine_grained import FINE_GRAINED
 from wellcond.lab.data.image_files import find_class_folders
 from wellcond.lab.data.load import DIGITS
 from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import check_data
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.detection.coco import GET_COCO, is_coco
@@ -177,10 +178,34 @@ def open_task(settings: Settings) -> Task:
     Raises:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
-    if settings.data == DIGITS:
+    layout = find_layout(settings.data)
+    if layout is None:
         return open_in_memory(settings)
-    path = Path(settings.data)
-    if not path.exists():
+    try:
+        return layout.open(settings)
+    except OSError as error:
+        # Without the right to read it, or gone meanwhile.
+        place = error.filename or settings.data
+        raise LabError(f"--data {place}: cannot be read ({error.strerror or error})") from error
+
+
+def find_layout(data: str) -> Layout | None:
+    """Return the layout of data, without reading it; None for the digits.
+
+    Args:
+        data: What `--data` names.
+
+    Raises:
+        LabError: If there is no such data, it has an unknown layout, or something in it is neither file nor folder.
+    """
+    if data == DIGITS:
+        return None
+    path = Path(data)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # no name that a file could have
+        raise LabError(f"--data {path}: cannot be read ({error})") from error
+    if not exists:
         advice = _advice(path)
         if advice:
             raise LabError(f"--data {path}: there is no such folder{advice}")
@@ -188,9 +213,10 @@ def open_task(settings: Settings) -> Task:
             "--data must be 'digits', a parquet file or a folder of data (see `wellcond list data`); "
             f"there is no {path}"
         )
+    check_data("--data", path)
     for layout in LAYOUTS:
         if layout.is_here(path):
-            return layout.open(settings)
+            return layout
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`, found {found}{_advice(path)}")
 

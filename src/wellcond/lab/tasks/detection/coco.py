@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from wellcond.lab.data.decoding import BrokenImageError, opened
 from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.data.splits import Indices
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import DataError, LabError
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
+# No decoder takes larger ones.
+_LARGEST_SIDE = 65_535
 GET_COCO = (
     "download train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org, unpack them "
     "into one folder (annotations/instances_train2017.json, train2017/, ...), and name it"
@@ -94,11 +98,13 @@ class CocoImages:
         try:
             self._bytes = paths.annotations.read_bytes()
             content = json.loads(self._bytes)
+            check_content(content)
             self.truth = index_objects(COCO(), content)
             self.ids = np.array(sorted(self.truth.imgs), dtype=np.int64)
             self.categories = tuple(sorted(self.truth.cats))
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise LabError(f"--data {paths.annotations}: not COCO's instance annotations ({error!r})") from error
+        except Exception as error:  # whatever a file that is something else makes the index raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise LabError(f"--data {paths.annotations}: not COCO's instance annotations ({reason})") from error
         self._digest = hashlib.sha256(self._bytes).hexdigest()
         del self._bytes
 
@@ -124,6 +130,10 @@ class CocoImages:
         """Return the images that have single objects, by their numbers, ascending."""
         return np.array([number for number in self.ids.tolist() if self.objects(number)], dtype=np.int64)
 
+    def files(self, ids: Indices) -> list[Path]:
+        """Return the files of these images."""
+        return [self.paths.images / self.truth.imgs[number]["file_name"] for number in ids.tolist()]
+
     def is_upright(self, image_id: int) -> bool:
         """Return whether an image is higher than wide."""
         image = self.truth.imgs[image_id]
@@ -133,14 +143,14 @@ class CocoImages:
         """Return an image's pixels, uint8, [3, height, width].
 
         Raises:
-            LabError: If the file is missing or cannot be decoded.
+            DataError: If the file is missing or cannot be decoded.
         """
         path = self.paths.images / self.truth.imgs[image_id]["file_name"]
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 pixels = np.array(image.convert("RGB"))
-        except OSError as error:
-            raise LabError(f"--data {path}: cannot be read ({error}); unpack it again") from error
+        except BrokenImageError as error:
+            raise DataError(f"--data {path}: cannot be read ({error}); unpack it again") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def target(self, image_id: int, with_masks: bool) -> dict[str, Tensor]:
@@ -216,6 +226,52 @@ def mirrored(pixels: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[st
     if "masks" in target:
         target["masks"] = target["masks"].flip(-1)
     return pixels.flip(-1), target
+
+
+def check_content(content: Any) -> None:
+    """Check that annotations have what is read of them.
+
+    Raises:
+        ValueError: If something is missing or of another kind; it names the first place.
+    """
+    needed: dict[str, dict[str, Callable[[Any], bool]]] = {
+        "images": {"id": _is_number, "file_name": _is_name, "width": _is_side, "height": _is_side},
+        "categories": {"id": _is_number, "name": _is_name},
+        "annotations": {"id": _is_number, "image_id": _is_number, "category_id": _is_number, "bbox": _is_box},
+    }
+    for part, keys in needed.items():
+        rows = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or (not rows and part != "annotations"):
+            raise ValueError(f"there must be a list of {part}")
+        for place, row in enumerate(rows):
+            for key, fits in keys.items():
+                if not isinstance(row, dict) or not fits(row.get(key)):
+                    found = repr(row.get(key) if isinstance(row, dict) else row)
+                    raise ValueError(f"{part}[{place}] must have a {key}, found {found[:60]}")
+    images, categories = ({row["id"] for row in content[part]} for part in ("images", "categories"))
+    for place, row in enumerate(content["annotations"]):
+        if row["image_id"] not in images or row["category_id"] not in categories:
+            raise ValueError(f"annotations[{place}] must be of an image and a category that are listed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_side(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= _LARGEST_SIDE
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(side, (int, float)) and math.isfinite(side) for side in value)
+    )
 
 
 def index_objects(coco: COCO, content: dict[str, Any]) -> COCO:

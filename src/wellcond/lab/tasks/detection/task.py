@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.data.streams import loading_processes
@@ -104,6 +105,14 @@ class DetectionTask:
             "image_size": size,
             "images without objects": len(self.pool.ids) - len(self.pool_ids),
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        check_images(self.pool.files(self.pool_ids) + self.test.files(self.test_ids))
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the detector that a run begins with, leaving torch's global generator as it was.

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wellcond.lab.data.decoding import BrokenImageError, opened
 from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.data.splits import Indices, derived_seed
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import DataError
 from wellcond.lab.tasks.reid.images import PersonImages
 
 IMAGES_EACH = 4
@@ -83,10 +84,10 @@ class PersonViews:
     def __getitem__(self, key: Key) -> Tensor:
         path = self.images.files[key.image]
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 scaled = image.convert("RGB").resize((self.width, self.height), Image.Resampling.BILINEAR)
-        except OSError as error:
-            raise LabError(f"--data {path}: cannot be read ({error}); unpack it again") from error
+        except BrokenImageError as error:
+            raise DataError(f"--data {path}: cannot be read ({error}); unpack it again") from error
         pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
         chances = np.random.default_rng(key.chance)
         if "flip" in self.augmentation and chances.random() < 0.5:

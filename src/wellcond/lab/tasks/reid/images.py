@@ -92,6 +92,8 @@ def read_persons(folder: Path) -> PersonImages:
         if match is None:
             raise LabError(f"--data {file}: names must begin as 0002_c1, identity and camera")
         identity, camera = int(match[1]), int(match[2])
+        if max(identity, camera) >= 2**31:
+            raise LabError(f"--data {file}: identity and camera must be below {2**31}")
         if identity != _JUNK:
             files.append(file)
             identities.append(identity)

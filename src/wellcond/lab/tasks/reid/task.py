@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.calibration.training_pass import unwrapped
+from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.data.streams import loading_processes, normalized
@@ -116,6 +117,14 @@ class ReidTask:
             "channels": 3,
             "image_size": f"{self.height}x{self.height // 2}",
         }
+
+    def check_files(self) -> None:
+        """Open every image, as its format allows, without decoding it.
+
+        Raises:
+            DataError: If one is missing or broken.
+        """
+        check_images([*self.pool.files, *self.test.query.files, *self.test.gallery.files])
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with, leaving torch's global generator as it was."""

@@ -1,0 +1,82 @@
+"""The digest of the code that computes a run: kept runs of other code are not taken for this code's."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import wellcond
+
+# Of wellcond, everything computes but what is named here; "lab" is taken apart below.
+_ELSEWHERE = ("__main__", "integrations", "lab")
+# Of the lab, only these files and folders do. The others plan and present, or are told in a run's settings.
+_COMPUTING = (
+    "data",
+    "hardware/strategies",
+    "methods",
+    "networks",
+    "runs/memory",
+    "runs/stopwatch",
+    "tasks",
+    "training",
+)
+_PACKAGE = Path(wellcond.__file__).parent
+
+
+def computing_files(package: Path | None = None) -> list[Path]:
+    """Return the files whose code decides what a run computes, in one order.
+
+    Args:
+        package: The folder of wellcond; None for the one that runs.
+    """
+    package = package or _PACKAGE
+    return [file for file in sorted(package.rglob("*.py")) if _computes(file.relative_to(package).with_suffix(""))]
+
+
+def code_digest(package: Path | None = None) -> str:
+    """Return a digest of the code that decides what a run computes; of docstrings and comments it does not hang.
+
+    Args:
+        package: The folder of wellcond; None for the one that runs.
+    """
+    return _digest(package or _PACKAGE)
+
+
+@cache
+def _digest(package: Path) -> str:
+    digest = hashlib.sha256()
+    for file in computing_files(package):
+        digest.update(ast.dump(without_docstrings(file.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()
+
+
+def without_docstrings(source: str) -> ast.Module:
+    r"""Return the syntax tree of a program without the texts that only describe it.
+
+    >>> ast.unparse(without_docstrings('def f(x):\n    "Say it."\n    return x  # why'))
+    'def f(x):\n    return x'
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, [statement for statement in statements if not _is_text(statement)])
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _computes(file: Path) -> bool:
+    first, *rest = file.parts
+    if first != "lab":
+        return first not in _ELSEWHERE
+    return any(name in _COMPUTING for name in ("/".join(rest[:1]), "/".join(rest[:2])))

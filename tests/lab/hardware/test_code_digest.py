@@ -1,0 +1,127 @@
+"""Kept runs are of this code: what computes is in the digest, and what only describes or presents is not."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import wellcond
+from wellcond.lab.hardware import code_digest as module
+from wellcond.lab.hardware.code_digest import code_digest, computing_files
+from wellcond.lab.plan import make_plan
+from wellcond.lab.runs.records import RunRecord, RunStore
+from wellcond.lab.runs.settings import Settings
+
+PACKAGE = Path(wellcond.__file__).parent
+TELLS_ALONE = {
+    "lab.errors",
+    "lab.given_paths",
+    "lab.hardware.code_digest",
+    "lab.hardware.launch",
+    "lab.hardware.machine",
+    "lab.runs.records",
+    "lab.runs.settings",
+}
+"""What a run imports that does not decide its numbers, or whose choices its settings tell."""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package's code."""
+    return Path(
+        shutil.copytree(PACKAGE, tmp_path / "wellcond", ignore=shutil.ignore_patterns("__pycache__", "*.j2", "*.toml"))
+    )
+
+
+def digest(package: Path) -> str:
+    module._digest.cache_clear()
+    return code_digest(package)
+
+
+def dotted(file: Path, package: Path = PACKAGE) -> str:
+    return ".".join(file.relative_to(package).with_suffix("").parts)
+
+
+def imports(file: Path) -> set[Path]:
+    """Return the files of wellcond that a file imports, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    inside = [PACKAGE.joinpath(*name.split(".")[1:]) for name in names if name.split(".")[0] == "wellcond"]
+    return {path for at in inside for path in (at.with_suffix(".py"), at / "__init__.py") if path.is_file()}
+
+
+def test_everything_that_a_run_imports_is_in_it():
+    begin = re.compile(r"class Runner\b|^class \w+Task\b", re.MULTILINE)
+    waiting = [file for file in PACKAGE.rglob("*.py") if begin.search(file.read_text(encoding="utf-8"))]
+    assert len(waiting) >= 5
+    reached: set[Path] = set()
+    while waiting:
+        file = waiting.pop()
+        if file not in reached:
+            reached.add(file)
+            waiting += imports(file)
+    named = {dotted(file) for file in reached if file.name != "__init__.py"}
+    assert named - TELLS_ALONE <= {dotted(file) for file in computing_files()}
+    assert named >= TELLS_ALONE - {"lab.hardware.code_digest"}
+
+
+def test_nothing_else_is():
+    files = {dotted(file) for file in computing_files()}
+    assert not {name for name in files if name.startswith(("lab.cli", "lab.report", "integrations", "__main__"))}
+    assert not files & TELLS_ALONE
+
+
+@pytest.mark.parametrize("named", module._COMPUTING)
+def test_each_name_on_the_list_is_a_part_of_the_lab(named):
+    lab = PACKAGE / "lab"
+    assert (lab / named).is_dir() or (lab / f"{named}.py").is_file()
+
+
+CHANGES = {
+    "a network": ("lab/networks/residual.py", "bias=False", "bias=True", False),
+    "how images are cut": ("lab/data/views.py", "size * 8 / 7", "size * 9 / 8", False),
+    "a transform": ("transforms/centralize.py", "return ", "return +", False),
+    "a network's docstring": ("lab/networks/residual.py", '"""', '"""Also: ', True),
+    "the core's docstring": ("transforms/centralize.py", '"""', '"""Also: ', True),
+    "a comment": ("transforms/attachment.py", "\nfrom __future__", "\n# Said.\nfrom __future__", True),
+    "a report": ("lab/report/page.py", "return ", "return +", True),
+    "a command": ("lab/cli/compare.py", "return ", "return +", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_and_the_kept_run(copy, tmp_path, monkeypatch, change):
+    name, old, new, kept = CHANGES[change]
+    monkeypatch.setattr(module, "_PACKAGE", copy)
+    settings = Settings(methods=("SGDM",), seeds=1, epochs=1, train_images=64)
+    module._digest.cache_clear()
+    before = make_plan(settings).specs()[0]
+    store = RunStore(tmp_path)
+    store.save(before, RunRecord((), True, 1, {}, ()))
+    file = copy / name
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    module._digest.cache_clear()
+    after = make_plan(settings).specs()[0]
+    assert (store.load(after) is not None) == kept
+    assert (after == before) == kept
+
+
+def test_a_moved_docstring_is_no_change_and_a_new_file_is_one(copy):
+    before = digest(copy)
+    (copy / "lab" / "page_of_mine.py").write_text("X = 1\n")
+    assert digest(copy) == before
+    (copy / "transforms" / "mine.py").write_text('"""Mine."""\n\n\ndef f() -> None:\n    """Do nothing."""\n')
+    added = digest(copy)
+    assert added != before
+    (copy / "transforms" / "mine.py").write_text("def f() -> None:\n    'Do it.'\n\n\n# The end.\n")
+    assert digest(copy) == added
