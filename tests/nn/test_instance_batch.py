@@ -269,11 +269,14 @@ def test_state_dicts_of_batch_norm() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_position_gives_the_bias_where_normalized_by_instance(training: bool) -> None:
+def test_one_position_is_refused_where_normalized_by_instance(training: bool) -> None:
+    """Every value would become the bias, whatever it was."""
     layer = made().train(training)
-    y = layer(torch.randn(3, 5, 1, 1, dtype=FLOAT64))
-    count = layer.instance_channels
-    close(y[:, :count, 0, 0], layer.bias[:count].expand(3, -1))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="expected more than 1 position: 2 of 5 channels are normalized by instance"):
+        layer(torch.randn(3, 5, 1, 1, dtype=FLOAT64))
+    close(dict(layer.state_dict()), dict(before))
+    made(fraction=0).train(training)(torch.randn(3, 5, 1, 1, dtype=FLOAT64))
     with pytest.raises(ValueError, match="more than 1 value per channel when training"):
         layer.train()(torch.randn(1, 5, 1, 1, dtype=FLOAT64))
 

@@ -25,6 +25,9 @@ from wellcond.nn.optimizer_steps import OPTIMIZER_STEPS
 from wellcond.warning import WellcondWarning
 
 
+_COUNTS = ("steps", "failed_refreshes", "recomputes")
+
+
 class ScheduleOptions(TypedDict, total=False):
     """When statistics are taken and constants renewed; see `WhitenedLinear`."""
 
@@ -221,7 +224,7 @@ class AmortizedLayer(KeptStatistics):
         return self.refresh_warmup and elapsed < self.refresh_every and left_over == 0 and is_power_of_two
 
     def _renew(self) -> bool:
-        if not any(bool(statistics.count > 0) for statistics in self._all_statistics()):
+        if self.weight.is_meta or not any(bool(statistics.count > 0) for statistics in self._all_statistics()):
             return False
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             solved = self.solve()
@@ -253,14 +256,16 @@ class AmortizedLayer(KeptStatistics):
         """The dtype of statistics and constants."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Return the counts, and whether reentrant checkpointing was seen."""
-        return {"steps": self.steps, "failed_refreshes": self.failed_refreshes, "recomputes": int(self._recomputes)}
+    def get_extra_state(self) -> Tensor:
+        """Return the counts, and whether reentrant checkpointing was seen: a tensor, as all else in a state dict."""
+        return torch.tensor([self.steps, self.failed_refreshes, int(self._recomputes)])
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore them."""
-        self.steps, self.failed_refreshes = state["steps"], state["failed_refreshes"]
-        self._recomputes = bool(state["recomputes"])
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """Restore them, also from checkpoints that held a dict."""
+        counts = [state[name] for name in _COUNTS] if isinstance(state, dict) else state.tolist()
+        # An average of checkpoints, as some make it of all tensors, has no whole numbers.
+        self.steps, self.failed_refreshes = round(counts[0]), round(counts[1])
+        self._recomputes = bool(counts[2])
         self._begins = True
 
     def reset_parameters(self) -> None:

@@ -137,6 +137,8 @@ steps=5, block=3, sampling_stride=3)
         self.block = math.gcd(block, in_channels // groups) if block < in_channels // groups else in_channels // groups
         self.sampling_stride = sampling_stride
         self.interleaved = interleaved
+        # As on `nn.BatchNorm2d`: False freezes the running statistics in training.
+        self.track_running_stats = True
         self._blocks = in_channels // groups // self.block
         self._width = self.block * math.prod(self.kernel_size)
         self._register_statistics(self.weight.device)
@@ -306,7 +308,7 @@ steps=5, block=3, sampling_stride=3)
 
     def _track(self, mean: Tensor, deconv: Tensor) -> None:
         """Take a batch's μ and D into the running ones."""
-        if self.recomputing:
+        if self.recomputing or not self.track_running_stats:
             return
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
@@ -337,7 +339,7 @@ steps=5, block=3, sampling_stride=3)
             if isinstance(found, Tensor) and own is not None and found.dim() < own.dim():
                 if found.numel() == own.numel():
                     state_dict[prefix + name] = found.reshape(own.shape)
-                state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+                state_dict.setdefault(prefix + "num_batches_tracked", self.own_or("num_batches_tracked", 0, found))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wellcond.checks import check_positive_integer
 from wellcond.moments import Moments, ghost_sizes, positions, statistics_dtype
 from wellcond.nn.base import StatisticsNorm
+from wellcond.nn.fusion import Unfusible
 from wellcond.nn.whitening import group_covariance, group_width, in_format_of, map_groups, zca
 from wellcond.ranks import Ranks
 
@@ -25,7 +26,7 @@ class _Statistics(NamedTuple):
     whitening: Tensor
 
 
-class BatchWhitening(StatisticsNorm):
+class BatchWhitening(Unfusible, StatisticsNorm):
     """Base of the layers that whiten groups of channels with the batch's covariance: y = γ·W(x − μ) + β.
 
     Subclasses say what W is (`whitening`). Beside the running mean and variance, whose names and meaning are those of
@@ -53,6 +54,7 @@ class BatchWhitening(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class BatchWhitening(StatisticsNorm):
             track_running_stats,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -140,7 +143,7 @@ class BatchWhitening(StatisticsNorm):
             variances = torch.cat([part.moments.var for part in parts])
             self.track(Moments(means, variances, elements))
             empty = not isinstance(elements, Tensor) and elements == 0
-            if self.training and self.running_whitening is not None and not self.recomputing and not empty:
+            if self.updates and self.running_whitening is not None and not empty:
                 whitening = torch.cat([part.whitening for part in parts]).mean(0)
                 self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), self.factor())
 
@@ -191,8 +194,7 @@ class DecorrelatedBatchNorm2d(DecorrelatedBatchNorm, nn.BatchNorm2d):
     below it lies what rounds in features of unit scale, also in bfloat16; a larger one (1e-3) magnifies small
     directions less.
 
-    Inputs of half precision are computed with in float32, which takes its memory; the output is rounded once. The
-    result can be differentiated once; for second derivatives there is `IterNorm2d`, which needs no eigendecomposition.
+    Inputs of half precision are computed with in float32, which takes its memory; the output is rounded once.
 
     Args:
         num_features: C.
@@ -204,6 +206,7 @@ class DecorrelatedBatchNorm2d(DecorrelatedBatchNorm, nn.BatchNorm2d):
         track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
         group_size: Whiten ghost groups of so many samples, in the batch's order; None for the batch as a whole.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

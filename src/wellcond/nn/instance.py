@@ -7,10 +7,11 @@ from torch import Tensor
 
 from wellcond.moments import instance_moments, positions, statistics_dtype
 from wellcond.nn.base import StatisticsNorm
+from wellcond.nn.fusion import Unfusible
 from wellcond.normalize import normalize
 
 
-class InstanceInference(StatisticsNorm):
+class InstanceInference(Unfusible, StatisticsNorm):
     """Base of the layers that train as batch normalization, and in evaluation predict the batch's statistics."""
 
     def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

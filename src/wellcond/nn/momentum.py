@@ -20,6 +20,7 @@ from wellcond.normalize import normalize
 class MomentumBatchNorm(StatisticsNorm):
     """Momentum Batch Normalization of inputs of any number of dimensions; use `MomentumBatchNorm1d`, `2d` or `3d`."""
 
+    transient = ("_largest_batch",)
     train_mean: Tensor
     train_var: Tensor
     train_momentum: Tensor
@@ -35,6 +36,7 @@ class MomentumBatchNorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class MomentumBatchNorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -87,10 +90,11 @@ class MomentumBatchNorm(StatisticsNorm):
         batch = self.observe(input)
         own = batch.moments
         mean, var, share = self._past.of(self, own, self._averaged)
-        if self.training and not self.recomputing:
+        if self.updates:
             # The history; of ghost groups the first, as data parallelism keeps its buffers.
             self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
             self.train_var.copy_(var if var.dim() == 1 else var[0])
+        if self.training and not self.recomputing:  # No statistic: schedules read it.
             self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
         # Of ghost groups all samples enter the running statistics, whose decay is one for each sample.
         samples = batch.samples if batch.sizes is None else input.shape[0]
@@ -150,9 +154,10 @@ class MomentumBatchNorm(StatisticsNorm):
         # A plain BatchNorm's checkpoint: its running statistics are the history, and training begins as its own would.
         for name, source in (("train_mean", "running_mean"), ("train_var", "running_var")):
             if prefix + name not in state_dict and prefix + source in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + source]
+                # A copy: with `assign=True` the two would be one.
+                state_dict[prefix + name] = state_dict[prefix + source].clone()
         if prefix + "train_momentum" not in state_dict and prefix + "running_mean" in state_dict:
-            state_dict[prefix + "train_momentum"] = self.train_momentum
+            state_dict[prefix + "train_momentum"] = self.own_or("train_momentum", 0.0, state_dict[prefix + "running_mean"])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -172,6 +177,7 @@ class MomentumBatchNorm1d(MomentumBatchNorm, nn.BatchNorm1d):
         group_size: Normalize ghost groups of so many samples; the first group's statistics are the history, as data
             parallelism keeps its buffers. All samples enter the running statistics, with the decay τ₀^(N/m₀).
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

@@ -26,6 +26,7 @@ class PopulationNorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -36,6 +37,7 @@ class PopulationNorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -86,6 +88,7 @@ class PopulationNorm1d(PopulationNorm, nn.BatchNorm1d):
         affine: Learn γ and β.
         group_size: Take statistics in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

@@ -32,6 +32,7 @@ class BatchRenorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class BatchRenorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -116,9 +118,9 @@ class BatchRenorm(StatisticsNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A plain BatchNorm's checkpoint has no bounds: this layer's stay.
-        for name in ("scale_bound", "shift_bound"):
+        for name, made_with in zip(("scale_bound", "shift_bound"), self._bounds, strict=True):
             if prefix + name not in state_dict and prefix + "running_mean" in state_dict:
-                state_dict[prefix + name] = getattr(self, name)
+                state_dict[prefix + name] = self.own_or(name, made_with, state_dict[prefix + "running_mean"])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -139,6 +141,7 @@ class BatchRenorm1d(BatchRenorm, nn.BatchNorm1d):
         d_max: Bound of d; the paper ends at 5.
         group_size: Normalize ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
