@@ -243,7 +243,7 @@ def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, inspect.unwrap(function).__globals__)  # type: ignore[attr-defined]  # noqa: S307
+        return eval(annotation, inspect.unwrap(function).__globals__)  # type: ignore[attr-defined]
     except (NameError, AttributeError, TypeError):
         return Any
 
@@ -253,7 +253,7 @@ def _field_rule(owner: type, name: str) -> _Rule | None:
     annotation = vars(owner)["__annotations__"][name]
     if isinstance(annotation, str):
         try:
-            annotation = eval(annotation, vars(__import__("sys").modules[owner.__module__]))  # noqa: S307
+            annotation = eval(annotation, vars(__import__("sys").modules[owner.__module__]))
         except (NameError, AttributeError, TypeError):
             return None
     return _rule(annotation)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.nn.bsr import BSRBatchNorm
 from wellcond.nn.instance import InstanceInference
@@ -144,6 +144,7 @@ class Disparity:
         return [f"{found[kind]:.4f}" if kind in found else "-" for kind in self.kinds]
 
 
+@checked
 def disparity(
     model: nn.Module,
     loader: Iterable[Any],

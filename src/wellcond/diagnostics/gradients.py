@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.layouts import Layer
 from wellcond.training_pass import Call, device_of, moved, unwrapped
@@ -154,6 +154,7 @@ class GradientStatistics:
     __repr__ = __str__
 
 
+@checked
 def gradient_statistics(
     model: nn.Module,
     loader: Iterable[Any],
@@ -253,6 +254,7 @@ class GradientRecorder:
         (0, 1, 2, 3, 4)
     """
 
+    @checked
     def __init__(self, model: nn.Module, *, where: Predicate | None = None) -> None:
         self._model = unwrapped(model)
         self._series = _Series(centred_layers(self._model, where))

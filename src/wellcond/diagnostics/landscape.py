@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from wellcond.checks import checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.probing import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.tables import table
@@ -110,6 +111,7 @@ class Landscape:
     __repr__ = __str__
 
 
+@checked
 def landscape(
     model: nn.Module,
     batch: Any,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.probing import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.tables import table
@@ -159,6 +159,7 @@ class Lipschitz:
     __repr__ = __str__
 
 
+@checked
 def lipschitz(
     model: nn.Module,
     batch: Any,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.diagnostics.laws import (
     Distribution,
     Histogram,
@@ -193,6 +193,7 @@ class BatchNoise:
         return [*cells, f"{variance.law.variance:.3g}", f"{variance.distance:.3f}", f"{layer.freedom:.4g}"]
 
 
+@checked
 def batch_noise(
     model: nn.Module,
     loader: Iterable[Any],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.probing import left_as_found
 from wellcond.diagnostics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
@@ -342,6 +342,7 @@ class FeatureSpectrum:
 
 
 @torch.no_grad()
+@checked
 def feature_spectrum(
     model: nn.Module,
     loader: Iterable[Any],

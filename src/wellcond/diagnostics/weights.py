@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from wellcond.checks import checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.training_pass import unwrapped
 from wellcond.transforms.base import Predicate, check_choice
@@ -166,6 +167,7 @@ class WeightMeans:
         return [mean for name in names for mean in self.layers[name].means]
 
 
+@checked
 def weight_means(model: nn.Module, *, where: Predicate | None = None) -> WeightMeans:
     """Return the mean of each weight vector, which training with gradient centralization leaves as it is (figure 4.4).
 

@@ -16,14 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.layouts import Layout, layout_of
 from wellcond.linalg import DampingMode, check_damping
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.kept import KeptStatistics
 from wellcond.nn.optimizer_steps import OPTIMIZER_STEPS
 from wellcond.warning import WellcondWarning
-
 
 _COUNTS = ("steps", "failed_refreshes", "recomputes")
 
@@ -59,6 +58,7 @@ class AmortizedLayer(KeptStatistics):
     weight: Tensor
     bias: Any
 
+    @checked
     def set_schedule(
         self,
         damping: float = 1e-3,

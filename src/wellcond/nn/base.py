@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import LARGEST_SIZE, check_positive_integer
 from wellcond.moments import (
     Moments,
     ghost_moments,
@@ -94,7 +94,7 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive_integer("num_features", num_features)
+        check_positive_integer("num_features", num_features, LARGEST_SIZE)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps!r}")
         if momentum is not None and not 0 <= momentum <= 1:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wellcond.checks import checked
 from wellcond.nn.base import Batch
 from wellcond.nn.instance import InstanceInference
 from wellcond.nn.regression import NormalEquations, check_nonneg, normal_equations, solve_mean, solve_var
@@ -40,6 +41,7 @@ class BSRBatchNorm(InstanceInference):
     mean_weights: Tensor
     var_weights: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,

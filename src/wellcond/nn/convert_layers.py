@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 
+from wellcond.checks import checked
 from wellcond.nn.deconvolution import NetworkDeconvolution2d
 from wellcond.nn.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
@@ -27,6 +28,7 @@ _OURS = (AmortizedLinear, AmortizedConv2d, NetworkDeconvolution2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@checked
 def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **options: Any) -> nn.Module:
     """Replace a model's linear layers and convolutions by layers that whiten their features, in place.
 

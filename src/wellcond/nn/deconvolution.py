@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
 from wellcond.moments import statistics_dtype
 from wellcond.nn.kept import KeptStatistics
-from wellcond.nn.plain_layers import arguments_of, geometry_of, with_parameters
+from wellcond.nn.plain_layers import arguments_of, check_convolution, geometry_of, with_parameters
 from wellcond.patches import Window, patch_rows
 
 _LAYOUT = ConvLayout()
@@ -85,6 +85,7 @@ steps=5, block=3, sampling_stride=3)
     running_deconv: Tensor
     num_batches_tracked: Tensor
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -106,13 +107,8 @@ steps=5, block=3, sampling_stride=3)
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for argument, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("steps", steps),
-            ("block", block),
-            ("sampling_stride", sampling_stride),
-        ):
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        for argument, value in (("steps", steps), ("block", block), ("sampling_stride", sampling_stride)):
             check_positive_integer(argument, value)
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps!r}")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.moments import Moments, ghost_sizes, positions, statistics_dtype
 from wellcond.nn.base import StatisticsNorm
 from wellcond.nn.fusion import Unfusible
@@ -43,6 +43,7 @@ class BatchWhitening(Unfusible, StatisticsNorm):
     tracks_batch_moments = False
     running_whitening: Tensor | None
 
+    @checked
     def __init__(
         self,
         num_features: int,

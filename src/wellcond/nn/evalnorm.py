@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.checks import checked
 from wellcond.moments import spread_samples
 from wellcond.nn.base import Batch
 from wellcond.nn.instance import InstanceInference
@@ -21,6 +22,7 @@ class EvalNorm(InstanceInference):
     mean_mixture: Tensor
     var_mixture: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from wellcond.checks import checked
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm
 from wellcond.warning import WellcondWarning
 
 
+@checked
 def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> nn.Module:
     """Make plain layers of the sparse switchable normalizations that have chosen one normalizer, in place.
 

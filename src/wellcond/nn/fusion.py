@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-# Known by their code, not by their names: an alias, an import made earlier, or a function of the user's is not mistaken.
-_FUSERS = {inspect.unwrap(function).__code__: function.__name__ for function in (fuse_conv_bn_eval, fuse_linear_bn_eval)}
+# Known by their code, not by their names: no alias escapes, and no other function of such a name is mistaken.
+_FUSERS = {
+    inspect.unwrap(function).__code__: function.__name__ for function in (fuse_conv_bn_eval, fuse_linear_bn_eval)
+}
 
 
 class Unfusible(nn.Module):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.linalg import damped_eigenvalues, try_eigh
 from wellcond.nn.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.linear_maps import AmortizedConv2d, AmortizedLinear, take_over
-from wellcond.nn.plain_layers import arguments_of
+from wellcond.nn.plain_layers import arguments_of, check_convolution, check_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -32,6 +32,7 @@ class GeneralizedWhitenedLayer(AmortizedLayer):
     transform: Tensor
     center: Tensor
 
+    @checked
     def configure(self, outputs: int, directions: Directions = "nearest", **schedule: Any) -> None:
         """Check and keep the options, and start with the first outputs of the plain layer."""
         self.set_schedule(**schedule)
@@ -147,6 +148,7 @@ class GeneralizedWhitenedLinear(GeneralizedWhitenedLayer, AmortizedLinear):
         True
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -157,6 +159,7 @@ class GeneralizedWhitenedLinear(GeneralizedWhitenedLayer, AmortizedLinear):
         dtype: torch.dtype | None = None,
         **options: Unpack[GeneralizedOptions],
     ) -> None:
+        check_linear(in_features, out_features)
         hidden = _hidden("features", out_features, hidden_features)
         super().__init__(in_features, hidden, bias, device, dtype)
         self.out_features, self.hidden_features = out_features, hidden
@@ -214,6 +217,7 @@ class GeneralizedWhitenedConv2d(GeneralizedWhitenedLayer, AmortizedConv2d):
         (torch.Size([2, 4, 3, 3]), torch.Size([1, 4, 8]))
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -231,6 +235,7 @@ class GeneralizedWhitenedConv2d(GeneralizedWhitenedLayer, AmortizedConv2d):
         hidden_channels: int | None = None,
         **options: Unpack[GeneralizedOptions],
     ) -> None:
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         hidden = _hidden("channels", out_channels, hidden_channels)
         if out_channels % groups:
             raise ValueError(f"out_channels must be a multiple of the {groups} groups, got {out_channels}")

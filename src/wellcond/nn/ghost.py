@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.nn.base import StatisticsNorm
 
 
 class GhostBatchNorm(StatisticsNorm):
     """Ghost Batch Normalization of inputs of any number of dimensions; use `GhostBatchNorm1d`, `2d` or `3d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -27,7 +28,15 @@ class GhostBatchNorm(StatisticsNorm):
     ) -> None:
         check_positive_integer("group_size", group_size)
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, group_size=group_size, bias=bias, device=device, dtype=dtype
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            group_size=group_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 

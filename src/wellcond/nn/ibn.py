@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.checks import checked
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.instance_batch import check_instance_fraction
 
@@ -88,6 +89,7 @@ _DENSENETS = tuple(
 _NETWORKS = (*_RESNETS, *_DENSENETS)
 
 
+@checked
 def ibn_a(
     model: nn.Module, *, instance_fraction: float | None = None, stages: Iterable[int] | None = None
 ) -> nn.Module:
@@ -154,6 +156,7 @@ def ibn_a(
     return convert_norm(model, "ibn", lambda name, _: name in chosen, instance_fraction=fraction, order=order)
 
 
+@checked
 def ibn_b(model: nn.Module) -> nn.Module:
     """Make a ResNet an IBN-Net-b, in place: instance normalization of whole features, in few places.
 

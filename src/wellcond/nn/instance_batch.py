@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.checks import checked
 from wellcond.differentiable import live_moments, normalize_with
 from wellcond.moments import positions
 from wellcond.nn.base import StatisticsNorm
@@ -24,8 +25,9 @@ class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
 
     All tensors have size C, as those of the `nn.BatchNorm2d` that it stands in for: γ and β are one tensor each for
     both parts, and running statistics are kept of the instance-normalized channels, too. Those are not used for
-    evaluation, which takes such a channel's statistics from each sample as training does; they are what conversion back
-    to batch normalization needs. An input of one position has no instance statistics, and is refused. The authors' checkpoints, with the two parts' tensors under ``IN.`` and ``BN.``, and those of a plain
+    evaluation, which takes such a channel's statistics from each sample as training does; they are what conversion
+    back to batch normalization needs. An input of one position has no instance statistics, and is refused. The
+    authors' checkpoints, with the two parts' tensors under ``IN.`` and ``BN.``, and those of a plain
     `nn.BatchNorm2d` can be loaded.
 
     Args:
@@ -55,6 +57,7 @@ class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
         (tensor(True), tensor(True))
     """
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -88,6 +91,11 @@ class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
         )
         self.instance_fraction = instance_fraction
         self.order = order
+        if instance_fraction > 0 and self.instance_channels == 0:
+            raise ValueError(
+                f"instance_fraction must be 0 or select at least one of the {num_features} channels, "
+                f"got {instance_fraction!r} (in nn.BatchNorm2d the argument after num_features is eps: give it by name)"
+            )
 
     @property
     def instance_channels(self) -> int:
@@ -136,8 +144,8 @@ class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
         """Refuse what would make every value of the instance-normalized channels β."""
         if positions(input) == 1:
             raise ValueError(
-                f"expected more than 1 position: {self.instance_channels} of {self.num_features} channels are normalized "
-                f"by instance, where one value alone becomes the bias, got input size {list(input.shape)}"
+                f"expected more than 1 position: {self.instance_channels} of {self.num_features} channels are "
+                f"normalized by instance, where one value alone becomes the bias, got input size {list(input.shape)}"
             )
 
     def _join(self, instances: Tensor, batch: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.nn.decorrelated import BatchWhitening
 from wellcond.nn.whitening import newton_whitening
 
@@ -16,6 +16,7 @@ from wellcond.nn.whitening import newton_whitening
 class IterNorm(BatchWhitening):
     """Iterative Normalization of inputs of any number of dimensions; use `IterNorm2d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.differentiable import live_moments, normalize_with
 from wellcond.moments import Moments, ghost_sizes, merge_samples, spread_samples
 from wellcond.nn.base import PastStatistics, StatisticsNorm
@@ -119,6 +119,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
     log_noise: nn.Parameter | None  # log R, [C]
     gain_logit: nn.Parameter | None  # log(q/(1 − q)), []
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -142,7 +143,9 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             check_positive_integer("predecessor_features", predecessor_features)
             if not learned:
                 raise ValueError("predecessor_features is the width of a learned transition: learned=False has none")
-        super().__init__(num_features, eps, momentum, affine, group_size=group_size, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, group_size=group_size, bias=bias, device=device, dtype=dtype
+        )
         self.learned = learned
         self.gain = gain
         self.predecessor_features = predecessor_features

@@ -15,6 +15,7 @@ from torch.nn.modules import activation, pooling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from wellcond.checks import checked
 from wellcond.nn.kalman import KalmanBatchNorm2d
 from wellcond.nn.kalman_graph import (
     Concatenated,
@@ -57,6 +58,7 @@ _POOLING = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_poo
 _ACTIVATING_AND_POOLING = frozenset((*_ACTIVATING, *_ACTIVATING_ON_PIECES, *_POOLING))
 
 
+@checked
 def connect_kalman(
     model: nn.Module, predecessors: Mapping[str, str | Sequence[str]] | None = None
 ) -> dict[str, tuple[str, ...]]:

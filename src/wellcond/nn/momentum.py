@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond import theory
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.moments import Moments
 from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
@@ -26,6 +26,7 @@ class MomentumBatchNorm(StatisticsNorm):
     train_momentum: Tensor
     _largest_batch: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -157,7 +158,8 @@ class MomentumBatchNorm(StatisticsNorm):
                 # A copy: with `assign=True` the two would be one.
                 state_dict[prefix + name] = state_dict[prefix + source].clone()
         if prefix + "train_momentum" not in state_dict and prefix + "running_mean" in state_dict:
-            state_dict[prefix + "train_momentum"] = self.own_or("train_momentum", 0.0, state_dict[prefix + "running_mean"])
+            like = state_dict[prefix + "running_mean"]
+            state_dict[prefix + "train_momentum"] = self.own_or("train_momentum", 0.0, like)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

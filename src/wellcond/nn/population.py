@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.checks import checked
 from wellcond.moments import Moments, statistics_dtype
 from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
@@ -17,6 +18,7 @@ from wellcond.normalize import normalize
 class PopulationNorm(StatisticsNorm):
     """Population normalization of inputs of any number of dimensions; use `PopulationNorm1d`, `2d` or `3d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -110,6 +112,7 @@ class PopulationNorm3d(PopulationNorm, nn.BatchNorm3d):
     """`PopulationNorm1d` of [N, C, D, H, W]."""
 
 
+@checked
 def gamma_decay(
     model: nn.Module,
     coefficient: float | Callable[[str, nn.Module], float | Tensor] = 1e-4,

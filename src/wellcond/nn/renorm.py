@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.checks import checked
 from wellcond.moments import Moments
 from wellcond.nn.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.normalize import normalize
@@ -21,6 +22,7 @@ class BatchRenorm(StatisticsNorm):
     scale_bound: Tensor
     shift_bound: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from wellcond import theory
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.nn.momentum import MomentumBatchNorm
 from wellcond.nn.renorm import BatchRenorm
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm
@@ -71,6 +71,7 @@ class MomentumScheduler(_LayerScheduler):
         0.9375
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -188,6 +189,7 @@ class BatchRenormScheduler(_LayerScheduler):
         [(1.0, 0.0), (1.0, 0.0), (2.0, 5.0), (3.0, 5.0)]
     """
 
+    @checked
     def __init__(
         self, model: nn.Module, *, warmup_steps: int = 5_000, r_steps: int = 40_000, d_steps: int = 25_000
     ) -> None:
@@ -255,6 +257,7 @@ class SparsityScheduler(_LayerScheduler):
         0.25
     """
 
+    @checked
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         super().__init__()
         check_positive_integer("total_steps", total_steps)

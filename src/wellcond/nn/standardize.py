@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from wellcond.checks import checked
 from wellcond.layouts import Layout, layout_of
 from wellcond.moments import statistics_dtype
 
@@ -55,6 +56,7 @@ class WeightStandardization(nn.Module):
         return f"eps={self.eps}"
 
 
+@checked
 def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5) -> _Module:
     """Let a layer compute with its standardized weight (Qiao et al., "Weight Standardization", 2019).
 

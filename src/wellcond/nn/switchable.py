@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.checks import checked
 from wellcond.differentiable import Carried, live_moments, normalize_with
 from wellcond.moments import Moments, merge, positions
 from wellcond.nn.base import StatisticsNorm
@@ -25,6 +26,7 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
     mean_logits: nn.Parameter
     var_logits: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -259,6 +261,7 @@ class SwitchableNorm3d(SwitchableNorm, nn.BatchNorm3d):
     """`SwitchableNorm1d` of [N, C, D, H, W]."""
 
 
+@checked
 def switch_logits(model: nn.Module) -> list[nn.Parameter]:
     """Return the logits of a model's switchable normalizations, for a parameter group of their own.
 

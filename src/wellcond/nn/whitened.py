@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_positive_integer, checked
 from wellcond.linalg import damped_eigenvalues, try_eigh
 from wellcond.nn.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.linear_maps import AmortizedConv2d, AmortizedLinear
+from wellcond.nn.plain_layers import check_convolution, check_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,6 +34,7 @@ class WhitenedLayer(AmortizedLayer):
     transform: Tensor
     center: Tensor
 
+    @checked
     def configure(self, whitening: Whitening = "zca", components: int | None = None, **schedule: Any) -> None:
         """Check and keep the options, and start as the plain layer."""
         self.set_schedule(**schedule)
@@ -194,6 +196,7 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
                 [ 0.9995,  0.9995]])
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -203,6 +206,7 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
         dtype: torch.dtype | None = None,
         **options: Unpack[WhiteningOptions],
     ) -> None:
+        check_linear(in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.configure(**options)
 
@@ -240,6 +244,7 @@ class WhitenedConv2d(WhitenedLayer, AmortizedConv2d):
         (torch.Size([2, 8, 5, 5]), torch.Size([1, 27, 27]))
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -255,6 +260,7 @@ class WhitenedConv2d(WhitenedLayer, AmortizedConv2d):
         dtype: torch.dtype | None = None,
         **options: Unpack[WhiteningOptions],
     ) -> None:
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         super().__init__(
             in_channels,
             out_channels,

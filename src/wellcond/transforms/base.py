@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
+from wellcond.checks import check_choice as check_choice
 from wellcond.layouts import Layer
 from wellcond.ranks import Ranks
 from wellcond.warning import WellcondWarning as WellcondWarning
@@ -212,9 +213,3 @@ class GradientTransform(ABC):
             Counts by name.
         """
         return {"weights": len(slots)}
-
-
-def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError naming the argument unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

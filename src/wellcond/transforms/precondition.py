@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from wellcond.checks import check_positive_integer
+from wellcond.checks import check_fields, check_positive_integer
 from wellcond.layouts import Layer, LinearLayout
 from wellcond.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.ranks import Ranks
@@ -114,6 +114,7 @@ class FeaturePreconditioner(GradientTransform):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
+        check_fields(self)
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a layer's gradient is preconditioned."""
