@@ -18,6 +18,7 @@ from wellcond.nn.kalman_wiring import connect_kalman
 from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
 from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.report import ConversionReport, conversion_report
 from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
 from wellcond.nn.sparsestmax import sparsestmax
@@ -33,6 +34,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "BatchRenormScheduler",
+    "ConversionReport",
     "DecorrelatedBatchNorm2d",
     "EigenConv2d",
     "EigenLinear",
@@ -65,6 +67,7 @@ __all__ = [
     "WhitenedConv2d",
     "WhitenedLinear",
     "connect_kalman",
+    "conversion_report",
     "convert_layers",
     "convert_norm",
     "fold_switchable",
