@@ -223,7 +223,8 @@ def _thawed(frozen: Iterable[nn.Module], again: bool) -> Iterator[None]:
     for layer, _, _ in before:
         plain = thawed(layer)
         layer.__class__ = type(plain)
-        layer.__dict__ = dict(vars(plain))
+        layer.__dict__.clear()
+        layer.__dict__.update(vars(plain))
     yield
     if again:
         _put_back(before)

@@ -187,6 +187,8 @@ _PLAIN: dict[Any, _Rule] = {
 
 def _rule(annotation: Any) -> _Rule | None:
     """Return what an annotation admits; None if that is not known."""
+    if annotation is Any:
+        return None
     if annotation is None:
         annotation = type(None)
     if isinstance(annotation, typing.TypeVar):

@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from wellcond.checks import check_positive_integer, checked
 from wellcond.layouts import Layout, layout_of
 from wellcond.linalg import DampingMode, check_damping
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.kept import KeptStatistics
 from wellcond.nn.optimizer_steps import OPTIMIZER_STEPS
@@ -226,7 +227,7 @@ class AmortizedLayer(KeptStatistics):
     def _renew(self) -> bool:
         if self.weight.is_meta or not any(bool(statistics.count > 0) for statistics in self._all_statistics()):
             return False
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.weight.device):
             solved = self.solve()
         if not solved:
             self.failed_refreshes += 1

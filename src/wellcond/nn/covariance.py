@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.kept import KeptStatistics
 from wellcond.ranks import Ranks
 
@@ -97,7 +98,7 @@ class RunningCovariance(KeptStatistics):
         """Add rows [groups, n, d] to what waits; rows that are not all finite are left out and counted as skipped."""
         if rows.shape[1] == 0:
             return
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             rows = rows.detach().to(self.covariance.dtype)
             mean = rows.mean(dim=1) if self.centered else torch.zeros_like(self.mean)
             rows = rows - mean.unsqueeze(1) if self.centered else rows

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from wellcond.checks import check_positive_integer, checked
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
 from wellcond.moments import statistics_dtype
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.kept import KeptStatistics
 from wellcond.nn.plain_layers import arguments_of, check_convolution, geometry_of, with_parameters
 from wellcond.patches import Window, patch_rows
@@ -204,7 +205,7 @@ steps=5, block=3, sampling_stride=3)
                 f"expected input of size [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
                 f"got {list(input.shape)}"
             )
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             if self.training and input.numel() > 0:
                 mean, deconv = self.whitening(input)
                 self._track(mean, deconv)

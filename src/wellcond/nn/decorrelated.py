@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from wellcond.checks import check_positive_integer, checked
 from wellcond.moments import Moments, ghost_sizes, positions, statistics_dtype
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.base import StatisticsNorm
 from wellcond.nn.fusion import Unfusible
 from wellcond.nn.whitening import group_covariance, group_width, in_format_of, map_groups, zca
@@ -89,7 +89,7 @@ class BatchWhitening(Unfusible, StatisticsNorm):
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Whiten a training batch with its own mean and covariance, and take these into the running ones."""
         self._check_enough(input)
-        with _without_autocast(input):
+        with without_autocast(input.device):
             wide = input.to(statistics_dtype(input.dtype))
             parts = [self._groups(part, count) for part, count in _equal_parts(wide, self.group_size)]
             self._track_groups([statistics for _, statistics in parts])
@@ -118,7 +118,7 @@ class BatchWhitening(Unfusible, StatisticsNorm):
         """Whiten with the running mean and the running W."""
         assert self.running_mean is not None
         assert self.running_whitening is not None
-        with _without_autocast(input):
+        with without_autocast(input.device):
             wide = input.to(statistics_dtype(input.dtype))
             mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
             return self._whitened(wide, mean, whitening).to(input.dtype)
@@ -232,12 +232,6 @@ def _equal_parts(x: Tensor, group_size: int | None) -> list[tuple[Tensor, int]]:
         return [(x, len(sizes))]
     last = x.shape[0] - sizes[-1]
     return [(x[:last], len(sizes) - 1), (x[last:], 1)]
-
-
-def _without_autocast(input: Tensor) -> AbstractContextManager[object]:
-    """Disable autocast, under which covariances and their roots would be of half precision."""
-    device = input.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _over_ranks(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wellcond.checks import check_positive_integer, checked
 from wellcond.linalg import damped_eigenvalues, try_eigh
 from wellcond.nn.amortized import AmortizedLayer, ScheduleOptions
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.linear_maps import AmortizedConv2d, AmortizedLinear, take_over
 from wellcond.nn.plain_layers import arguments_of, check_convolution, check_linear
@@ -55,14 +56,14 @@ class GeneralizedWhitenedLayer(AmortizedLayer):
     @torch.no_grad()
     def observe(self, input: Tensor) -> None:
         """Take the covariance of h̃, which the pass itself does not compute."""
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             hidden = self.map(input.detach().to(self.weight.dtype), self.weight, self.bias)
         self.hidden.observe(self.output_rows(hidden))
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return P W and P (b − m)."""
         dtype = self.transform.dtype
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             weight = self.transform @ self.layout.matrix(self, self.weight).flatten(2).to(dtype)
             shift = -self.center
             if self.bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wellcond.checks import check_positive_integer, checked
 from wellcond.differentiable import live_moments, normalize_with
 from wellcond.moments import Moments, ghost_sizes, merge_samples, spread_samples
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.base import PastStatistics, StatisticsNorm
 from wellcond.nn.kalman_graph import Read, Statistics, StatisticsGraph, propagate
 
@@ -236,7 +237,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         assert self.log_noise is not None
         dtype = like.mean.dtype
         transition = self.transition.to(dtype)
-        with torch.autocast(like.mean.device.type, enabled=False):
+        with without_autocast(like.mean.device):
             mean = before.mean @ transition.t() + self.transition_bias.to(dtype)
             var = before.var @ transition.square().t() + self.log_noise.to(dtype).exp()
         return mean, var

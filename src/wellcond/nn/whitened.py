@@ -11,6 +11,7 @@ from torch import Tensor
 from wellcond.checks import check_positive_integer, checked
 from wellcond.linalg import damped_eigenvalues, try_eigh
 from wellcond.nn.amortized import AmortizedLayer, ScheduleOptions
+from wellcond.nn.autocast import without_autocast
 from wellcond.nn.covariance import RunningCovariance
 from wellcond.nn.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.plain_layers import check_convolution, check_linear
@@ -68,7 +69,7 @@ class WhitenedLayer(AmortizedLayer):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return W = V P and b = d − V P μ."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             weight, bias = self.folded_matrices()
             weight = weight.reshape(self.weight.shape).to(self.weight.dtype)
             return weight, None if bias is None else bias.flatten().to(self.weight.dtype)

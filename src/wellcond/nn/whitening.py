@@ -264,7 +264,7 @@ class _Zca(torch.autograd.Function):
         (a^(−1/2) − b^(−1/2))/(a − b) = −1/(√a √b (√a + √b)), which holds for a = b too.
         """
         covariance, whitening, vectors, roots = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The same without eigenvectors, which have no derivative where eigenvalues are equal: with S = W⁻¹,
             # dW = −W dS W and S dS + dS S = dΣ.
             identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
