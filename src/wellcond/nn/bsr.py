@@ -124,7 +124,8 @@ class BSRBatchNorm(InstanceInference):
         """Whether torch's kernel does what is asked for; the factor of equal weights must be looked at for that."""
         if self.momentum is None and (torch.compiler.is_compiling() or self.mean_gram.is_meta):
             return False
-        return self.exact and self.group_size is None and self.synchronize is False
+        # Torch's kernel takes no ε of 0, as old checkpoints of frozen layers have it.
+        return self.exact and self.group_size is None and self.synchronize is False and self.eps > 0
 
     def _regress(self, batch: Batch) -> None:
         """Add a batch to the sums (3.13)."""

@@ -413,7 +413,7 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
 def _blank(plain: Norm) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
     required = [name for name, argument in _arguments(plain).items() if argument.default is argument.empty]
-    return plain(1, **dict.fromkeys(required, 1))
+    return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.
 
 
 # options ------------------------------------------------------------------------------------------------------------
