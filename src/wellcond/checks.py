@@ -245,7 +245,7 @@ def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, inspect.unwrap(function).__globals__)  # type: ignore[attr-defined]
+        return eval(annotation, inspect.unwrap(function).__globals__)
     except (NameError, AttributeError, TypeError):
         return Any
 

@@ -179,11 +179,13 @@ class BSRBatchNorm(InstanceInference):
         Averaged models, loaded checkpoints and swapped parameters write into buffers in place, also through `.data`,
         which leaves no trace but the values: so these are compared. It costs some 20 µs; the device waits for it.
         """
-        exporting = torch.compiler.is_compiling() and torch.compiler.is_exporting()
-        if exporting or torch.jit.is_tracing() or self._is_captured():
-            return self.mean_weights, self.var_weights  # constants, as of the change to evaluation
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if torch.compiler.is_compiling() or transformed or not self._has_values():
+        kept = self.mean_weights, self.var_weights
+        if torch.compiler.is_compiling():
+            # An exported program takes the solution of the change to evaluation for constants.
+            return kept if torch.compiler.is_exporting() else self._solution()
+        if torch._C._get_tracing_state() is not None or self._is_captured():
+            return kept
+        if torch._C._functorch.peek_interpreter_stack() is not None or not self._has_values():
             return self._solution()
         if not self._is_solved():
             self.solve()

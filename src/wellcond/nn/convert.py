@@ -243,9 +243,9 @@ def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
 def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     """Make a layer's new state without touching the layer; None if it stays as it is."""
     if is_frozen(found.layer):
-        layer = thawed(found.layer)
-        change = _plan(found._replace(layer=layer), to, options)
-        return change._replace(layer=found.layer) if change else _Change(found.layer, type(layer), dict(vars(layer)))
+        free = thawed(found.layer)
+        change = _plan(found._replace(layer=free), to, options)
+        return change._replace(layer=found.layer) if change else _Change(found.layer, type(free), dict(vars(free)))
     layer = found.layer
     if not isinstance(layer, _BatchNorm):
         raise _NotConvertibleError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +88,17 @@ def thawed(frozen: nn.Module) -> _BatchNorm:
     statistics = {name: buffers.pop(name) for name in ("running_mean", "running_var")}
     state["_buffers"] = statistics | {"num_batches_tracked": counter} | buffers
     state["_modules"] = dict(frozen._modules)
-    new: _BatchNorm = kind.__new__(kind)
+    new = cast(_BatchNorm, object.__new__(kind))
     new.__dict__.update(state)
     return new
 
 
 def _named(model: nn.Module, wanted: Any) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
-    for name, module in _modules(model):
+    for name, module in model.named_modules(remove_duplicate=False):
         if wanted(module):
             names.setdefault(module, []).append(name)
     return names
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)
 
 
 def _timm(name: str) -> Any:

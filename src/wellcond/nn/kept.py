@@ -54,7 +54,7 @@ class KeptStatistics(nn.Module):
         return cast(Tensor, own.clone())  # Assigned, it must not be the memory of another buffer.
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
         # With `assign=True` the checkpoint's tensors are the buffers now, of whatever dtype, and on another device than
         # a module on the meta device has the rest on.
         self._widen_statistics()
