@@ -136,7 +136,7 @@ def calibrate(
         warnings.warn(
             f"calibrate: no batch of {batch_size} samples reached {_listed(missed)}, which keep their statistics",
             WellcondWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 

@@ -11,7 +11,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+AnyInteger = Annotated[int, "an integer"]
+"""An integer that may be zero or negative, where others count something."""
 
 LARGEST_SIZE = 2**31 - 1
 """What the size of a layer may be at most: anything larger is a mistake that would ask for all memory."""
@@ -54,7 +57,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         wellcond.checks.ArgumentError: twice must be True or False, got 'no'
     """
     signature = inspect.signature(function)
-    parameters = signature.parameters
+    own = getattr(function, "own_checks", ())
+    parameters = {name: parameter for name, parameter in signature.parameters.items() if name not in own}
 
     @functools.cache
     def rules() -> dict[str, _Rule]:
@@ -70,11 +74,21 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             given = {}  # Python's own error follows.
         for name, rule in rules().items():
             if name in given and not rule.admits(given[name]):
-                place = "" if name in kwargs else _place(list(parameters), name, args)
+                place = "" if name in kwargs else _place(list(signature.parameters), name, args)
                 raise ArgumentError(f"{name} must be {rule.words}, got {shown(given[name])}{place}")
         return function(*args, **kwargs)
 
     return call
+
+
+def checks_itself(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Say which arguments a function checks by itself, types and all, with words of its own; below `checked`."""
+
+    def mark(function: Callable[P, R]) -> Callable[P, R]:
+        function.own_checks = names  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def check_fields(instance: object) -> None:
@@ -117,7 +131,8 @@ def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     ValueError: to must be one of 'plain', 'nd', got 'fast'
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}")
+        given = repr(value) if isinstance(value, list) else shown(value)
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {given}")
 
 
 def shown(value: object) -> str:
@@ -175,7 +190,7 @@ def _is_iterable(value: object) -> bool:
 
 _PLAIN: dict[Any, _Rule] = {
     bool: _Rule(lambda value: isinstance(value, bool), "True or False"),
-    int: _Rule(_is_integer, "an integer"),
+    int: _Rule(_is_integer, "a positive integer"),
     float: _Rule(_is_finite_number, "a finite number"),
     str: _Rule(lambda value: isinstance(value, str), "a string"),
     type(None): _Rule(lambda value: value is None, "None"),
@@ -200,6 +215,9 @@ def _rule(annotation: Any) -> _Rule | None:
         if torch.device in arguments:  # A device's name is no string like others.
             arguments = tuple(each for each in arguments if each is not str)
         return _union([_rule(each) for each in arguments])
+    if origin is Annotated:
+        rule = _rule(arguments[0])
+        return rule and rule._replace(words=annotation.__metadata__[0])
     if origin is Literal:
         words = ", ".join(map(repr, arguments))
         return _Rule(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from wellcond.checks import checked
+from wellcond.checks import checked, checks_itself
 from wellcond.transforms import Attachment, FeatureDescent, FeatureWhitening, GradientTransform, attach
 
 
@@ -54,6 +54,7 @@ class _FeatureSGD(_Attached, torch.optim.SGD):
     """SGD with momentum over a feature preconditioner."""
 
     @checked
+    @checks_itself("model")
     def __init__(
         self,
         model: nn.Module,
@@ -72,6 +73,7 @@ class _FeatureAdamW(_Attached, torch.optim.AdamW):
     """AdamW over a feature preconditioner."""
 
     @checked
+    @checks_itself("model")
     def __init__(
         self,
         model: nn.Module,

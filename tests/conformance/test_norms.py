@@ -513,7 +513,7 @@ def test_any_shape_format_and_group(data: st.DataObject) -> None:
     dims = data.draw(st.sampled_from(kind.dims), "dims")
     if kind.group_size:
         kind = Kind(**{**vars(kind), "options": {**kind.options, "group_size": data.draw(st.integers(2, 5), "group")}})
-    channels = data.draw(st.integers(1, 4), "channels")
+    channels = data.draw(st.integers(1 + (kind.whole is splitting), 4), "channels")  # Some must be of each part.
     layer = kind.make(dims, channels, affine=data.draw(st.booleans(), "affine"))
     for _ in range(2):
         sizes = [data.draw(st.integers(1, 3)) for _ in range(dims)]

@@ -220,7 +220,7 @@ def disparity(
         raise ValueError(f"no batch reached any of the batch normalizations {missed}")
     if missed:
         warnings.warn(
-            f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=2
+            f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )
     return Disparity(passed.batch_size, found)
 

@@ -224,7 +224,7 @@ def gradient_statistics(
     if not found:
         raise ValueError(f"the loss does not depend on any of the weights {missed}")
     if missed:
-        warnings.warn(f"gradient_statistics: no batch gave {missed} a gradient", WellcondWarning, stacklevel=2)
+        warnings.warn(f"gradient_statistics: no batch gave {missed} a gradient", WellcondWarning, stacklevel=3)
     return GradientStatistics("batch", inner.training, found)
 
 

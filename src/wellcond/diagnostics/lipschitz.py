@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.checks import check_positive_integer, checked
+from wellcond.checks import AnyInteger, check_positive_integer, checked
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.probing import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.tables import table
@@ -170,7 +170,7 @@ def lipschitz(
     per_layer: bool = False,
     iterations: int = 50,
     tolerance: float = 1e-2,
-    seed: int = 0,
+    seed: AnyInteger = 0,
 ) -> Lipschitz:
     """Check on a model that centralization makes the loss and its gradient more Lipschitz, inequality 4.8.
 

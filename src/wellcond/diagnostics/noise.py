@@ -305,7 +305,7 @@ def batch_noise(
     if still := measured.keys() - found.keys():
         problems.append(f"{_listed(sorted(still))} has no noise: {_STILL}")
     if problems:
-        warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=2)
+        warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=3)
     return BatchNoise(batch_size, found)
 
 

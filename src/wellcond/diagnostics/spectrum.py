@@ -431,7 +431,7 @@ def feature_spectrum(
     if not found:
         raise ValueError(f"no batch reached any of the layers {missed}")
     if missed:
-        warnings.warn(f"feature_spectrum: no batch reached {missed}", WellcondWarning, stacklevel=2)
+        warnings.warn(f"feature_spectrum: no batch reached {missed}", WellcondWarning, stacklevel=3)
     return FeatureSpectrum(centred, inner.training, batches, max_dim, found)
 
 

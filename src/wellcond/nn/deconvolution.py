@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from wellcond.checks import check_positive_integer, checked
+from wellcond.checks import check_positive_integer, checked, checks_itself
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
 from wellcond.moments import statistics_dtype
 from wellcond.nn.autocast import without_autocast
@@ -87,6 +87,7 @@ steps=5, block=3, sampling_stride=3)
     num_batches_tracked: Tensor
 
     @checked
+    @checks_itself("eps")
     def __init__(
         self,
         in_channels: int,

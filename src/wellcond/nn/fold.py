@@ -64,7 +64,7 @@ def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | 
         convert_norm(model, plain.kind, lambda _, module, alike=alike: module in alike, **options)  # type: ignore[misc]
     if left:
         warnings.warn(
-            f"fold_switchable: these layers stay as they are: {'; '.join(left)}", WellcondWarning, stacklevel=2
+            f"fold_switchable: these layers stay as they are: {'; '.join(left)}", WellcondWarning, stacklevel=3
         )
     return model
 

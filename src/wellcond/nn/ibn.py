@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.checks import checked
+from wellcond.checks import checked, checks_itself
 from wellcond.nn.convert import convert_norm
 from wellcond.nn.instance_batch import check_instance_fraction
 
@@ -90,6 +90,7 @@ _NETWORKS = (*_RESNETS, *_DENSENETS)
 
 
 @checked
+@checks_itself("instance_fraction", "stages")
 def ibn_a(
     model: nn.Module, *, instance_fraction: float | None = None, stages: Iterable[int] | None = None
 ) -> nn.Module:

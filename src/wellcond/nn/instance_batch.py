@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.checks import checked
+from wellcond.checks import checked, checks_itself
 from wellcond.differentiable import live_moments, normalize_with
 from wellcond.moments import positions
 from wellcond.nn.base import StatisticsNorm
@@ -58,6 +58,7 @@ class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
     """
 
     @checked
+    @checks_itself("instance_fraction")
     def __init__(
         self,
         num_features: int,

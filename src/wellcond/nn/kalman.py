@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer, checked
+from wellcond.checks import check_positive_integer, checked, checks_itself
 from wellcond.differentiable import live_moments, normalize_with
 from wellcond.moments import Moments, ghost_sizes, merge_samples, spread_samples
 from wellcond.nn.autocast import without_autocast
@@ -121,6 +121,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
     gain_logit: nn.Parameter | None  # log(q/(1 − q)), []
 
     @checked
+    @checks_itself("gain")
     def __init__(
         self,
         num_features: int,

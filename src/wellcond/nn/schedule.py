@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from wellcond import theory
-from wellcond.checks import check_positive_integer, checked
+from wellcond.checks import AnyInteger, check_positive_integer, checked
 from wellcond.nn.momentum import MomentumBatchNorm
 from wellcond.nn.renorm import BatchRenorm
 from wellcond.nn.sparse_switchable import SparseSwitchableNorm
@@ -191,7 +191,7 @@ class BatchRenormScheduler(_LayerScheduler):
 
     @checked
     def __init__(
-        self, model: nn.Module, *, warmup_steps: int = 5_000, r_steps: int = 40_000, d_steps: int = 25_000
+        self, model: nn.Module, *, warmup_steps: AnyInteger = 5_000, r_steps: int = 40_000, d_steps: int = 25_000
     ) -> None:
         super().__init__()
         if not isinstance(warmup_steps, int) or warmup_steps < 0:

@@ -33,7 +33,13 @@ class RefuseSingleValues:
             assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
             # Two dimensions are [N, C] where a batch normalization was, not the [C, L] that torch takes them for.
             values = 1 if len(shape) == 2 else math.prod(shape[2:])
-            what = "a channel of a sample"
+            if values == 1:
+                raise ValueError(
+                    f"{self.name!r}: expected more than 1 spatial element for each of num_features="
+                    f"{module.num_features} channels of a sample, which {module} normalizes by themselves: of an input "
+                    f"of size {list(shape)} with one value in each nothing but the bias would be left"
+                )
+            return
         if values == 1:
             raise ValueError(
                 f"{self.name!r}: {module} would normalize {what} by itself, which has one value in an input of size "
