@@ -199,7 +199,7 @@ def test_torchs_order_is_pointed_out() -> None:
         W.InstanceBatchNorm2d(64, 1e-5)
     for layer in (W.GhostBatchNorm2d, W.DecorrelatedBatchNorm2d, W.IterNorm2d):
         with pytest.raises(
-            ValueError, match="must be an integer, got 1e-05, as argument 2 .* in nn.BatchNorm that is eps"
+            ValueError, match="must be a positive integer, got 1e-05, as argument 2 .* in nn.BatchNorm that is eps"
         ):
             layer(64, 1e-5, 0.1)
 

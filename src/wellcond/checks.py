@@ -160,7 +160,12 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_INTEGER
 
 
-def _is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a number, finite, and no boolean.
+
+    >>> is_finite_number(0.5), is_finite_number(True), is_finite_number(10**400)
+    (True, False, False)
+    """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -191,7 +196,7 @@ def _is_iterable(value: object) -> bool:
 _PLAIN: dict[Any, _Rule] = {
     bool: _Rule(lambda value: isinstance(value, bool), "True or False"),
     int: _Rule(_is_integer, "a positive integer"),
-    float: _Rule(_is_finite_number, "a finite number"),
+    float: _Rule(is_finite_number, "a finite number"),
     str: _Rule(lambda value: isinstance(value, str), "a string"),
     type(None): _Rule(lambda value: value is None, "None"),
     torch.device: _Rule(_is_device, "a device"),

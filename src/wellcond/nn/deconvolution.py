@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from wellcond.checks import check_positive_integer, checked, checks_itself
+from wellcond.checks import check_positive_integer, checked, checks_itself, is_finite_number, shown
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
 from wellcond.moments import statistics_dtype
 from wellcond.nn.autocast import without_autocast
@@ -112,8 +112,8 @@ steps=5, block=3, sampling_stride=3)
         check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         for argument, value in (("steps", steps), ("block", block), ("sampling_stride", sampling_stride)):
             check_positive_integer(argument, value)
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps!r}")
+        if not is_finite_number(eps) or eps <= 0:
+            raise ValueError(f"eps must be positive, got {shown(eps)}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1] or be None, got {momentum!r}")
         super().__init__(
