@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wellcond.checks import checked
+from wellcond.checks import checked, checks_itself, is_finite_number, shown
 from wellcond.layouts import Layout, layout_of
 from wellcond.moments import statistics_dtype
 
@@ -57,6 +57,7 @@ class WeightStandardization(nn.Module):
 
 
 @checked
+@checks_itself("eps")
 def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5) -> _Module:
     """Let a layer compute with its standardized weight (Qiao et al., "Weight Standardization", 2019).
 
@@ -95,8 +96,8 @@ def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5)
     layout = layout_of(module)
     if layout is None:
         raise TypeError(f"no layout is known for {type(module).__name__}: see wellcond.layouts.register_layout")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps!r}")
+    if not is_finite_number(eps) or eps <= 0:
+        raise ValueError(f"eps must be positive, got {shown(eps)}")
     weights = [known for known, _ in layout.weights(module) if isinstance(getattr(module, known, None), Tensor)]
     if name not in weights:
         kind = parametrize.type_before_parametrizations(module).__name__
