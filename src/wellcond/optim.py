@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from wellcond.runtime.checks import checked, checks_itself
 from wellcond.transforms import Attachment, FeatureDescent, FeatureWhitening, GradientTransform, attach
 
 
@@ -52,6 +53,8 @@ def _split(base: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[
 class _FeatureSGD(_Attached, torch.optim.SGD):
     """SGD with momentum over a feature preconditioner."""
 
+    @checked
+    @checks_itself("model")
     def __init__(
         self,
         model: nn.Module,
@@ -69,6 +72,8 @@ class _FeatureSGD(_Attached, torch.optim.SGD):
 class _FeatureAdamW(_Attached, torch.optim.AdamW):
     """AdamW over a feature preconditioner."""
 
+    @checked
+    @checks_itself("model")
     def __init__(
         self,
         model: nn.Module,

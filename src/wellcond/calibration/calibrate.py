@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,12 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wellcond.calibration.estimates import Average, Kind, Mixture, RegressionSums, RunningStatistics
 from wellcond.calibration.replay import Seen
 from wellcond.calibration.training_pass import Call, Passed, device_of, named_batch_norms, training_pass, unwrapped
+from wellcond.nn.convert.frozen import frozen_norms, lookalikes, thawed
 from wellcond.nn.convert.norms import convert_norm
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.nn.convert.report import is_other_norm, keep_report
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import Predicate, WellcondWarning
 
 
+@checked
 def calibrate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -41,8 +44,8 @@ def calibrate(
     - ``"evalnorm"``: likewise α and β of `EvalNorm*`, here not learned step by step but the exact minimum, over [0, 1],
       of the squared differences to the batches' statistics that its training descends. With ``learn=False``: 1/m.
     - ``"bn"``: the running mean and (unbiased) variance of the batch normalizations of all kinds, each of which
-      normalizes as it does in training. `num_batches_tracked` becomes the number of batches of m samples, of all
-      ranks; with a momentum it goes up by that.
+      normalizes as it does in training; frozen ones (`nn.convert_norm`) stay frozen. `num_batches_tracked` becomes
+      the number of batches of m samples, of all ranks; with a momentum it goes up by that.
 
     In the pass the selected normalizations normalize groups of m consecutive samples; all other modules, also the
     normalizations that are not selected, are in evaluation mode. Nothing else changes: parameters, gradients, other
@@ -72,10 +75,11 @@ def calibrate(
         **options: For `nn.convert_norm`, such as ``nonneg="nnls"``; none for ``"bn"``.
 
     Returns:
-        `model`.
+        `model`. `nn.conversion_report(model)` says what was changed, what was left, and why.
 
     Raises:
-        TypeError: If an option is not one of the layers', or a layer cannot be converted.
+        TypeError: If an option is not one of the layers', or a layer cannot be converted, or keeps running statistics
+            but is of no known type.
         ValueError: If an argument is out of its range, there is no such layer, the loader is empty, no batch has m
             samples, a layer has one value per channel in a batch, or features are not finite.
         RuntimeError: If the pass failed on another rank.
@@ -104,36 +108,40 @@ def calibrate(
     if what == "bn" and options:
         raise TypeError(f"what='bn' converts nothing and takes no options, got {', '.join(map(repr, options))}")
     inner = unwrapped(model)
-    layers = _selected(inner, where)
+    layers, frozen = _selected(inner, where)
+    were = {name: type(layer).__name__ for name, layer in layers.items()}
     kind = _KINDS[what]
-    with _undone_on_error(layers):
+    with _undone_on_error(layers.values()), _thawed(frozen, again=what == "bn"):
         if what != "bn":
             chosen = set(layers.values())
             convert_norm(inner, what, lambda name, module: module in chosen, **options)
-        averages = {name: Average(kind.present(layer), momentum) for name, layer in layers.items()}
+        norms = {name: cast(_BatchNorm, layer) for name, layer in layers.items()}
+        averages = {name: Average(kind.present(layer), momentum) for name, layer in norms.items()}
 
         def observe(name: str, seen: Seen) -> None:
-            averages[name].add(kind.values(layers[name], seen))
+            averages[name].add(kind.values(norms[name], seen))
 
         passed, error = Passed(0, 0, batch_size), None
         try:
-            passed = training_pass(inner, loader, batch_size, layers, observe, call=call, max_batches=max_batches)
+            passed = training_pass(inner, loader, batch_size, norms, observe, call=call, max_batches=max_batches)
         except Exception as raised:  # The other ranks, which would wait for this one, are told first.
             error = raised
         _join_ranks(averages, passed, error, device_of(inner))
         missed = [name for name, average in averages.items() if average.batches == 0]
         with torch.no_grad():
             for name in layers.keys() - missed:
-                kind.replace(layers[name], averages[name])
+                kind.replace(norms[name], averages[name])
+    _report(model, inner, what, were, layers, missed)
     if missed:
         warnings.warn(
             f"calibrate: no batch of {batch_size} samples reached {_listed(missed)}, which keep their statistics",
             WellcondWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 
 
+@checked
 @contextmanager
 def calibrated(
     model: nn.Module, loader: Iterable[Any], batch_size: int, what: str = "bsr", **options: Any
@@ -165,9 +173,10 @@ def calibrated(
         >>> print(type(model[1]).__name__, int(model[1].num_batches_tracked))
         BatchNorm2d 0
     """
-    layers, _ = named_batch_norms(unwrapped(model))
-    before = _recorded(layers.values())
-    values = [(buffer, buffer.clone()) for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    inner = unwrapped(model)
+    layers = [*named_batch_norms(inner)[0].values(), *frozen_norms(inner)]
+    before = _recorded(layers)
+    values = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
         yield calibrate(model, loader, batch_size, what, **options)
     finally:
@@ -179,21 +188,80 @@ def calibrated(
                 buffer.copy_(value)
 
 
-def _selected(model: nn.Module, where: Predicate | None) -> dict[str, _BatchNorm]:
-    """Return the normalizations that are to be calibrated, by name."""
+def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+    """Return the normalizations that are to be calibrated, by name, and which of them are frozen."""
+
+    def chosen(found: dict[nn.Module, list[str]]) -> dict[str, nn.Module]:
+        return {
+            names[0]: layer
+            for layer, names in found.items()
+            if where is None or any(where(name, layer) for name in names)
+        }
+
+    unknown = chosen(lookalikes(model))
+    if unknown:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in unknown.values()}))
+        raise TypeError(
+            f"calibrate cannot calibrate {_listed(unknown)} ({kinds}): they keep running statistics, but are no batch "
+            "normalizations that are known. Leave them out with `where`"
+        )
     layers, of_any_kind = named_batch_norms(model, where)
-    if layers:
-        return layers
-    if of_any_kind == 0:
+    of_frozen = frozen_norms(model)
+    frozen = chosen(of_frozen)
+    if layers or frozen:
+        return {**layers, **frozen}, list(frozen.values())
+    if of_any_kind + len(of_frozen) == 0:
         raise ValueError(f"{type(model).__name__} has no batch normalization to calibrate")
     selected = "" if where is None else " that `where` selects"
     raise ValueError(f"{type(model).__name__} has no batch normalization with running statistics{selected}")
 
 
 @contextmanager
-def _undone_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+def _thawed(frozen: Iterable[nn.Module], again: bool) -> Iterator[None]:
+    """Make frozen layers plain ones, for statistics to be taken of them; and frozen again, with new statistics."""
+    before = _recorded(frozen)
+    for layer, _, _ in before:
+        plain = thawed(layer)
+        layer.__class__ = type(plain)
+        layer.__dict__.clear()
+        layer.__dict__.update(vars(plain))
+    yield
+    if again:
+        _put_back(before)
+
+
+def _report(
+    model: nn.Module,
+    inner: nn.Module,
+    what: str,
+    were: dict[str, str],
+    layers: dict[str, nn.Module],
+    missed: list[str],
+) -> None:
+    """Keep what was done to which layer."""
+    new = {"bn": "new running statistics", "bsr": "new regression sums", "evalnorm": "a new mixture"}[what]
+    changed, left = {}, {name: f"{kind}: no whole batch reached it" for name, kind in were.items() if name in missed}
+    for name, kind in were.items():
+        now = type(layers[name]).__name__
+        if name not in missed:
+            changed[name] = f"{kind}: {new}" if kind == now else f"{kind} → {now}: {new}"
+    chosen = set(layers.values())
+    for name, module in inner.named_modules():
+        if module in chosen:
+            continue
+        if isinstance(module, _BatchNorm):
+            kept = module.running_mean is not None
+            left[name] = f"{type(module).__name__}: {'not selected by `where`' if kept else 'no running statistics'}"
+        elif is_other_norm(module):
+            left[name] = f"{type(module).__name__}: no batch normalization"
+    for reported in {inner, model}:
+        keep_report(reported, f"calibrate(what={what!r})", changed, left)
+
+
+@contextmanager
+def _undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make layers, which may have been converted, what they were if anything raises."""
-    before = _recorded(layers.values())
+    before = _recorded(layers)
     try:
         yield
     except BaseException:
@@ -201,7 +269,7 @@ def _undone_on_error(layers: dict[str, _BatchNorm]) -> Iterator[None]:
         raise
 
 
-def _recorded(layers: Iterable[_BatchNorm]) -> list[tuple[_BatchNorm, type[_BatchNorm], dict[str, Any]]]:
+def _recorded(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
     """Note what layers are; not the values of their tensors."""
     before = []
     for layer in layers:
@@ -211,7 +279,7 @@ def _recorded(layers: Iterable[_BatchNorm]) -> list[tuple[_BatchNorm, type[_Batc
     return before
 
 
-def _put_back(before: Iterable[tuple[_BatchNorm, type[_BatchNorm], dict[str, Any]]]) -> None:
+def _put_back(before: Iterable[tuple[nn.Module, type[nn.Module], dict[str, Any]]]) -> None:
     for layer, kind, state in before:
         layer.__class__ = kind
         layer.__dict__.clear()

@@ -186,11 +186,12 @@ def _tracked(double: _BatchNorm, input: Tensor, rows: int) -> tuple[dict[str, Te
     """As `_train`, for layers that do not train with running statistics; also return what these took in."""
     present = {name: buffer.clone() for name, buffer in running_buffers(double).items()}
     momentum, double.momentum = double.momentum, 1.0
+    tracks, double.track_running_stats = double.track_running_stats, True
     try:
         output = _train(double, input, rows)
         tracked = {name: buffer.clone() for name, buffer in running_buffers(double).items()}
     finally:
-        double.momentum = momentum
+        double.momentum, double.track_running_stats = momentum, tracks
         for name, buffer in running_buffers(double).items():
             buffer.copy_(present[name])
     return tracked, output

@@ -16,7 +16,7 @@ from wellcond.calibration.training_pass import Call, named_batch_norms, training
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.instance import InstanceInference
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ class Disparity:
         return [f"{found[kind]:.4f}" if kind in found else "-" for kind in self.kinds]
 
 
+@checked
 def disparity(
     model: nn.Module,
     loader: Iterable[Any],
@@ -219,7 +220,7 @@ def disparity(
         raise ValueError(f"no batch reached any of the batch normalizations {missed}")
     if missed:
         warnings.warn(
-            f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=2
+            f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )
     return Disparity(passed.batch_size, found)
 

@@ -16,6 +16,7 @@ from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.tables import table
+from wellcond.runtime.checks import checked
 from wellcond.transforms.base import Predicate
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Landscape:
     __repr__ = __str__
 
 
+@checked
 def landscape(
     model: nn.Module,
     batch: Any,

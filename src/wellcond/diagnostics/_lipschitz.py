@@ -18,7 +18,7 @@ from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.tables import table
 from wellcond.layouts import Layer
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import AnyInteger, check_positive_integer, checked
 from wellcond.transforms.base import Predicate
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class Lipschitz:
     __repr__ = __str__
 
 
+@checked
 def lipschitz(
     model: nn.Module,
     batch: Any,
@@ -169,7 +170,7 @@ def lipschitz(
     per_layer: bool = False,
     iterations: int = 50,
     tolerance: float = 1e-2,
-    seed: int = 0,
+    seed: AnyInteger = 0,
 ) -> Lipschitz:
     """Check on a model that centralization makes the loss and its gradient more Lipschitz, inequality 4.8.
 

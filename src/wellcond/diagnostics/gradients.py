@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class GradientStatistics:
     __repr__ = __str__
 
 
+@checked
 def gradient_statistics(
     model: nn.Module,
     loader: Iterable[Any],
@@ -223,7 +224,7 @@ def gradient_statistics(
     if not found:
         raise ValueError(f"the loss does not depend on any of the weights {missed}")
     if missed:
-        warnings.warn(f"gradient_statistics: no batch gave {missed} a gradient", WellcondWarning, stacklevel=2)
+        warnings.warn(f"gradient_statistics: no batch gave {missed} a gradient", WellcondWarning, stacklevel=3)
     return GradientStatistics("batch", inner.training, found)
 
 
@@ -253,6 +254,7 @@ class GradientRecorder:
         (0, 1, 2, 3, 4)
     """
 
+    @checked
     def __init__(self, model: nn.Module, *, where: Predicate | None = None) -> None:
         self._model = unwrapped(model)
         self._series = _Series(centred_layers(self._model, where))

@@ -31,7 +31,7 @@ from wellcond.diagnostics.laws import (
 )
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.nn.norm.momentum import MomentumBatchNorm
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.theory import Formula, Noise, batch_mean_noise
 from wellcond.transforms.base import Predicate, WellcondWarning
 
@@ -193,6 +193,7 @@ class BatchNoise:
         return [*cells, f"{variance.law.variance:.3g}", f"{variance.distance:.3f}", f"{layer.freedom:.4g}"]
 
 
+@checked
 def batch_noise(
     model: nn.Module,
     loader: Iterable[Any],
@@ -304,7 +305,7 @@ def batch_noise(
     if still := measured.keys() - found.keys():
         problems.append(f"{_listed(sorted(still))} has no noise: {_STILL}")
     if problems:
-        warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=2)
+        warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=3)
     return BatchNoise(batch_size, found)
 
 

@@ -20,7 +20,7 @@ from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.tables import table
 from wellcond.layouts import Layer, Layout, find_layers
 from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ class FeatureSpectrum:
 
 
 @torch.no_grad()
+@checked
 def feature_spectrum(
     model: nn.Module,
     loader: Iterable[Any],
@@ -430,7 +431,7 @@ def feature_spectrum(
     if not found:
         raise ValueError(f"no batch reached any of the layers {missed}")
     if missed:
-        warnings.warn(f"feature_spectrum: no batch reached {missed}", WellcondWarning, stacklevel=2)
+        warnings.warn(f"feature_spectrum: no batch reached {missed}", WellcondWarning, stacklevel=3)
     return FeatureSpectrum(centred, inner.training, batches, max_dim, found)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from wellcond.calibration.training_pass import unwrapped
 from wellcond.diagnostics.plotting import axes_for
+from wellcond.runtime.checks import checked
 from wellcond.transforms.base import Predicate, check_choice
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class WeightMeans:
         return [mean for name in names for mean in self.layers[name].means]
 
 
+@checked
 def weight_means(model: nn.Module, *, where: Predicate | None = None) -> WeightMeans:
     """Return the mean of each weight vector, which training with gradient centralization leaves as it is (figure 4.4).
 

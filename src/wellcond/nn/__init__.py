@@ -4,6 +4,7 @@ from wellcond.nn.convert.fold import fold_switchable
 from wellcond.nn.convert.ibn_net import ibn_a, ibn_b
 from wellcond.nn.convert.layers import convert_layers
 from wellcond.nn.convert.norms import convert_norm
+from wellcond.nn.convert.report import ConversionReport, conversion_report
 from wellcond.nn.functional.sparse_simplex import sparsestmax
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
@@ -33,6 +34,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "BatchRenormScheduler",
+    "ConversionReport",
     "DecorrelatedBatchNorm2d",
     "EigenConv2d",
     "EigenLinear",
@@ -65,6 +67,7 @@ __all__ = [
     "WhitenedConv2d",
     "WhitenedLinear",
     "connect_kalman",
+    "conversion_report",
     "convert_layers",
     "convert_norm",
     "fold_switchable",

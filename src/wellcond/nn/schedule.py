@@ -10,7 +10,7 @@ from wellcond import theory
 from wellcond.nn.norm.momentum import MomentumBatchNorm
 from wellcond.nn.norm.renorm import BatchRenorm
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import AnyInteger, check_positive_integer, checked
 
 
 class _LayerScheduler:
@@ -71,6 +71,7 @@ class MomentumScheduler(_LayerScheduler):
         0.9375
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -188,8 +189,9 @@ class BatchRenormScheduler(_LayerScheduler):
         [(1.0, 0.0), (1.0, 0.0), (2.0, 5.0), (3.0, 5.0)]
     """
 
+    @checked
     def __init__(
-        self, model: nn.Module, *, warmup_steps: int = 5_000, r_steps: int = 40_000, d_steps: int = 25_000
+        self, model: nn.Module, *, warmup_steps: AnyInteger = 5_000, r_steps: int = 40_000, d_steps: int = 25_000
     ) -> None:
         super().__init__()
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
@@ -255,6 +257,7 @@ class SparsityScheduler(_LayerScheduler):
         0.25
     """
 
+    @checked
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         super().__init__()
         check_positive_integer("total_steps", total_steps)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from wellcond.layouts import Layout, layout_of
 from wellcond.numerics.moments import statistics_dtype
+from wellcond.runtime.checks import checked, checks_itself, is_finite_number, shown
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -55,6 +56,8 @@ class WeightStandardization(nn.Module):
         return f"eps={self.eps}"
 
 
+@checked
+@checks_itself("eps")
 def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5) -> _Module:
     """Let a layer compute with its standardized weight (Qiao et al., "Weight Standardization", 2019).
 
@@ -93,8 +96,8 @@ def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5)
     layout = layout_of(module)
     if layout is None:
         raise TypeError(f"no layout is known for {type(module).__name__}: see wellcond.layouts.register_layout")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps!r}")
+    if not is_finite_number(eps) or eps <= 0:
+        raise ValueError(f"eps must be positive, got {shown(eps)}")
     weights = [known for known, _ in layout.weights(module) if isinstance(getattr(module, known, None), Tensor)]
     if name not in weights:
         kind = parametrize.type_before_parametrizations(module).__name__

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.runtime.checks import check_choice as check_choice
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.warning import WellcondWarning as WellcondWarning
 
@@ -212,9 +213,3 @@ class GradientTransform(ABC):
             Counts by name.
         """
         return {"weights": len(slots)}
-
-
-def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError naming the argument unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from wellcond.layouts import Layer
+from wellcond.runtime.checks import check_fields
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
 from wellcond.transforms.sharding import units, units_can_be_averaged
@@ -59,6 +60,7 @@ class GradientCentralization(GradientTransform):
             check_choice("layers", self.layers, ("all", "conv"))
         check_choice("where", self.where, ("gradient", "update"))
         check_choice("decay", self.decay, ("inside", "outside"))
+        check_fields(self)
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a weight's gradient is centred."""

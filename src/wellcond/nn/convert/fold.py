@@ -10,9 +10,11 @@ from torch import nn
 
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm
+from wellcond.runtime.checks import checked
 from wellcond.runtime.warning import WellcondWarning
 
 
+@checked
 def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> nn.Module:
     """Make plain layers of the sparse switchable normalizations that have chosen one normalizer, in place.
 
@@ -62,7 +64,7 @@ def fold_switchable(model: nn.Module, where: Callable[[str, nn.Module], bool] | 
         convert_norm(model, plain.kind, lambda _, module, alike=alike: module in alike, **options)  # type: ignore[misc]
     if left:
         warnings.warn(
-            f"fold_switchable: these layers stay as they are: {'; '.join(left)}", WellcondWarning, stacklevel=2
+            f"fold_switchable: these layers stay as they are: {'; '.join(left)}", WellcondWarning, stacklevel=3
         )
     return model
 

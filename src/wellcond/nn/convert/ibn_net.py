@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.norm.instance_batch import check_instance_fraction
+from wellcond.runtime.checks import checked, checks_itself
 
 _STAGES_A = (1, 2, 3)
 _STAGES_B = (1, 2)
@@ -88,6 +89,8 @@ _DENSENETS = tuple(
 _NETWORKS = (*_RESNETS, *_DENSENETS)
 
 
+@checked
+@checks_itself("instance_fraction", "stages")
 def ibn_a(
     model: nn.Module, *, instance_fraction: float | None = None, stages: Iterable[int] | None = None
 ) -> nn.Module:
@@ -154,6 +157,7 @@ def ibn_a(
     return convert_norm(model, "ibn", lambda name, _: name in chosen, instance_fraction=fraction, order=order)
 
 
+@checked
 def ibn_b(model: nn.Module) -> nn.Module:
     """Make a ResNet an IBN-Net-b, in place: instance normalization of whole features, in few places.
 

@@ -12,6 +12,7 @@ from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
+from wellcond.runtime.checks import checked
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
@@ -27,6 +28,7 @@ _OURS = (AmortizedLinear, AmortizedConv2d, NetworkDeconvolution2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@checked
 def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **options: Any) -> nn.Module:
     """Replace a model's linear layers and convolutions by layers that whiten their features, in place.
 

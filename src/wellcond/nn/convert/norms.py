@@ -6,12 +6,16 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
+from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, lookalikes, thawed
+from wellcond.nn.convert.report import is_other_norm, keep_report
+from wellcond.nn.convert.single_values import RefuseSingleValues
+from wellcond.nn.convert.then_activation import FUSED, Norm, ThenActivation, fused_type
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
@@ -26,10 +30,9 @@ from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, Popu
 from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
 from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_choice, check_positive_integer, checked
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-Norm: TypeAlias = type[nn.Module]
 
 # Of each kind, the layers of 1, 2 and 3 dimensions.
 _KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
@@ -66,9 +69,10 @@ _DEFAULTS: dict[str, dict[str, object]] = {"gn": {"num_groups": 32}}
 
 
 class _Found(NamedTuple):
-    layer: _BatchNorm
+    layer: nn.Module
     names: list[str]
     selected: list[bool]
+    fused: str | None  # The layer of torch's that it is a part of.
 
 
 class _Change(NamedTuple):
@@ -81,11 +85,13 @@ class _NotConvertibleError(TypeError):
     """Why one layer cannot be converted."""
 
 
+@checked
 def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **options: Any) -> nn.Module:
     """Convert a model's batch normalizations to another kind, in place.
 
-    From `nn.BatchNorm1d/2d/3d`, this library's layers that stand in for them, and timm's `BatchNormAct2d` (whose
-    dropout and activation stay), to the same number of dimensions of
+    From `nn.BatchNorm1d/2d/3d`, this library's layers that stand in for them, timm's `BatchNormAct2d` (whose dropout
+    and activation stay), and the frozen ones of torchvision, timm, detectron2 and transformers (whose γ and β stay
+    constant: parameters that do not require gradients until you say so), to the same number of dimensions of
 
     - ``"bn"``: `nn.BatchNorm*`, for deployment or to go back;
     - ``"ghost"``: `GhostBatchNorm*`; needs the option group_size;
@@ -101,14 +107,15 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
       the parameters that it makes are new: make the optimizer afterwards;
     - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,
       `nn.InstanceNorm*` (1d for [N, C, L] only). These have no running statistics, which are dropped: only γ, β and ε
-      stay, evaluation changes, and there is no way back.
+      stay, evaluation changes, and there is no way back. A forward pre-hook refuses, by the layer's name, inputs that
+      offer one value to each set to be normalized, such as [N, C] to groups of one channel.
 
     A converted layer is the same object as before, with another class. So it keeps its γ and β (the very parameters,
     which an optimizer may hold), running statistics, device, mode, hooks and their handles, tied uses, references to it
     from elsewhere, and attributes, buffers and submodules that were added to it. A `wellcond.attach` made before stays
     right, too, but for ``"gn"``, ``"ln"`` and ``"in"``, whose normalized features correlate differently: attach after
     those. Wrap in `DistributedDataParallel`, which lists buffers once, after converting. If anything is refused,
-    nothing has changed.
+    nothing has changed. `conversion_report(model)` says afterwards what was changed, what was left, and why.
 
     eps, momentum (but for ``"pn"``), affine and track_running_stats are the layer's unless given; so are group_size and
     synchronize where both kinds have them. Momentum Batch Norm keeps `momentum` for the way back only: its decay
@@ -132,8 +139,9 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
         TypeError: If an argument is of another type, an option is not one of the new layers' or is missing, or a
             selected layer cannot be kept as it is: a subclass with a forward that is not known, `nn.SyncBatchNorm`
             (whose number of dimensions is not known), a lazy layer without its parameters, a computed weight
-            (parametrizations, pruning), no running statistics where the kind needs them. All such layers are named. Or
-            the model cannot be traced, for ``"kn"``.
+            (parametrizations, pruning), no running statistics where the kind needs them, a part of one of torch's fused
+            layers (`torch.ao.nn.intrinsic`), a layer that keeps running statistics but is of no known type (in-place
+            activated batch normalization). All such layers are named. Or the model cannot be traced, for ``"kn"``.
         ValueError: If the kind is not known, no layer is selected, an option is out of its range, or a layer's channels
             cannot be divided into num_groups, or the order of layers is not clear, for ``"kn"``.
 
@@ -148,15 +156,18 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if to not in _KINDS:
-        raise ValueError(f"to must be one of {_listed(_KINDS)}, got {to!r}")
+    check_choice("to", to, tuple(_KINDS))
     if where is not None and not callable(where):
         raise ValueError(f"where must be a predicate of (name, module) or None, got {where!r}")
     _check_options(to, options)
-    changes: list[_Change] = []
+    changes: dict[str, _Change] = {}
+    left: dict[str, str] = {}
     refused: dict[str, list[str]] = {}
     errors: type[Exception] = ValueError
     for found in _find(model, where):
+        if not any(found.selected):
+            left[found.names[0]] = f"{type(found.layer).__name__}: not selected by `where`"
+            continue
         try:
             change = _plan(found, to, options)
         except (TypeError, ValueError) as error:
@@ -164,12 +175,21 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
             refused.setdefault(reason, []).append(repr(found.names[0]) if found.names[0] else "the model itself")
             errors = TypeError if isinstance(error, TypeError) else errors
         else:
-            changes.extend([change] if change is not None else [])
+            if change is None:
+                left[found.names[0]] = f"{type(found.layer).__name__}: is of the kind already"
+            else:
+                changes[found.names[0]] = change
     if refused:
         lines = [f"\n  {', '.join(names)}: {reason}" for reason, names in refused.items()]
         raise errors(f"convert_norm(to={to!r}) cannot convert these layers, and changed none:{''.join(lines)}")
-    before = [_Change(change.layer, type(change.layer), dict(vars(change.layer))) for change in changes]
-    _apply(changes)
+    said = {name: f"{type(each.layer).__name__} → {each.to.__name__}" for name, each in changes.items()}
+    left |= {
+        name: f"{type(module).__name__}: no batch normalization"
+        for name, module in model.named_modules()
+        if is_other_norm(module) and not isinstance(module, _BatchNorm) and name not in said and name not in left
+    }
+    before = [_Change(each.layer, type(each.layer), dict(vars(each.layer))) for each in changes.values()]
+    _apply(changes.values())
     if any(isinstance(module, KalmanBatchNorm2d) for module in model.modules()):
         try:
             connect_kalman(model)
@@ -178,6 +198,10 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
             raise type(error)(
                 f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
             ) from error
+    for name, change in changes.items():
+        if not issubclass(change.to, _BatchNorm):
+            change.layer.register_forward_pre_hook(RefuseSingleValues(name or "the model itself"))
+    keep_report(model, f"convert_norm(to={to!r})", said, left)
     return model
 
 
@@ -192,29 +216,25 @@ def _apply(changes: Iterable[_Change]) -> None:
 
 
 def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
-    """Find the batch normalizations that are selected under at least one of their names, each once."""
-    uses: dict[_BatchNorm, list[str]] = {}
+    """Find all batch normalizations, and what looks like one, each once; raise if none of them is selected."""
+    known = frozen_norms(model).keys() | lookalikes(model).keys()
+    uses: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) or module in known:
             uses.setdefault(module, []).append(name)
+    fused = fused_norms(model)
     found = [
-        _Found(layer, names, [where is None or bool(where(name, layer)) for name in names])
+        _Found(layer, names, [where is None or bool(where(name, layer)) for name in names], fused.get(layer))
         for layer, names in uses.items()
     ]
-    selected = [each for each in found if any(each.selected)]
-    if selected:
-        return selected
+    if any(any(each.selected) for each in found):
+        return found
     if found:
         first = _listed(found[0].names[:1])
         raise ValueError(f"`where` selects none of the model's {len(found)} batch normalizations ({first}, …)")
-    others = Counter(type(module).__name__ for module in model.modules() if _is_other_norm(module))
+    others = Counter(type(module).__name__ for module in model.modules() if is_other_norm(module))
     kinds = ", ".join(f"{count} {name}" for name, count in others.items()) or "none at all"
     raise ValueError(f"{type(model).__name__} has no batch normalization to convert; its normalizations are: {kinds}")
-
-
-def _is_other_norm(module: nn.Module) -> bool:
-    """Whether a module is, as far as its name says, a normalization; only for what an error shows."""
-    return type(module).__name__.rstrip("123d").endswith("Norm")
 
 
 # what becomes of one layer ------------------------------------------------------------------------------------------
@@ -222,7 +242,16 @@ def _is_other_norm(module: nn.Module) -> bool:
 
 def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     """Make a layer's new state without touching the layer; None if it stays as it is."""
+    if is_frozen(found.layer):
+        free = thawed(found.layer)
+        change = _plan(found._replace(layer=free), to, options)
+        return change._replace(layer=found.layer) if change else _Change(found.layer, type(free), dict(vars(free)))
     layer = found.layer
+    if not isinstance(layer, _BatchNorm):
+        raise _NotConvertibleError(
+            "keeps running statistics as a batch normalization does, but is none that is known, so what else it does "
+            "would be lost: replace it by hand, or leave it out with `where`"
+        )
     plain, fused = _plain_type(layer)
     if not all(found.selected):
         raise _NotConvertibleError(
@@ -233,17 +262,21 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
         raise _NotConvertibleError(f"has no counterpart: {to!r} is for inputs [N, C, H, W] only")
     if target is plain and not options:
         return None
+    if found.fused is not None:
+        raise _NotConvertibleError(
+            f"is a part of {found.fused}, which computes with its tensors by itself: convert before fusing"
+        )
     _check_state(layer, target)
     new = _build(layer, plain, target, to, options)
     if isinstance(new, _BatchNorm):
         _take_statistics(new, layer, options)
-    return _Change(layer, target if fused is None else _fused_type(target, fused), _merge(layer, plain, new))
+    return _Change(layer, target if fused is None else fused_type(target, fused), _merge(layer, plain, new))
 
 
 def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
     """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
     kind = type(layer)
-    if isinstance(layer, _ThenActivation) and kind is _FUSED.get((layer.normalization, layer.original)):
+    if isinstance(layer, ThenActivation) and kind is FUSED.get((layer.normalization, layer.original)):
         return layer.normalization, layer.original
     if kind in _DIMENSIONS:
         return kind, None
@@ -380,7 +413,7 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
 def _blank(plain: Norm) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
     required = [name for name, argument in _arguments(plain).items() if argument.default is argument.empty]
-    return plain(1, **dict.fromkeys(required, 1))
+    return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.
 
 
 # options ------------------------------------------------------------------------------------------------------------
@@ -400,52 +433,3 @@ def _arguments(layer: Norm) -> dict[str, inspect.Parameter]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
-
-
-# timm's layers with an activation -----------------------------------------------------------------------------------
-
-
-class _ThenActivation(nn.Module):
-    """Adds to a normalization what timm's `BatchNormAct2d` does after it, under the same names.
-
-    Splitting the layer in two would change the keys of its state dict and what code around it reads, so it stays one
-    layer, and, where it still is a batch normalization, an instance of timm's class, too.
-    """
-
-    normalization: ClassVar[Norm]
-    original: ClassVar[Norm]
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize, drop, activate."""
-        output: Tensor = self.act(self.drop(super().forward(input)))
-        return output
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made on demand, so it has no name under which it could be found again.
-        reduced = super().__reduce_ex__(protocol)
-        assert isinstance(reduced, tuple)
-        return _empty_fused, (self.normalization, self.original), *reduced[2:]
-
-
-_FUSED: dict[tuple[Norm, Norm], Norm] = {}
-
-
-def _fused_type(normalization: Norm, original: Norm) -> Norm:
-    """Return the type that normalizes as the first and then acts as the second, a timm type."""
-    if normalization is nn.BatchNorm2d:
-        return original
-    if (normalization, original) not in _FUSED:
-        bases = (normalization, original) if issubclass(normalization, _BatchNorm) else (normalization,)
-        members: dict[str, Any] = {"normalization": normalization, "original": original}
-        members |= {"__module__": __name__, "__doc__": _ThenActivation.__doc__}
-        name = normalization.__name__.removesuffix("2d") + "Act2d"
-        _FUSED[normalization, original] = type(name, (_ThenActivation, *bases), members)
-    return _FUSED[normalization, original]
-
-
-def _empty_fused(normalization: Norm, original: Norm) -> nn.Module:
-    """Make a layer for `pickle` and `copy` to fill."""
-    fused = _fused_type(normalization, original)
-    return fused.__new__(fused)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wellcond.nn.functional.batch_norm_kernels import gradient_sums, over, plain_gradient_sums, standardized
+from wellcond.nn.functional.once import differentiable_once
 from wellcond.numerics.moments import Moments, merge_samples, positions, spread_samples, sum_samples
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -151,6 +151,10 @@ class _Saved(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_SECOND = (
+    "a normalization that is synchronized over ranks has no second derivative, since the sums over ranks have none: "
+    "make the layer with synchronize=False where gradients are differentiated (gradient penalties, Hessians)"
+)
 
 
 def _gradients(grad: Tensor, saved: _Saved, all_reduce: AllReduce | None) -> Gradients:
@@ -250,10 +254,11 @@ def _differentiable_gradients(grad: Tensor, saved: _Saved) -> Gradients:
     return grad_x, grad_weight, grad_bias
 
 
-@once_differentiable
 def _gradients_on_ranks(ctx: Any, grad: Tensor, saved: _Saved) -> Gradients:
     """Return the gradients; differentiating them again is refused, since sums over ranks are not differentiable."""
-    return _gradients(grad, saved, ctx.all_reduce)
+    with torch.no_grad():
+        gradients = _gradients(grad, saved, ctx.all_reduce)
+    return cast(Gradients, differentiable_once(gradients, (grad, *ctx.saved_tensors), _NO_SECOND))
 
 
 def _split(value: float | Tensor) -> tuple[Tensor | None, float | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond.runtime.checks import shown
+
 
 def sparsemax(logits: Tensor) -> Tensor:
     """Project logits on the probability simplex: the nearest point to them, often with exact zeros.
@@ -56,6 +58,10 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
         >>> sparsestmax(logits, 0.0), sparsestmax(logits, 0.5), sparsestmax(logits, 1.0)
         (tensor([0.5000, 0.3000, 0.2000]), tensor([0.7191, 0.2562, 0.0247]), tensor([1., 0., 0.]))
     """
+    if not isinstance(logits, Tensor) or not logits.dim() or not logits.is_floating_point():
+        raise TypeError(f"logits must be a floating-point tensor of shape (..., K), got {shown(logits)}")
+    if not isinstance(radius, Tensor) and (isinstance(radius, bool) or not _is_share(radius)):
+        raise ValueError(f"radius must be a number in [0, 1] or a tensor, got {shown(radius)}")
     squared = torch.as_tensor(radius, dtype=logits.dtype, device=logits.device).square()
     weights, centre = sparsemax(logits), None
     for _ in range(logits.shape[-1] - 1):
@@ -74,6 +80,10 @@ def sparsestmax(logits: Tensor, radius: float | Tensor) -> Tensor:
         # Rounding in the sum must not bring back what is fixed at zero.
         weights = sparsemax(torch.where(inside, moved, -9.0))
     return weights
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def _pushed(weights: Tensor, centre: Tensor, inside: Tensor, squared: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from wellcond.numerics.moments import (
     spread_samples,
     unbiased,
 )
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import LARGEST_SIZE, check_positive_integer
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.warning import WellcondWarning
 
@@ -69,6 +69,7 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
         track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
         group_size: Normalize ghost groups of so many samples, in the batch's order; None for the batch as a whole.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters.
 
@@ -89,10 +90,11 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive_integer("num_features", num_features)
+        check_positive_integer("num_features", num_features, LARGEST_SIZE)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps!r}")
         if momentum is not None and not 0 <= momentum <= 1:
@@ -102,6 +104,8 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
             if synchronize is not False:
                 raise ValueError("group_size and synchronize contradict each other: groups lie within a rank's batch")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # Older versions of torch have no such argument.
+            self.register_parameter("bias", None)
         self.group_size = group_size
         self.synchronize = synchronize
         self._widen_statistics()
@@ -135,6 +139,14 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
     def uses_batch(self) -> bool:
         """Whether the next forward pass normalizes with the batch's own statistics."""
         return self.training or self.running_mean is None
+
+    @property
+    def updates(self) -> bool:
+        """Whether the next forward pass takes its batch into the statistics that are kept.
+
+        Not if `track_running_stats` was set to False, as statistics are frozen, nor in a pass that is repeated.
+        """
+        return self.training and self.track_running_stats and self.running_mean is not None and not self.recomputing
 
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize a training batch with its own statistics, and take them into the running ones."""
@@ -208,8 +220,9 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
             factor: Weight of the new value; None for what `momentum` says.
         """
         empty = not isinstance(moments.elements, Tensor) and moments.elements == 0
-        if not self.training or self.running_mean is None or self.recomputing or empty:
+        if not self.updates or empty:
             return
+        assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         with torch.no_grad():

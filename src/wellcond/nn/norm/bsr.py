@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,15 +20,26 @@ from wellcond.nn.functional.batch_statistics_regression import (
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import Batch
 from wellcond.nn.norm.instance import InstanceInference
+from wellcond.runtime.checks import checked
 from wellcond.runtime.ranks import Ranks
 
+# In `var_weights`, which are never negative: not solved yet. Any average with it is negative, too.
+_UNSOLVED = torch.finfo(torch.float32).min
 REGRESSION_SUMS = ("mean_gram", "mean_target", "var_gram", "var_target")
 """The buffers of the regressions' sums, in the order of `NormalEquations`."""
+
+
+class _Solved(NamedTuple):
+    """What the regressions were last solved from: copies of the values."""
+
+    nonneg: str
+    buffers: list[Tensor]
 
 
 class BSRBatchNorm(InstanceInference):
     """Batch Statistics Regression of inputs of any number of dimensions; use `BSRBatchNorm1d`, `2d` or `3d`."""
 
+    transient = ("mean_weights", "var_weights")
     mean_gram: Tensor
     mean_target: Tensor
     var_gram: Tensor
@@ -36,6 +47,7 @@ class BSRBatchNorm(InstanceInference):
     mean_weights: Tensor
     var_weights: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -47,6 +59,7 @@ class BSRBatchNorm(InstanceInference):
         exact: bool = True,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +71,7 @@ class BSRBatchNorm(InstanceInference):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -72,11 +86,13 @@ class BSRBatchNorm(InstanceInference):
         for name, width in (("mean_weights", 2), ("var_weights", 3)):
             zeros = torch.zeros(num_features, width, dtype=torch.float32, device=self.running_mean.device)
             self.register_buffer(name, zeros, persistent=False)
-        self._solved = False
+        self._solved: _Solved | None = None
+        self.var_weights.fill_(_UNSOLVED)
 
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize as batch normalization, and take the batch into the regression's sums."""
-        self._solved = False
+        if self.updates and self._solved is not None:
+            self._unsolve()
         batch = self.observe(input, with_instances=True)
         if not self._can_be_exact():
             self.track(batch.moments)
@@ -85,16 +101,15 @@ class BSRBatchNorm(InstanceInference):
             return normalize(
                 input, own.mean, own.var, self.weight, self.bias, self.eps, own, 1.0, batch.sizes, batch.all_reduce
             )
-        updates = self.training and not self.recomputing
         factor = 0.0
-        if updates:
+        if self.updates:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
-        if self.recomputing:
+        if not self.updates:
             # What is saved must look as it did the first time, so there are statistics to update, but not these.
             mean, var = mean.clone(), var.clone()
         # Torch's own kernel, so that training is what it was, bit for bit.
@@ -112,14 +127,15 @@ class BSRBatchNorm(InstanceInference):
         return output
 
     def _can_be_exact(self) -> bool:
-        """Whether torch's kernel does what is asked for; the compiler cannot look at the factor of equal weights."""
-        if torch.compiler.is_compiling() and self.momentum is None:
+        """Whether torch's kernel does what is asked for; the factor of equal weights must be looked at for that."""
+        if self.momentum is None and (torch.compiler.is_compiling() or self.mean_gram.is_meta):
             return False
-        return self.exact and self.group_size is None and self.synchronize is False
+        # Torch's kernel takes no ε of 0, as old checkpoints of frozen layers have it.
+        return self.exact and self.group_size is None and self.synchronize is False and self.eps > 0
 
     def _regress(self, batch: Batch) -> None:
         """Add a batch to the sums (3.13)."""
-        if not self.training or self.recomputing:
+        if not self.updates:
             return
         assert batch.instances is not None
         assert self.running_mean is not None
@@ -133,30 +149,84 @@ class BSRBatchNorm(InstanceInference):
                 buffer.lerp_(value, factor.to(buffer.dtype) if isinstance(factor, Tensor) else factor)
 
     def solve(self) -> None:
-        """Solve the regressions; done by itself when the layer goes from training to evaluation, and after loading."""
+        """Solve the regressions; done by itself wherever the layer evaluates with other sums than it has solved."""
+        for name, value in zip(self.transient, self._solution(), strict=True):
+            buffer = self._buffers[name]
+            assert buffer is not None
+            if buffer.device == value.device and not buffer.is_inference():
+                buffer.copy_(value)
+            else:
+                self._buffers[name] = value.to(buffer.dtype)
+        self._solved = _Solved(self.nonneg, [buffer.detach().clone() for buffer in self._solved_from()])
+
+    def _solution(self) -> tuple[Tensor, Tensor]:
+        """Return α and β."""
         assert self.running_mean is not None
         assert self.running_var is not None
         with torch.no_grad():
             sums = NormalEquations(*(getattr(self, name) for name in REGRESSION_SUMS))
             mean, var = (part.to(sums.mean_gram.dtype) for part in (self.running_mean, self.running_var))
-            self.mean_weights.copy_(solve_mean(sums.mean_gram, sums.mean_target, mean))
-            self.var_weights.copy_(solve_var(sums.var_gram, sums.var_target, var, self.nonneg))
-        self._solved = True
+            alpha = solve_mean(sums.mean_gram, sums.mean_target, mean)
+            return alpha, solve_var(sums.var_gram, sums.var_target, var, self.nonneg)
+
+    def _solved_from(self) -> list[Tensor]:
+        """Return all buffers that a solution depends on: each may have been written to from outside."""
+        return [getattr(self, name) for name in (*REGRESSION_SUMS, "running_mean", "running_var")]
+
+    def _unsolve(self) -> None:
+        """Mark the solution as one of other sums; whoever copies all buffers copies the mark."""
+        self._solved = None
+        with torch.no_grad():
+            self.var_weights.fill_(_UNSOLVED)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Return α and β, solved anew if any of the buffers has changed since they were solved.
+
+        Averaged models, loaded checkpoints and swapped parameters write into buffers in place, also through `.data`,
+        which leaves no trace but the values: so these are compared. It costs some 30 µs, and a wait for the device.
+        """
+        kept = self.mean_weights, self.var_weights
+        if torch.compiler.is_compiling():
+            # An exported program takes the solution of the change to evaluation for constants.
+            return kept if torch.compiler.is_exporting() else self._solution()
+        if torch._C._get_tracing_state() is not None or self._is_captured():
+            return kept
+        if torch._C._functorch.peek_interpreter_stack() is not None or not self._has_values():
+            return self._solution()
+        if not self._is_solved():
+            self.solve()
+        return self.mean_weights, self.var_weights
+
+    def _is_solved(self) -> bool:
+        if self._solved is None or self._solved.nonneg != self.nonneg:
+            return False
+        pairs = list(zip(self._solved.buffers, self._solved_from(), strict=True))
+        if any(kept.device != now.device or kept.dtype != now.dtype for kept, now in pairs):
+            return False
+        return bool((self.var_weights >= 0).all()) and all(torch.equal(kept, now) for kept, now in pairs)
+
+    def _has_values(self) -> bool:
+        """Whether there is something to look at: not on the meta device, nor in a tensor that stands for another."""
+        return type(self.mean_gram) is Tensor and not self.mean_gram.is_meta
+
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured, in which nothing can be looked at."""
+        return self.mean_gram.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Predict the batch's statistics: f_μ = φᵀα, f_σ = ϕᵀβ (3.9)."""
-        if not self._solved:
-            self.solve()
         assert self.running_mean is not None
-        slope, intercept = self.mean_weights.to(mean.dtype).unbind(-1)
-        of_var, of_distance, constant = self.var_weights.to(mean.dtype).unbind(-1)
+        alpha, beta = self._weights()
+        # Rounded to what is kept of them.
+        slope, intercept = alpha.to(self.mean_weights.dtype).to(mean.dtype).unbind(-1)
+        of_var, of_distance, constant = beta.to(self.var_weights.dtype).to(mean.dtype).unbind(-1)
         distance = (mean - self.running_mean.to(mean.dtype)).square()
         return slope * mean + intercept, of_var * var + of_distance * distance + constant
 
     def train(self, mode: bool = True) -> BSRBatchNorm:
         """Set the mode; going to evaluation solves the regressions."""
         super().train(mode)
-        if not mode and not self._solved and not self.mean_gram.is_meta:
+        if not mode and self._has_values() and not self._is_solved():
             self.solve()
         return self
 
@@ -166,7 +236,8 @@ class BSRBatchNorm(InstanceInference):
         for name in REGRESSION_SUMS:
             if name in self._buffers:
                 getattr(self, name).zero_()
-        self._solved = False
+        if "var_weights" in self._buffers:
+            self._unsolve()
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics."""
@@ -184,10 +255,11 @@ class BSRBatchNorm(InstanceInference):
         # A plain BatchNorm's checkpoint has no sums: then evaluation is batch normalization's, until there are some.
         if prefix + "running_mean" in state_dict and not any(prefix + name in state_dict for name in REGRESSION_SUMS):
             for name in REGRESSION_SUMS:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+                like = state_dict[prefix + "running_mean"]
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=like.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._solved = False
-        if not self.training:
+        self._unsolve()
+        if not self.training and self._has_values():
             self.solve()
 
 
@@ -215,6 +287,7 @@ class BSRBatchNorm1d(BSRBatchNorm, nn.BatchNorm1d):
             regressions need anyway: the same up to rounding, and faster on a CPU. Groups and ranks always do.
         group_size: Train in ghost groups of so many samples, and predict their statistics.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; running statistics are float32 or wider, the sums float64.
 

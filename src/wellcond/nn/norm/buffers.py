@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 class KeptStatistics(nn.Module):
     """Base of the modules that keep statistics: casting the module to half precision does not round them."""
+
+    # Buffers that no state dict holds: they follow from others, or are counted anew, from zero.
+    transient: ClassVar[tuple[str, ...]] = ()
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics, each with the narrowest dtype that it may have."""
@@ -37,8 +40,32 @@ class KeptStatistics(nn.Module):
                 self._buffers[name] = new.to(dtype) if old.is_meta else old.to(new.device, dtype)
         return self
 
+    def own_or(self, name: str, value: float, like: Tensor) -> Tensor:
+        """Return what a checkpoint without a tensor of this name is completed with: this module's own values.
+
+        Args:
+            name: Of a parameter or buffer.
+            value: Taken instead if the module is on the meta device, where there are no values.
+            like: A tensor of the checkpoint, whose device is then taken.
+        """
+        own = getattr(self, name).detach()
+        if own.is_meta:
+            return torch.full(own.shape, value, dtype=own.dtype, device=like.device)
+        return cast(Tensor, own.clone())  # Assigned, it must not be the memory of another buffer.
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # With `assign=True` the checkpoint's tensors are the buffers now, of whatever dtype, and on another device than
+        # a module on the meta device has the rest on.
+        self._widen_statistics()
+        held = [buffer for name, buffer in self._buffers.items() if buffer is not None and name not in self.transient]
+        for name in self.transient:
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.is_meta and held and not held[0].is_meta:
+                self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=held[0].device)
+
     def _widen_statistics(self) -> None:
-        """Widen what the constructor made narrow."""
+        """Widen what the constructor, or a checkpoint, made narrow."""
         for name, narrowest in self.statistics():
             buffer = self._buffers.get(name)
             if buffer is not None and buffer.dtype.itemsize < narrowest.itemsize:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.nn.functional.autocast import without_autocast
+from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.group_whitening import group_covariance, group_width, in_format_of, map_groups, zca
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.numerics.moments import Moments, ghost_sizes, positions, statistics_dtype
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
 
 
@@ -25,7 +26,7 @@ class _Statistics(NamedTuple):
     whitening: Tensor
 
 
-class BatchWhitening(StatisticsNorm):
+class BatchWhitening(Unfusible, StatisticsNorm):
     """Base of the layers that whiten groups of channels with the batch's covariance: y = γ·W(x − μ) + β.
 
     Subclasses say what W is (`whitening`). Beside the running mean and variance, whose names and meaning are those of
@@ -42,6 +43,7 @@ class BatchWhitening(StatisticsNorm):
     tracks_batch_moments = False
     running_whitening: Tensor | None
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -53,6 +55,7 @@ class BatchWhitening(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class BatchWhitening(StatisticsNorm):
             track_running_stats,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -85,7 +89,7 @@ class BatchWhitening(StatisticsNorm):
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Whiten a training batch with its own mean and covariance, and take these into the running ones."""
         self._check_enough(input)
-        with _without_autocast(input):
+        with without_autocast(input.device):
             wide = input.to(statistics_dtype(input.dtype))
             parts = [self._groups(part, count) for part, count in _equal_parts(wide, self.group_size)]
             self._track_groups([statistics for _, statistics in parts])
@@ -114,7 +118,7 @@ class BatchWhitening(StatisticsNorm):
         """Whiten with the running mean and the running W."""
         assert self.running_mean is not None
         assert self.running_whitening is not None
-        with _without_autocast(input):
+        with without_autocast(input.device):
             wide = input.to(statistics_dtype(input.dtype))
             mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
             return self._whitened(wide, mean, whitening).to(input.dtype)
@@ -140,7 +144,7 @@ class BatchWhitening(StatisticsNorm):
             variances = torch.cat([part.moments.var for part in parts])
             self.track(Moments(means, variances, elements))
             empty = not isinstance(elements, Tensor) and elements == 0
-            if self.training and self.running_whitening is not None and not self.recomputing and not empty:
+            if self.updates and self.running_whitening is not None and not empty:
                 whitening = torch.cat([part.whitening for part in parts]).mean(0)
                 self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), self.factor())
 
@@ -191,8 +195,7 @@ class DecorrelatedBatchNorm2d(DecorrelatedBatchNorm, nn.BatchNorm2d):
     below it lies what rounds in features of unit scale, also in bfloat16; a larger one (1e-3) magnifies small
     directions less.
 
-    Inputs of half precision are computed with in float32, which takes its memory; the output is rounded once. The
-    result can be differentiated once; for second derivatives there is `IterNorm2d`, which needs no eigendecomposition.
+    Inputs of half precision are computed with in float32, which takes its memory; the output is rounded once.
 
     Args:
         num_features: C.
@@ -204,6 +207,7 @@ class DecorrelatedBatchNorm2d(DecorrelatedBatchNorm, nn.BatchNorm2d):
         track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
         group_size: Whiten ghost groups of so many samples, in the batch's order; None for the batch as a whole.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
@@ -228,12 +232,6 @@ def _equal_parts(x: Tensor, group_size: int | None) -> list[tuple[Tensor, int]]:
         return [(x, len(sizes))]
     last = x.shape[0] - sizes[-1]
     return [(x[:last], len(sizes) - 1), (x[last:], 1)]
-
-
-def _without_autocast(input: Tensor) -> AbstractContextManager[object]:
-    """Disable autocast, under which covariances and their roots would be of half precision."""
-    device = input.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _over_ranks(

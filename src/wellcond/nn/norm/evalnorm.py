@@ -13,6 +13,7 @@ from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import Batch
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.numerics.moments import spread_samples
+from wellcond.runtime.checks import checked
 
 
 class EvalNorm(InstanceInference):
@@ -21,6 +22,7 @@ class EvalNorm(InstanceInference):
     mean_mixture: Tensor
     var_mixture: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -32,6 +34,7 @@ class EvalNorm(InstanceInference):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,6 +47,7 @@ class EvalNorm(InstanceInference):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -58,7 +62,7 @@ class EvalNorm(InstanceInference):
         batch = self.observe(input, with_instances=True)
         self.track(batch.moments)
         # A rank without samples takes part: the others wait for its sums.
-        if self.training and not self.recomputing:
+        if self.updates:
             self._learn(batch)
         own = batch.moments
         return normalize(
@@ -134,7 +138,8 @@ class EvalNorm(InstanceInference):
         # A plain BatchNorm's checkpoint has no mixture: evaluation is then batch normalization's.
         for name in ("mean_mixture", "var_mixture"):
             if prefix + name not in state_dict and prefix + "running_mean" in state_dict:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+                like = state_dict[prefix + "running_mean"]
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=like.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -156,6 +161,7 @@ class EvalNorm1d(EvalNorm, nn.BatchNorm1d):
         mixture_lr: Rate of α's and β's descent: 1 would fit each batch alone.
         group_size: Train in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

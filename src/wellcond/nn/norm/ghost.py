@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from wellcond.nn.norm.base import StatisticsNorm
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 
 
 class GhostBatchNorm(StatisticsNorm):
     """Ghost Batch Normalization of inputs of any number of dimensions; use `GhostBatchNorm1d`, `2d` or `3d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -21,12 +22,21 @@ class GhostBatchNorm(StatisticsNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_integer("group_size", group_size)
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, group_size=group_size, device=device, dtype=dtype
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            group_size=group_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
 
@@ -45,6 +55,7 @@ class GhostBatchNorm1d(GhostBatchNorm, nn.BatchNorm1d):
         momentum: Weight of a new batch in the running statistics; None for equal weights.
         affine: Learn γ and β.
         track_running_stats: Keep running statistics; without, evaluation uses the batch's own, in groups.
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

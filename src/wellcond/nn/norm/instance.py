@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.numerics.moments import instance_moments, positions, statistics_dtype
 
 
-class InstanceInference(StatisticsNorm):
+class InstanceInference(Unfusible, StatisticsNorm):
     """Base of the layers that train as batch normalization, and in evaluation predict the batch's statistics."""
 
     def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

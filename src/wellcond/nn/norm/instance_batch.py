@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.live import live_moments, normalize_with
 from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.numerics.moments import positions
+from wellcond.runtime.checks import checked, checks_itself
 
 _ORDERS = ("instance_first", "batch_first")
 
 
-class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
+class InstanceBatchNorm2d(Unfusible, StatisticsNorm, nn.BatchNorm2d):
     """Instance normalization of a part of the channels and batch normalization of the rest (Pan et al., ECCV 2018).
 
     The layer of IBN-Net: instance normalization takes out appearance (style, contrast), batch normalization keeps what
@@ -22,9 +25,9 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
 
     All tensors have size C, as those of the `nn.BatchNorm2d` that it stands in for: γ and β are one tensor each for
     both parts, and running statistics are kept of the instance-normalized channels, too. Those are not used for
-    evaluation, which takes such a channel's statistics from each sample as training does; they are what conversion back
-    to batch normalization needs. An input of one position has no instance statistics: its instance-normalized channels
-    become β. The authors' checkpoints, with the two parts' tensors under ``IN.`` and ``BN.``, and those of a plain
+    evaluation, which takes such a channel's statistics from each sample as training does; they are what conversion
+    back to batch normalization needs. An input of one position has no instance statistics, and is refused. The
+    authors' checkpoints, with the two parts' tensors under ``IN.`` and ``BN.``, and those of a plain
     `nn.BatchNorm2d` can be loaded.
 
     Args:
@@ -40,6 +43,7 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             are normalized by batch, as in their DenseNets.
         group_size: Take the batch's part of the statistics in ghost groups of so many samples.
         synchronize: Take it over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
@@ -53,6 +57,8 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         (tensor(True), tensor(True))
     """
 
+    @checked
+    @checks_itself("instance_fraction")
     def __init__(
         self,
         num_features: int,
@@ -65,6 +71,7 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         order: str = "instance_first",
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -79,11 +86,17 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             track_running_stats,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
         self.instance_fraction = instance_fraction
         self.order = order
+        if instance_fraction > 0 and self.instance_channels == 0:
+            raise ValueError(
+                f"instance_fraction must be 0 or select at least one of the {num_features} channels, "
+                f"got {instance_fraction!r} (in nn.BatchNorm2d the argument after num_features is eps: give it by name)"
+            )
 
     @property
     def instance_channels(self) -> int:
@@ -93,11 +106,17 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             return int(self.num_features * self.instance_fraction)
         return self.num_features - int(self.num_features * (1 - self.instance_fraction))
 
+    @property
+    def evaluates_as_batch_norm(self) -> bool:
+        """Whether no channel is normalized by instance."""
+        return self.instance_channels == 0
+
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize a training batch with its own statistics, and take them into the running ones."""
         if self.instance_channels == 0:
             return super().normalize_batch(input)
         self._check_enough(input)
+        self._check_positions(input)
         instances, features = live_moments(input)
         batch, spread = self.merged(instances)
         self.track(batch)
@@ -108,6 +127,7 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         """Normalize each sample with its own statistics and the running ones."""
         if self.instance_channels == 0:
             return super().normalize_with_estimates(input)
+        self._check_positions(input)
         assert self.running_mean is not None
         assert self.running_var is not None
         instances, features = live_moments(input)
@@ -120,6 +140,14 @@ class InstanceBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         if self.order != "instance_first":
             arguments["order"] = self.order
         return arguments
+
+    def _check_positions(self, input: Tensor) -> None:
+        """Refuse what would make every value of the instance-normalized channels β."""
+        if positions(input) == 1:
+            raise ValueError(
+                f"expected more than 1 position: {self.instance_channels} of {self.num_features} channels are "
+                f"normalized by instance, where one value alone becomes the bias, got input size {list(input.shape)}"
+            )
 
     def _join(self, instances: Tensor, batch: Tensor) -> Tensor:
         """Return [N, C] of each instance's statistics [N, C] and those of batches, [N, C] or [C], each its channels."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from wellcond.nn.functional.group_whitening import newton_whitening
 from wellcond.nn.norm.decorrelated import BatchWhitening
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 
 
 class IterNorm(BatchWhitening):
     """Iterative Normalization of inputs of any number of dimensions; use `IterNorm2d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -28,6 +29,7 @@ class IterNorm(BatchWhitening):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -41,6 +43,7 @@ class IterNorm(BatchWhitening):
             track_running_stats,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -68,7 +71,8 @@ class IterNorm(BatchWhitening):
                 state_dict[prefix + name] = state_dict[prefix + name].flatten()
         if self.running_var is not None and self.num_batches_tracked is not None:
             # They keep no variances, and do not count batches; any number but 0 says that there were some.
-            state_dict.setdefault(prefix + "running_var", self.running_var)
+            mean = state_dict[prefix + "running_mean"]
+            state_dict.setdefault(prefix + "running_var", self.own_or("running_var", 1.0, mean))
             state_dict.setdefault(prefix + "num_batches_tracked", torch.ones((), dtype=torch.int64))
 
 
@@ -99,6 +103,7 @@ class IterNorm2d(IterNorm, nn.BatchNorm2d):
         track_running_stats: Keep running statistics; without, evaluation uses the batch's own.
         group_size: Whiten ghost groups of so many samples, in the batch's order; None for the batch as a whole.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

@@ -14,17 +14,19 @@ from wellcond import theory
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.numerics.moments import Moments
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 
 
 class MomentumBatchNorm(StatisticsNorm):
     """Momentum Batch Normalization of inputs of any number of dimensions; use `MomentumBatchNorm1d`, `2d` or `3d`."""
 
+    transient = ("_largest_batch",)
     train_mean: Tensor
     train_var: Tensor
     train_momentum: Tensor
     _largest_batch: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -35,6 +37,7 @@ class MomentumBatchNorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -48,6 +51,7 @@ class MomentumBatchNorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -87,10 +91,11 @@ class MomentumBatchNorm(StatisticsNorm):
         batch = self.observe(input)
         own = batch.moments
         mean, var, share = self._past.of(self, own, self._averaged)
-        if self.training and not self.recomputing:
+        if self.updates:
             # The history; of ghost groups the first, as data parallelism keeps its buffers.
             self.train_mean.copy_(mean if mean.dim() == 1 else mean[0])
             self.train_var.copy_(var if var.dim() == 1 else var[0])
+        if self.training and not self.recomputing:  # No statistic: schedules read it.
             self._largest_batch.copy_(torch.clamp_min(self._largest_batch, batch.samples))
         # Of ghost groups all samples enter the running statistics, whose decay is one for each sample.
         samples = batch.samples if batch.sizes is None else input.shape[0]
@@ -150,9 +155,11 @@ class MomentumBatchNorm(StatisticsNorm):
         # A plain BatchNorm's checkpoint: its running statistics are the history, and training begins as its own would.
         for name, source in (("train_mean", "running_mean"), ("train_var", "running_var")):
             if prefix + name not in state_dict and prefix + source in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + source]
+                # A copy: with `assign=True` the two would be one.
+                state_dict[prefix + name] = state_dict[prefix + source].clone()
         if prefix + "train_momentum" not in state_dict and prefix + "running_mean" in state_dict:
-            state_dict[prefix + "train_momentum"] = self.train_momentum
+            like = state_dict[prefix + "running_mean"]
+            state_dict[prefix + "train_momentum"] = self.own_or("train_momentum", 0.0, like)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -172,6 +179,7 @@ class MomentumBatchNorm1d(MomentumBatchNorm, nn.BatchNorm1d):
         group_size: Normalize ghost groups of so many samples; the first group's statistics are the history, as data
             parallelism keeps its buffers. All samples enter the running statistics, with the decay τ₀^(N/m₀).
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

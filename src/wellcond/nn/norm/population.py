@@ -12,11 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.numerics.moments import Moments, statistics_dtype
+from wellcond.runtime.checks import checked
 
 
 class PopulationNorm(StatisticsNorm):
     """Population normalization of inputs of any number of dimensions; use `PopulationNorm1d`, `2d` or `3d`."""
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -26,6 +28,7 @@ class PopulationNorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -36,6 +39,7 @@ class PopulationNorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -86,6 +90,7 @@ class PopulationNorm1d(PopulationNorm, nn.BatchNorm1d):
         affine: Learn γ and β.
         group_size: Take statistics in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
@@ -107,6 +112,7 @@ class PopulationNorm3d(PopulationNorm, nn.BatchNorm3d):
     """`PopulationNorm1d` of [N, C, D, H, W]."""
 
 
+@checked
 def gamma_decay(
     model: nn.Module,
     coefficient: float | Callable[[str, nn.Module], float | Tensor] = 1e-4,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
 from wellcond.numerics.moments import Moments
+from wellcond.runtime.checks import checked
 
 
 class BatchRenorm(StatisticsNorm):
@@ -21,6 +22,7 @@ class BatchRenorm(StatisticsNorm):
     scale_bound: Tensor
     shift_bound: Tensor
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -32,6 +34,7 @@ class BatchRenorm(StatisticsNorm):
         *,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,6 +45,7 @@ class BatchRenorm(StatisticsNorm):
             affine,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -116,9 +120,9 @@ class BatchRenorm(StatisticsNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A plain BatchNorm's checkpoint has no bounds: this layer's stay.
-        for name in ("scale_bound", "shift_bound"):
+        for name, made_with in zip(("scale_bound", "shift_bound"), self._bounds, strict=True):
             if prefix + name not in state_dict and prefix + "running_mean" in state_dict:
-                state_dict[prefix + name] = getattr(self, name)
+                state_dict[prefix + name] = self.own_or(name, made_with, state_dict[prefix + "running_mean"])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -139,6 +143,7 @@ class BatchRenorm1d(BatchRenorm, nn.BatchNorm1d):
         d_max: Bound of d; the paper ends at 5.
         group_size: Normalize ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 

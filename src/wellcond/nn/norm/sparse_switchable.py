@@ -81,10 +81,12 @@ class SparseSwitchableNorm(SwitchableNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _rename_authors(state_dict, prefix)
-        if any(prefix + name in state_dict for name in ("weight", "running_mean", "mean_logits")):
-            for name in ("circle", "mean_chosen", "var_chosen"):
-                if self._buffers.get(name) is not None:
-                    state_dict.setdefault(prefix + name, self.get_buffer(name))
+        of_layer = ("weight", "running_mean", "mean_logits")
+        known = [state_dict[prefix + name] for name in of_layer if prefix + name in state_dict]
+        if known:
+            for name, start in (("circle", 0.0), ("mean_chosen", -1), ("var_chosen", -1)):
+                if self._buffers.get(name) is not None and prefix + name not in state_dict:
+                    state_dict[prefix + name] = self.own_or(name, start, known[0])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

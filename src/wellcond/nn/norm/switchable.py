@@ -9,21 +9,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.live import Carried, live_moments, normalize_with
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.numerics.moments import Moments, merge, positions
+from wellcond.runtime.checks import checked
 
 NORMALIZERS = ("in", "ln", "bn")
 """Instance, layer and batch normalization, in the order of the logits."""
 
 
-class SwitchableNorm(StatisticsNorm):
+class SwitchableNorm(Unfusible, StatisticsNorm):
     """Switchable Normalization of inputs of any number of dimensions; use `SwitchableNorm1d`, `2d` or `3d`."""
 
     tracks_batch_moments = False
     mean_logits: nn.Parameter
     var_logits: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
         num_features: int,
@@ -37,6 +40,7 @@ class SwitchableNorm(StatisticsNorm):
         unbiased: bool = False,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,6 +57,7 @@ class SwitchableNorm(StatisticsNorm):
             track_running_stats and with_batch,
             group_size=group_size,
             synchronize=synchronize,
+            bias=bias,
             device=device,
             dtype=dtype,
         )
@@ -112,6 +117,11 @@ class SwitchableNorm(StatisticsNorm):
 
     def _instances(self, input: Tensor) -> tuple[Moments, Carried]:
         """Return each instance's moments, with their graph, and the features."""
+        if "bn" not in self.normalizers and positions(input) * input.shape[1] == 1:
+            raise ValueError(
+                "expected more than 1 value per instance: there is nothing to normalize one by, "
+                f"got input size {list(input.shape)}"
+            )
         instances, features = live_moments(input)
         if not self.unbiased:
             return instances, features
@@ -162,11 +172,12 @@ class SwitchableNorm(StatisticsNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _rename_authors(state_dict, prefix, self.num_features)
-        if any(prefix + name in state_dict for name in ("weight", "running_mean")):
+        known = [state_dict[prefix + name] for name in ("weight", "running_mean") if prefix + name in state_dict]
+        if known:
             # A plain BatchNorm's checkpoint says nothing about shares.
             for name in ("mean_logits", "var_logits"):
-                if self._parameters.get(name) is not None:
-                    state_dict.setdefault(prefix + name, self.get_parameter(name))
+                if self._parameters.get(name) is not None and prefix + name not in state_dict:
+                    state_dict[prefix + name] = self.own_or(name, 1.0, known[0])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -221,6 +232,7 @@ class SwitchableNorm1d(SwitchableNorm, nn.BatchNorm1d):
         unbiased: Take the instances' unbiased variances, as the authors' code.
         group_size: Take the batch statistics over ghost groups of so many samples.
         synchronize: Take them over all ranks (True; "SyncSN"), over a process group, or over this process alone.
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
@@ -249,6 +261,7 @@ class SwitchableNorm3d(SwitchableNorm, nn.BatchNorm3d):
     """`SwitchableNorm1d` of [N, C, D, H, W]."""
 
 
+@checked
 def switch_logits(model: nn.Module) -> list[nn.Parameter]:
     """Return the logits of a model's switchable normalizations, for a parameter group of their own.
 

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from wellcond.layouts import Layout, layout_of
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
 from wellcond.nn.whitened.optimizer_steps import OPTIMIZER_STEPS
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import DampingMode, check_damping
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.warning import WellcondWarning
+
+_COUNTS = ("steps", "failed_refreshes", "recomputes")
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -56,6 +59,7 @@ class AmortizedLayer(KeptStatistics):
     weight: Tensor
     bias: Any
 
+    @checked
     def set_schedule(
         self,
         damping: float = 1e-3,
@@ -221,9 +225,9 @@ class AmortizedLayer(KeptStatistics):
         return self.refresh_warmup and elapsed < self.refresh_every and left_over == 0 and is_power_of_two
 
     def _renew(self) -> bool:
-        if not any(bool(statistics.count > 0) for statistics in self._all_statistics()):
+        if self.weight.is_meta or not any(bool(statistics.count > 0) for statistics in self._all_statistics()):
             return False
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.weight.device):
             solved = self.solve()
         if not solved:
             self.failed_refreshes += 1
@@ -253,14 +257,16 @@ class AmortizedLayer(KeptStatistics):
         """The dtype of statistics and constants."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Return the counts, and whether reentrant checkpointing was seen."""
-        return {"steps": self.steps, "failed_refreshes": self.failed_refreshes, "recomputes": int(self._recomputes)}
+    def get_extra_state(self) -> Tensor:
+        """Return the counts, and whether reentrant checkpointing was seen: a tensor, as all else in a state dict."""
+        return torch.tensor([self.steps, self.failed_refreshes, int(self._recomputes)])
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore them."""
-        self.steps, self.failed_refreshes = state["steps"], state["failed_refreshes"]
-        self._recomputes = bool(state["recomputes"])
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """Restore them, also from checkpoints that held a dict."""
+        counts = [state[name] for name in _COUNTS] if isinstance(state, dict) else state.tolist()
+        # An average of checkpoints, as some make it of all tensors, has no whole numbers.
+        self.steps, self.failed_refreshes = round(counts[0]), round(counts[1])
+        self._recomputes = bool(counts[2])
         self._begins = True
 
     def reset_parameters(self) -> None:

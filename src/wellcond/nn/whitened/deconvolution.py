@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
-from wellcond.nn.whitened.plain_layers import arguments_of, geometry_of, with_parameters
+from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, geometry_of, with_parameters
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.numerics.patches import Window, patch_rows
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked, checks_itself, is_finite_number, shown
 
 _LAYOUT = ConvLayout()
 
@@ -85,6 +86,8 @@ steps=5, block=3, sampling_stride=3)
     running_deconv: Tensor
     num_batches_tracked: Tensor
 
+    @checked
+    @checks_itself("eps")
     def __init__(
         self,
         in_channels: int,
@@ -106,16 +109,11 @@ steps=5, block=3, sampling_stride=3)
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for argument, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("steps", steps),
-            ("block", block),
-            ("sampling_stride", sampling_stride),
-        ):
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        for argument, value in (("steps", steps), ("block", block), ("sampling_stride", sampling_stride)):
             check_positive_integer(argument, value)
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps!r}")
+        if not is_finite_number(eps) or eps <= 0:
+            raise ValueError(f"eps must be positive, got {shown(eps)}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1] or be None, got {momentum!r}")
         super().__init__(
@@ -137,6 +135,8 @@ steps=5, block=3, sampling_stride=3)
         self.block = math.gcd(block, in_channels // groups) if block < in_channels // groups else in_channels // groups
         self.sampling_stride = sampling_stride
         self.interleaved = interleaved
+        # As on `nn.BatchNorm2d`: False freezes the running statistics in training.
+        self.track_running_stats = True
         self._blocks = in_channels // groups // self.block
         self._width = self.block * math.prod(self.kernel_size)
         self._register_statistics(self.weight.device)
@@ -206,7 +206,7 @@ steps=5, block=3, sampling_stride=3)
                 f"expected input of size [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], "
                 f"got {list(input.shape)}"
             )
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             if self.training and input.numel() > 0:
                 mean, deconv = self.whitening(input)
                 self._track(mean, deconv)
@@ -306,7 +306,7 @@ steps=5, block=3, sampling_stride=3)
 
     def _track(self, mean: Tensor, deconv: Tensor) -> None:
         """Take a batch's μ and D into the running ones."""
-        if self.recomputing:
+        if self.recomputing or not self.track_running_stats:
             return
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
@@ -337,7 +337,7 @@ steps=5, block=3, sampling_stride=3)
             if isinstance(found, Tensor) and own is not None and found.dim() < own.dim():
                 if found.numel() == own.numel():
                     state_dict[prefix + name] = found.reshape(own.shape)
-                state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+                state_dict.setdefault(prefix + "num_batches_tracked", self.own_or("num_batches_tracked", 0, found))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
+from wellcond.nn.whitened.plain_layers import check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.nn.whitened.wnn import WhitenedLayer, Whitening, WhiteningOptions
 from wellcond.numerics.linalg import check_damping, damped_eigenvalues, try_eigh
+from wellcond.runtime.checks import checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,6 +29,7 @@ class EigenLayer(WhitenedLayer):
 
     error_transform: Tensor
 
+    @checked
     def configure(
         self,
         whitening: Whitening = "zca",
@@ -156,6 +159,7 @@ class EigenLinear(EigenLayer, AmortizedLinear):
                  [0.0000, 0.7454]]]))
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -165,6 +169,7 @@ class EigenLinear(EigenLayer, AmortizedLinear):
         dtype: torch.dtype | None = None,
         **options: Unpack[EigenOptions],
     ) -> None:
+        check_linear(in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.configure(**options)
 
@@ -200,6 +205,7 @@ class EigenConv2d(EigenLayer, AmortizedConv2d):
         (torch.Size([2, 8, 5, 5]), torch.Size([1, 8, 8]))
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -215,6 +221,7 @@ class EigenConv2d(EigenLayer, AmortizedConv2d):
         dtype: torch.dtype | None = None,
         **options: Unpack[EigenOptions],
     ) -> None:
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self.configure(**options)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.whitened.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear, take_over
-from wellcond.nn.whitened.plain_layers import arguments_of
+from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -32,6 +33,7 @@ class GeneralizedWhitenedLayer(AmortizedLayer):
     transform: Tensor
     center: Tensor
 
+    @checked
     def configure(self, outputs: int, directions: Directions = "nearest", **schedule: Any) -> None:
         """Check and keep the options, and start with the first outputs of the plain layer."""
         self.set_schedule(**schedule)
@@ -54,14 +56,14 @@ class GeneralizedWhitenedLayer(AmortizedLayer):
     @torch.no_grad()
     def observe(self, input: Tensor) -> None:
         """Take the covariance of h̃, which the pass itself does not compute."""
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             hidden = self.map(input.detach().to(self.weight.dtype), self.weight, self.bias)
         self.hidden.observe(self.output_rows(hidden))
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return P W and P (b − m)."""
         dtype = self.transform.dtype
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             weight = self.transform @ self.layout.matrix(self, self.weight).flatten(2).to(dtype)
             shift = -self.center
             if self.bias is not None:
@@ -147,6 +149,7 @@ class GeneralizedWhitenedLinear(GeneralizedWhitenedLayer, AmortizedLinear):
         True
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -157,6 +160,7 @@ class GeneralizedWhitenedLinear(GeneralizedWhitenedLayer, AmortizedLinear):
         dtype: torch.dtype | None = None,
         **options: Unpack[GeneralizedOptions],
     ) -> None:
+        check_linear(in_features, out_features)
         hidden = _hidden("features", out_features, hidden_features)
         super().__init__(in_features, hidden, bias, device, dtype)
         self.out_features, self.hidden_features = out_features, hidden
@@ -214,6 +218,7 @@ class GeneralizedWhitenedConv2d(GeneralizedWhitenedLayer, AmortizedConv2d):
         (torch.Size([2, 4, 3, 3]), torch.Size([1, 4, 8]))
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -231,6 +236,7 @@ class GeneralizedWhitenedConv2d(GeneralizedWhitenedLayer, AmortizedConv2d):
         hidden_channels: int | None = None,
         **options: Unpack[GeneralizedOptions],
     ) -> None:
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         hidden = _hidden("channels", out_channels, hidden_channels)
         if out_channels % groups:
             raise ValueError(f"out_channels must be a multiple of the {groups} groups, got {out_channels}")

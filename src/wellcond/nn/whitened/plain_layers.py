@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from wellcond.runtime.checks import LARGEST_SIZE, check_choice, check_positive_integer, shown
+
 _LINEAR = ("in_features", "out_features")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -36,6 +38,47 @@ def geometry_of(layer: nn.Module) -> dict[str, Any]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return arguments | {"bias": layer.bias is not None, "device": "meta", "dtype": weight.dtype}
+
+
+def check_linear(in_features: int, out_features: int) -> None:
+    """Raise a ValueError unless these are sizes of a linear layer.
+
+    >>> check_linear(0, 4)
+    Traceback (most recent call last):
+        ...
+    ValueError: in_features must be a positive integer, got 0
+    """
+    check_positive_integer("in_features", in_features, LARGEST_SIZE)
+    check_positive_integer("out_features", out_features, LARGEST_SIZE)
+
+
+def check_convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: str | int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> None:
+    """Raise a ValueError unless these are a convolution's.
+
+    >>> check_convolution(3, 4, (3, 0), 1, 0, 1, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: kernel_size must be a positive integer, got 0
+    """
+    for name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        check_positive_integer(name, size, LARGEST_SIZE)
+    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        for number in pair if isinstance(pair, (tuple, list)) else (pair,):
+            check_positive_integer(name, number, LARGEST_SIZE)
+    if isinstance(padding, str):
+        check_choice("padding", padding, ("same", "valid"))
+        return
+    for number in padding if isinstance(padding, (tuple, list)) else (padding,):
+        if not 0 <= number <= LARGEST_SIZE:
+            raise ValueError(f"padding must not be negative, nor more than {LARGEST_SIZE}, got {shown(number)}")
 
 
 def with_parameters(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
 from wellcond.runtime.ranks import Ranks
 
@@ -97,7 +98,7 @@ class RunningCovariance(KeptStatistics):
         """Add rows [groups, n, d] to what waits; rows that are not all finite are left out and counted as skipped."""
         if rows.shape[1] == 0:
             return
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             rows = rows.detach().to(self.covariance.dtype)
             mean = rows.mean(dim=1) if self.centered else torch.zeros_like(self.mean)
             rows = rows - mean.unsqueeze(1) if self.centered else rows
@@ -130,15 +131,25 @@ class RunningCovariance(KeptStatistics):
         self.mean.copy_(total.mean)
         self.covariance.copy_(total.covariance)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what waits; it is no buffer because it differs between ranks."""
-        return {"pending": None if self.pending is None else tuple(self.pending)}
+    def get_extra_state(self) -> Tensor:
+        """Return what waits as one tensor, zeros if nothing does; it is no buffer because it differs between ranks."""
+        parts = (self.count, self.mean, self.covariance)
+        waiting = [torch.zeros_like(part) for part in parts] if self.pending is None else self.pending
+        return torch.cat([part.flatten() for part in waiting])
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what waited."""
-        pending = state["pending"]
-        like = self.covariance
-        self.pending = None if pending is None else Covariance(*(part.to(like.device, like.dtype) for part in pending))
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """Restore what waited, also from checkpoints that held a dict."""
+        like = (self.count, self.mean, self.covariance)
+        if isinstance(state, dict):
+            found = state["pending"]
+        else:
+            sizes = [part.numel() for part in like]
+            found = state.split(sizes) if state.is_meta or bool(state[0] > 0) else None
+        if found is None:
+            self.pending = None
+            return
+        parts = zip(found, like, strict=True)
+        self.pending = Covariance(*(part.to(own.device, own.dtype, copy=True).view_as(own) for part, own in parts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.whitened.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
+from wellcond.nn.whitened.plain_layers import check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,6 +35,7 @@ class WhitenedLayer(AmortizedLayer):
     transform: Tensor
     center: Tensor
 
+    @checked
     def configure(self, whitening: Whitening = "zca", components: int | None = None, **schedule: Any) -> None:
         """Check and keep the options, and start as the plain layer."""
         self.set_schedule(**schedule)
@@ -66,7 +69,7 @@ class WhitenedLayer(AmortizedLayer):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return W = V P and b = d − V P μ."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with without_autocast(self.weight.device):
             weight, bias = self.folded_matrices()
             weight = weight.reshape(self.weight.shape).to(self.weight.dtype)
             return weight, None if bias is None else bias.flatten().to(self.weight.dtype)
@@ -194,6 +197,7 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
                 [ 0.9995,  0.9995]])
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -203,6 +207,7 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
         dtype: torch.dtype | None = None,
         **options: Unpack[WhiteningOptions],
     ) -> None:
+        check_linear(in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.configure(**options)
 
@@ -240,6 +245,7 @@ class WhitenedConv2d(WhitenedLayer, AmortizedConv2d):
         (torch.Size([2, 8, 5, 5]), torch.Size([1, 27, 27]))
     """
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -255,6 +261,7 @@ class WhitenedConv2d(WhitenedLayer, AmortizedConv2d):
         dtype: torch.dtype | None = None,
         **options: Unpack[WhiteningOptions],
     ) -> None:
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         super().__init__(
             in_channels,
             out_channels,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wellcond.layouts import Layer, LinearLayout
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import (
     Coverage,
@@ -120,6 +120,7 @@ class FeaturePreconditioner(GradientTransform):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
+        check_fields(self)
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a layer's gradient is preconditioned."""

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.functional.live import live_moments, normalize_with
 from wellcond.nn.norm.base import PastStatistics, StatisticsNorm
 from wellcond.nn.norm.kalman.graph import Read, Statistics, StatisticsGraph, propagate
 from wellcond.numerics.moments import Moments, ghost_sizes, merge_samples, spread_samples
-from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.checks import check_positive_integer, checked, checks_itself
 
 __all__ = ["KalmanBatchNorm2d", "filter_moments", "propagate"]
 
@@ -98,6 +99,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             is one of its own; a smaller one joins the last.
         predecessor_features: How many statistics the prediction is made of, the columns of E; None until the layer is
             connected, and always if not `learned`.
+        bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
         device: Of the parameters and statistics.
         dtype: Of the parameters; statistics are float32 or wider.
 
@@ -118,6 +120,8 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
     log_noise: nn.Parameter | None  # log R, [C]
     gain_logit: nn.Parameter | None  # log(q/(1 − q)), []
 
+    @checked
+    @checks_itself("gain")
     def __init__(
         self,
         num_features: int,
@@ -129,6 +133,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         gain: float | None = None,
         group_size: int | None = None,
         predecessor_features: int | None = None,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,7 +145,9 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             check_positive_integer("predecessor_features", predecessor_features)
             if not learned:
                 raise ValueError("predecessor_features is the width of a learned transition: learned=False has none")
-        super().__init__(num_features, eps, momentum, affine, group_size=group_size, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, group_size=group_size, bias=bias, device=device, dtype=dtype
+        )
         self.learned = learned
         self.gain = gain
         self.predecessor_features = predecessor_features
@@ -231,7 +238,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
         assert self.log_noise is not None
         dtype = like.mean.dtype
         transition = self.transition.to(dtype)
-        with torch.autocast(like.mean.device.type, enabled=False):
+        with without_autocast(like.mean.device):
             mean = before.mean @ transition.t() + self.transition_bias.to(dtype)
             var = before.var @ transition.square().t() + self.log_noise.to(dtype).exp()
         return mean, var
@@ -289,10 +296,10 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A plain BatchNorm's checkpoint has no transition: this one's stays as it is.
         if not any(prefix + name in state_dict for name in _LEARNED):
-            for name in _LEARNED:
-                own = self._parameters[name]
-                if own is not None and prefix + "running_mean" in state_dict:
-                    state_dict[prefix + name] = own.detach()
+            starts = (0.0, 0.0, math.log(_FIRST_NOISE), math.log(self.gain / (1.0 - self.gain)))
+            for name, start in zip(_LEARNED, starts, strict=True):
+                if self._parameters[name] is not None and prefix + "running_mean" in state_dict:
+                    state_dict[prefix + name] = self.own_or(name, start, state_dict[prefix + "running_mean"])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -28,6 +28,7 @@ from wellcond.nn.norm.kalman.graph import (
     parts_of,
 )
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
+from wellcond.runtime.checks import checked
 
 _ADDITIONS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _CONCATENATIONS: tuple[object, ...] = (torch.cat, torch.concat, torch.concatenate)
@@ -57,6 +58,7 @@ _POOLING = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_poo
 _ACTIVATING_AND_POOLING = frozenset((*_ACTIVATING, *_ACTIVATING_ON_PIECES, *_POOLING))
 
 
+@checked
 def connect_kalman(
     model: nn.Module, predecessors: Mapping[str, str | Sequence[str]] | None = None
 ) -> dict[str, tuple[str, ...]]:
