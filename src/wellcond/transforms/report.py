@@ -39,26 +39,30 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         One row a parameter, in the model's order.
     """
     unknown = find_layers(model).unknown
-    found: dict[str, tuple[str, int | None]] = {}
+    done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
-        for use in slot.uses:
-            found[use.name] = (coverage.how, coverage.state_bytes if coverage.applies else None)
-            if coverage.applies and not slot.enabled:
-                found[use.name] = ("unchanged: switched off by its parameter group", None)
-        if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
-            found[slot.layer.bias_name] = (f"together with {slot.layer.name}", None)
+        if coverage.applies and not slot.enabled:
+            done[id(slot.layer.weight)] = ("unchanged: switched off by its parameter group", None)
+            continue
+        done[id(slot.layer.weight)] = (coverage.how, coverage.state_bytes if coverage.applies else None)
+        if slot.enabled and slot.bias is not None:
+            done[id(slot.bias)] = (f"together with {slot.layer.name}", None)
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if nn.parameter.is_lazy(parameter):
             rows.append(ParameterCoverage(name, (), "known after its first forward pass", None))
             continue
+        found: tuple[str, int | None] = ("unchanged", None)
         if id(parameter) not in held:
-            found.setdefault(name, ("not held by this optimizer", None))
+            found = ("not held by this optimizer", None)
+        elif not parameter.requires_grad and parameter.grad is None:
+            found = ("unchanged: frozen (requires_grad=False)", None)
+        elif id(parameter) in done:
+            found = done[id(parameter)]
         elif name in unknown:
-            how = f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)"
-            found.setdefault(name, (how, None))
-        rows.append(ParameterCoverage(name, tuple(parameter.shape), *found.get(name, ("unchanged", None))))
+            found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
+        rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))
     return rows
 
 
