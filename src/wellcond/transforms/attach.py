@@ -253,7 +253,15 @@ class Attachment:
         if regrouped and (wrong := unknown_switches(optimizer, self.transforms)):
             warnings.warn(wrong, WellcondWarning, stacklevel=2)
         if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
+            had_weights = any(self._slots.values())
             self._find_weights(optimizer)
+            if had_weights and not any(self._slots.values()):
+                warnings.warn(
+                    f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "
+                    "those that the model has now",
+                    WellcondWarning,
+                    stacklevel=2,
+                )
             for transform in self.transforms:
                 transform.check(self._covered(transform))
         self._published.compare(optimizer, self._slots_by_transform())

@@ -70,13 +70,11 @@ class StepHooks:
         """Register the hooks."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        for register, hook in (
-            (optimizer.register_step_pre_hook, self._before_step),
-            (optimizer.register_step_post_hook, self._after_step),
-            (optimizer.register_load_state_dict_pre_hook, self._before_load),
-            (optimizer.register_load_state_dict_post_hook, self._after_load),
-        ):
-            self._handles.append(register(hook))  # type: ignore[operator]
+        keep = self._handles.append
+        keep(optimizer.register_step_pre_hook(self._before_step))
+        keep(optimizer.register_step_post_hook(self._after_step))
+        keep(optimizer.register_load_state_dict_pre_hook(self._before_load))
+        keep(optimizer.register_load_state_dict_post_hook(self._after_load))
         optimizer.__dict__.setdefault(_HANDLES, []).append(self._follower)
         optimizer.__dict__["__getstate__"] = functools.partial(_state_for_copies, weakref.ref(optimizer))
         # What it was a copy of is of no concern any more.
@@ -88,12 +86,13 @@ class StepHooks:
             handle.remove()
         self._handles = []
         optimizer = self._optimizer()
-        followers = [] if optimizer is None else optimizer.__dict__.get(_HANDLES, [])
-        if optimizer is None or self._follower not in followers:
+        if optimizer is None:
             return
-        followers.remove(self._follower)
+        followers = optimizer.__dict__.get(_HANDLES, [])
+        if self._follower in followers:
+            followers.remove(self._follower)
         if not followers:
-            optimizer.__dict__.pop(_HANDLES)
+            optimizer.__dict__.pop(_HANDLES, None)
             optimizer.__dict__.pop("__getstate__", None)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:

@@ -45,7 +45,8 @@ def inner_optimizer(optimizer: object) -> Optimizer:
         >>> inner_optimizer(Wrapper(sgd)) is sgd
         True
     """
-    return _chain(optimizer)[-1]
+    inner: Optimizer = _chain(optimizer)[-1]
+    return inner
 
 
 def usable_optimizer(optimizer: object) -> Optimizer:
@@ -60,7 +61,8 @@ def usable_optimizer(optimizer: object) -> Optimizer:
     Raises:
         TypeError: If its steps, or the loading of its state, cannot be followed; the message says why.
     """
-    *wrappers, inner = _chain(optimizer)
+    chain = _chain(optimizer)
+    inner: Optimizer = chain[-1]
     name = type(inner).__name__
     for attribute, calls in _UPDATES_ELSEWHERE.items():
         if callable(getattr(inner, attribute, None)):
@@ -80,7 +82,7 @@ def usable_optimizer(optimizer: object) -> Optimizer:
         )
     if getattr(inner, "_overlap_with_ddp", False):
         raise TypeError(f"{name}(overlap_with_ddp=True) updates during the backward pass: attach needs overlap off")
-    for wrapper in wrappers:
+    for wrapper in chain[:-1]:
         if _saves_without(wrapper, inner):
             warnings.warn(
                 f"{type(wrapper).__name__}.state_dict() leaves out the state of the {name} that it steps, and with it "

@@ -1,0 +1,255 @@
+"""Optimizers inside optimizers: attached to through the innermost, or refused by name with nothing left behind."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_optimizer
+import torch
+from timm.optim import create_optimizer_v2
+from timm.optim.lookahead import Lookahead as TimmLookahead
+from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.optim import Optimizer
+
+import wellcond
+from wellcond import FeatureWhitening, GradientCentralization
+from wellcond.transforms import WellcondWarning, attachments
+
+OBSERVING: dict[str, Any] = {"stats_every": 1, "solve_every": 1}
+
+
+def net() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    x = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    return model(x * torch.tensor([1.0, 5.0, 1.0, 0.2], dtype=torch.float64) + 1).square().mean()
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+class WithoutInit(Optimizer):
+    """As the many copies of Lookahead that do not call torch's constructor."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+        self.state = defaultdict(dict)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+
+class WithInit(Optimizer):
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.param_groups, self.state, self.fast = inner.param_groups, inner.state, inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.fast.step(closure)
+
+
+class NoOptimizer:
+    def __init__(self, optimizer: Any) -> None:
+        self.wrapped = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.wrapped.step(closure)
+
+    def zero_grad(self) -> None:
+        self.wrapped.zero_grad()
+
+
+class Imitating:
+    """As Lightning's and Fabric's: an object of a class made on the spot, to pass for the optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.__class__ = type("Imitating" + type(optimizer).__name__, (Imitating, type(optimizer)), {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(closure) if closure is not None else self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_optimizer":
+            raise AttributeError(name)
+        return getattr(self._optimizer, name)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "without torch's init": WithoutInit,
+    "with torch's init": WithInit,
+    "no optimizer": NoOptimizer,
+    "imitating": Imitating,
+    "timm's Lookahead": lambda inner: TimmLookahead(inner, alpha=1.0),
+    "pytorch_optimizer's Lookahead": lambda inner: pytorch_optimizer.Lookahead(inner, alpha=1.0),
+    "PostLocalSGDOptimizer": lambda inner: PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=10**9)),
+}
+
+
+def snapshot(model: nn.Module, optimizer: Any) -> Any:
+    return (
+        [(list(m._forward_pre_hooks), list(m._forward_hooks), sorted(vars(m))) for m in model.modules()],
+        sorted(vars(optimizer)),
+        {key: list(value) for key, value in vars(optimizer).items() if "hooks" in key},
+        {id(key): dict(value) for key, value in getattr(optimizer, "state", {}).items()},
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_stack_of_wrappers_is_one_optimizer(seed: int) -> None:
+    draw = random.Random(seed)
+    stack = [draw.choice(list(WRAPPERS)) for _ in range(draw.randint(1, 3))]
+    trained = []
+    for wrap in (True, False):
+        model = net()
+        inner = sgd(model)
+        outer: Any = inner
+        chain = [inner]
+        for name in stack if wrap else ():
+            try:
+                chain.append(WRAPPERS[name](outer))
+            except (AttributeError, TypeError):
+                continue  # these two do not go together, whatever is attached
+            outer = chain[-1]
+        given = draw.choice(chain)
+        handle = wellcond.attach(given, model, GradientCentralization(), FeatureWhitening(**OBSERVING))
+        for each in chain:
+            assert attachments(each) == [handle]
+            with pytest.raises(ValueError, match="is attached to this SGD already"):
+                wellcond.attach(each, model, FeatureWhitening())
+        for step in range(4):
+            outer.zero_grad()
+            loss_of(model, step).backward()
+            outer.step()
+        trained.append(model.weight.detach())
+        handle.remove()
+        assert all(attachments(each) == [] for each in chain)
+    assert torch.equal(*trained), stack
+
+
+def test_timms_lookahead_by_name() -> None:
+    model = net()
+    optimizer = create_optimizer_v2(model, opt="lookahead_sgd", lr=0.1, weight_decay=0.0)
+    wellcond.attach(optimizer, model, FeatureWhitening(**OBSERVING))
+    for step in range(7):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert optimizer.state_dict()["state"][0]["wellcond_whitening_step"] == 7
+
+
+@pytest.mark.parametrize("call", ["step", "two steps"])
+def test_sam_is_attached_to_through_its_base_and_says_what_its_checkpoint_lacks(call: str) -> None:
+    model, by_hand = net(), net()
+    optimizer = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.SGD, lr=0.05, rho=0.1)
+    with pytest.warns(WellcondWarning, match=r"SAM.state_dict\(\) leaves out the state of the SGD"):
+        wellcond.attach(optimizer, model, GradientCentralization())
+    plain = pytorch_optimizer.SAM(by_hand.parameters(), base_optimizer=torch.optim.SGD, lr=0.05, rho=0.1)
+    for step in range(3):
+        for each, its, centre in ((model, optimizer, False), (by_hand, plain, True)):
+            its.zero_grad()
+            loss_of(each, step).backward()
+            if call == "step" and not centre:
+
+                def closure(each: nn.Module = each, step: int = step) -> Tensor:
+                    loss = loss_of(each, step)
+                    loss.backward()
+                    return loss
+
+                its.step(closure)
+                continue
+            its.first_step(zero_grad=True)
+            loss_of(each, step).backward()
+            if centre:
+                each.weight.grad -= each.weight.grad.mean(dim=1, keepdim=True)
+            its.second_step()
+    torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-12, atol=1e-12)
+
+
+class Unhooked(Optimizer):
+    def __init__(self, params: Any) -> None:
+        self.param_groups = [{"params": list(params)}]
+        self.state, self.defaults = defaultdict(dict), {}
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+class Several(NoOptimizer):
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = list(optimizers)
+
+
+class Halves(Optimizer):
+    """Gives one half of its parameters to each of two others, as ZeroRedundancyOptimizer gives each rank a part."""
+
+    def __init__(self, params: Any, parts: int) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.one = torch.optim.SGD(params[:1], lr=0.1)
+        if parts == 2:
+            self.two = torch.optim.AdamW(params[1:], lr=0.1)
+
+
+def replaced_step(model: nn.Module) -> Optimizer:
+    class Mine(torch.optim.SGD):
+        pass
+
+    optimizer = Mine(model.parameters(), lr=0.1)
+    Mine.step = lambda self, closure=None: None  # type: ignore[method-assign, assignment]
+    return optimizer
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "bSAM": (
+        lambda m: pytorch_optimizer.BSAM(m.parameters(), num_data=10),
+        r"BSAM changes weights in first_step\(\) and second_step\(\), .* attach to an optimizer that updates in step",
+    ),
+    "LOMO": (lambda m: pytorch_optimizer.LOMO(m), r"LOMO changes weights in fused_backward\(\)"),
+    "no constructor": (lambda m: Unhooked(m.parameters()), "Unhooked was made without torch.optim.Optimizer.__init__"),
+    "several": (
+        lambda m: Several(sgd(m), torch.optim.AdamW(m.parameters())),
+        r"Several holds several .*\(SGD, AdamW\)",
+    ),
+    "halves": (lambda m: Halves(m.parameters(), 2), r"Halves holds several optimizers \(SGD, AdamW\): attach to each"),
+    "a part": (lambda m: Halves(m.parameters(), 1), "Halves gives the SGD in it only some of its parameters"),
+    "step replaced": (replaced_step, "Mine.step was replaced after an optimizer of that class was made"),
+    "a function": (lambda m: print, "optimizer must be a torch.optim.Optimizer, got builtin_function_or_method"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_followed_is_refused_by_name(name: str) -> None:
+    make, message = REFUSED[name]
+    model = net()
+    optimizer = make(model)
+    before = snapshot(model, optimizer) if hasattr(optimizer, "__dict__") else None
+    with pytest.raises(TypeError, match=message):
+        wellcond.attach(optimizer, model, GradientCentralization(), FeatureWhitening())
+    if before is not None:
+        assert snapshot(model, optimizer) == before
+
+
+def test_an_optimizer_that_keeps_another_for_purposes_of_its_own() -> None:
+    model = net()
+    optimizer = sgd(model)
+    optimizer.for_the_discriminator = sgd(net())  # type: ignore[attr-defined]
+    handle = wellcond.attach(optimizer, model, GradientCentralization())
+    assert attachments(optimizer) == [handle]
