@@ -64,7 +64,7 @@ def run(kind: type[Optimizer], decouple: bool, transform: Any, gradients: str, s
     if transform is not None:
         try:
             wellcond.attach(optimizer, made, transform)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             return f"refused: {error}"
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -92,8 +92,8 @@ def test_row_means_stay_under_decay_whatever_the_optimizer_does_with_it(name: st
             pytest.skip(str(plain))
         torch.manual_seed(1)
         ours = run(kind, decouple, GradientCentralization(), "zero", 20)
-        assert isinstance(ours, Tensor) or "changes weights in" in ours
         if isinstance(ours, str):
+            assert "changes weights in" in ours or "must know how the optimizer applies weight decay" in ours
             return
         torch.testing.assert_close(ours.mean(dim=1), layer().weight.mean(dim=1), rtol=1e-4, atol=1e-5)
         plain, ours = (run(kind, decouple, t, "random", 20) for t in (None, GradientCentralization()))
@@ -112,22 +112,28 @@ def test_the_sweep_is_over_many_optimizers() -> None:
 
 
 class Adapting(Optimizer):
-    """In the manner of Prodigy: steps and decay are scaled by an estimate d that the groups do not name."""
+    """In the manner of Prodigy: steps and decay are scaled by an estimate d."""
 
     def __init__(self, params: Any, d: float = 1e-3, **defaults: Any) -> None:
-        super().__init__(params, {"lr": 1.0, "weight_decay": 0.01, **defaults})
-        self.d = d
+        super().__init__(params, {"lr": 1.0, "weight_decay": 0.01, "d": d, **defaults})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                p.mul_(1 - self.d * group["lr"] * group["weight_decay"]).sub_(self.d * group["lr"] * p.grad)
+                p.mul_(1 - group["d"] * group["lr"] * group["weight_decay"]).sub_(group["d"] * group["lr"] * p.grad)
 
 
 @pytest.mark.parametrize("d", [1e-6, 1.0, 20.0])
-@pytest.mark.parametrize("said", ["auto", "decoupled"])
-@pytest.mark.parametrize("key", [{}, {"weight_decouple": True}, {"decoupled_weight_decay": True}])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ({}, "decoupled"),
+        ({"weight_decouple": True}, "auto"),
+        ({"weight_decouple": True}, "decoupled"),
+        ({"decoupled_weight_decay": True}, "auto"),
+    ],
+)
 def test_sgd_with_any_decay_equals_the_projection_of_gradient_and_decay(
     key: dict[str, bool], said: Any, d: float
 ) -> None:
@@ -150,7 +156,7 @@ def test_schedule_free_keeps_the_row_means_of_its_averages_too() -> None:
     """eval() mixes the weight with z, which decays as well."""
     made = layer()
     optimizer = pytorch_optimizer.ScheduleFreeAdamW(made.parameters(), lr=0.1, weight_decay=0.1)
-    wellcond.attach(optimizer, made, GradientCentralization())
+    wellcond.attach(optimizer, made, GradientCentralization(), weight_decay="decoupled")
     start = made.weight.mean(dim=1).clone()
     for step in range(30):
         optimizer.train()

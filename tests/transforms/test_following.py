@@ -1,4 +1,4 @@
-"""A model that is cast or moved after attaching: the state follows each weight, and statistics stay float32 or wider."""
+"""A model that is cast or moved after attaching: the state follows each weight, statistics stay float32 or wider."""
 
 from __future__ import annotations
 

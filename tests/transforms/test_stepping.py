@@ -1,4 +1,4 @@
-"""Each outermost step transforms once, however an optimizer class is built on another; copies step plainly, and say so."""
+"""Each outermost step transforms once, however an optimizer is built; copies step plainly, and say so."""
 
 from __future__ import annotations
 

@@ -87,9 +87,16 @@ class GradientCentralization(GradientTransform):
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Refuse weight decay that cannot be kept where ``decay`` wants it."""
-        if self.where == "gradient" or self.decay == "inside":
+        if (self.where == "gradient") != (self.decay == "inside"):
             return
         for slot in slots:
+            if self.where == "gradient":
+                if slot.decay is None:
+                    raise ValueError(
+                        "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
+                        "pass weight_decay='coupled' or 'decoupled' to attach()"
+                    )
+                continue
             if slot.decay is None or not (slot.decay.exact or slot.decay.told):
                 raise ValueError(
                     "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
@@ -134,7 +141,7 @@ class GradientCentralization(GradientTransform):
         That is what centred updates are. Where decay must not move them and all that is known of it is what the step
         has done to the weights, row means go back to where they were.
         """
-        return self.where == "update" or (self.decay == "inside" and (decay is None or not decay.exact))
+        return self.where == "update" or (self.decay == "inside" and decay is not None and not decay.exact)
 
     def finish(self, slots: Sequence[Slot]) -> None:
         """Put the row means where they belong after the optimizer's update."""

@@ -43,8 +43,8 @@ def group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKi
         kind: What the user says of the kind, or ``"auto"``.
 
     Returns:
-        The decay; not `exact` unless the optimizer is one of torch's, or the user says that it is coupled: a claim
-        about the gradient alone. That decay is decoupled does not say how strong it is.
+        The decay; `exact` if the optimizer is one of torch's, or the user says of which kind it is. Not so, whatever is
+        said, of those that show a scale of their own for steps and decay.
     """
     strength: Scalar = group.get("weight_decay", 0.0)
     if not isinstance(strength, Tensor) and strength == 0:
@@ -60,7 +60,8 @@ def group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKi
         decoupled = False if isinstance(optimizer, _COUPLED) else None
     if decoupled is None:
         return None
-    exact = kind == "coupled" or isinstance(optimizer, (*_DECOUPLED, *_COUPLED, *_EITHER))
+    of_torch = isinstance(optimizer, (*_DECOUPLED, *_COUPLED, *_EITHER))
+    exact = of_torch or kind == "coupled" or (kind == "decoupled" and not _scales_steps(optimizer, group))
     if not decoupled:
         gradient = -strength if group.get("maximize", False) else strength
         # A fused optimizer under GradScaler is handed gradients still multiplied by the loss scale.
@@ -70,6 +71,16 @@ def group_decay(optimizer: Optimizer, group: dict[str, Any], kind: WeightDecayKi
     # … and takes no step at all when that scaler found infinities.
     found_inf = getattr(optimizer, "found_inf", None)
     return Decay(shrink=shrink if found_inf is None else shrink * (1 - found_inf), exact=exact, told=kind != "auto")
+
+
+def _scales_steps(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether an optimizer multiplies lr by an estimate d (Prodigy, D-Adaptation), or averages weights."""
+    return "d" in group or _averages(optimizer)
+
+
+def _averages(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has other weights for evaluation than for training (schedule-free, SPlus)."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def mixed_with(reference: weakref.ref[Optimizer], weight: Tensor) -> list[Tensor]:
@@ -85,7 +96,7 @@ def mixed_with(reference: weakref.ref[Optimizer], weight: Tensor) -> list[Tensor
         Tensors of the weight's shape, of the optimizer's state; none before its first step.
     """
     optimizer = reference()
-    if optimizer is None or not all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+    if optimizer is None or not _averages(optimizer):
         return []
     other = optimizer.state.get(weight, {}).get("z")
     return [other] if isinstance(other, Tensor) and other.shape == weight.shape else []
