@@ -34,7 +34,7 @@ def classes() -> dict[str, type[Optimizer]]:
         and issubclass(kind, Optimizer)
         and kind.__module__.startswith("pytorch_optimizer.")
         and "weight_decay" in inspect.signature(kind).parameters
-        and list(inspect.signature(kind).parameters)[0] == "params"
+        and next(iter(inspect.signature(kind).parameters), "") == "params"
     }
 
 

@@ -251,7 +251,7 @@ class Attachment:
         """Take in what has changed since the last step, for which no model is searched unless something has."""
         regrouped = self._groups.look(optimizer)
         if regrouped and (wrong := unknown_switches(optimizer, self.transforms)):
-            warnings.warn(wrong, WellcondWarning, stacklevel=2)
+            warnings.warn(f"the parameter groups have changed: {wrong}", WellcondWarning, stacklevel=2)
         if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
             had_weights = any(self._slots.values())
             self._find_weights(optimizer)
