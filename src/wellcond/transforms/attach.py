@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, find_layers
 from wellcond.ranks import Ranks
+from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
 from wellcond.transforms.base import (
     GradientTransform,
     Slot,
@@ -24,10 +25,10 @@ from wellcond.transforms.base import (
     check_choice,
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay, mixed_with
-from wellcond.transforms.groups import Groups, unknown_switches
+from wellcond.transforms.groups import Groups
 from wellcond.transforms.probe import Gate, Probe
-from wellcond.transforms.publishing import Published, first_state
-from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows
+from wellcond.transforms.publishing import Published, first_state, restore
+from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
 from wellcond.transforms.state import carried, follow, set_state
 from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
 from wellcond.transforms.weights import Places, shared_uses, slots_of
@@ -120,9 +121,9 @@ class Attachment:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_choice("weight_decay", weight_decay, ("auto", "coupled", "decoupled"))
-        _check_synchronize(synchronize)
+        check_synchronize(synchronize)
         self.transforms = tuple(transforms)
-        self._check_transforms(optimizer)
+        check_transforms(optimizer, self.transforms)
         if wrong := unknown_switches(optimizer, self.transforms):
             raise ValueError(wrong)
         self._optimizer = weakref.ref(optimizer)
@@ -145,7 +146,7 @@ class Attachment:
             self._begin(optimizer)
         except BaseException:
             self._take_off()
-            _restore(optimizer, found)
+            restore(optimizer, found)
             raise
 
     def _begin(self, optimizer: Optimizer) -> None:
@@ -159,7 +160,9 @@ class Attachment:
         self._find_weights(optimizer)
         for transform in self.transforms:
             transform.check(self._covered(transform))
-        self._warn_of_idle_transforms()
+        for transform in self.transforms:
+            if not (self._covered(transform) or self._lazy):
+                warn_of_idle(transform, self._slots[transform.name])
         self._hooks.install()
 
     # what the user asks ---------------------------------------------------------------------------------------------
@@ -223,23 +226,6 @@ class Attachment:
 
     # which weights --------------------------------------------------------------------------------------------------
 
-    def _check_transforms(self, optimizer: Optimizer) -> None:
-        if not self.transforms:
-            raise ValueError("attach needs at least one transform, got none")
-        attached = {name for other in followers_of(optimizer) for name in other.names}
-        for transform in self.transforms:
-            if not isinstance(transform, GradientTransform):
-                hint = f": did you mean {transform.__name__}()?" if isinstance(transform, type) else ""
-                if isinstance(transform, (list, tuple)):
-                    hint = ": give them one by one, not as a sequence"
-                raise TypeError(f"transforms must be GradientTransforms, got {transform!r}{hint}")
-            if transform.name in attached:
-                raise ValueError(
-                    f"{type(transform).__name__} is attached to this {type(optimizer).__name__} already: "
-                    "attach each kind once, or call remove() on the earlier handle first"
-                )
-            attached.add(transform.name)
-
     def _look_again(self) -> None:
         """Take in what the optimizer and the model are now, for one who asks what is done."""
         optimizer = self._optimizer()
@@ -276,9 +262,12 @@ class Attachment:
         for transform in self.transforms:
             name = transform.name
             self._slots[name] = slots_of(transform, uses, before[name], held, self._shared[name])
+            kept = set(map(id, self._slots[name]))
             for slot in before[name]:
-                if slot not in self._slots[name]:
+                if id(slot) not in kept:
                     self._let_go(optimizer, transform, slot)
+            for slot in self._slots[name]:
+                slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
         self._read_groups(optimizer)
         if before == self._slots and lazy == self._lazy:
             return
@@ -297,18 +286,6 @@ class Attachment:
         for other in self._slots[transform.name]:
             if state and other.layer.weight is weight and other.coverage.applies and carried(transform, other, state):
                 other.state, other.home = state, slot.home
-
-    def _warn_of_idle_transforms(self) -> None:
-        for transform in self.transforms:
-            if not (self._covered(transform) or self._lazy):
-                slots = self._slots[transform.name]
-                reasons = {_why_idle(slot): None for slot in slots}
-                why = f" ({'; '.join(list(reasons)[:3])})" if reasons else ""
-                warnings.warn(
-                    f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
-                    WellcondWarning,
-                    stacklevel=5,
-                )
 
     def _covered(self, transform: GradientTransform) -> list[Slot]:
         return [slot for slot in self._slots[transform.name] if slot.coverage.applies and slot.enabled]
@@ -332,14 +309,13 @@ class Attachment:
                 slot.frozen = not weight.requires_grad and weight.grad is None
                 slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
                 if slot.frozen and slot.state:
-                    slot.state, slot.pending = {}, None
+                    slot.state, slot.pending, slot.home = {}, None, None
                     forget(optimizer, [weight], [transform.name])
                 if slot.enabled and slot.coverage.applies:
-                    if slot.state:
-                        follow(transform, slot)
-                    else:
+                    if slot.home is None:
                         set_state(slot, first_state(optimizer, transform, slot))
-                        slot.companions = functools.partial(mixed_with, self._optimizer, weight)
+                    else:
+                        follow(transform, slot)
 
     # forward passes -------------------------------------------------------------------------------------------------
 
@@ -479,29 +455,3 @@ def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
 
 def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
-
-
-def _why_idle(slot: Slot) -> str:
-    if not slot.coverage.applies:
-        return slot.coverage.how
-    return "frozen: requires_grad=False" if slot.frozen else "switched off by its parameter group"
-
-
-def _check_synchronize(synchronize: object) -> None:
-    group = getattr(dist, "ProcessGroup", None)
-    # What torch gives a rank as the handle of a group that it is not in.
-    outsider = getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", None)
-    if isinstance(synchronize, bool) or (group is not None and isinstance(synchronize, group)):
-        return
-    if outsider is None or synchronize is not outsider:
-        raise TypeError(f"synchronize must be True, False or a torch.distributed.ProcessGroup, got {synchronize!r}")
-
-
-def _restore(optimizer: Optimizer, entries: Mapping[Any, Mapping[Any, Any]]) -> None:
-    """Put back what the entries of the optimizer's state were."""
-    for key, entry in list(optimizer.state.items()):
-        if key not in entries:
-            del optimizer.state[key]
-        elif isinstance(entry, dict):
-            entry.clear()
-            entry.update(entries[key])

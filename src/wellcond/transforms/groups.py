@@ -1,15 +1,11 @@
-"""What an optimizer's parameter groups say now: which parameters it holds, and which transforms may act on them."""
+"""Which parameters an optimizer holds now."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, KeysView
-from typing import Any
+from collections.abc import KeysView
 
 from torch import Tensor
 from torch.optim import Optimizer
-
-from wellcond.transforms.base import GradientTransform
 
 
 class Groups:
@@ -52,33 +48,3 @@ class Groups:
     def group_of(self, parameter: Tensor) -> int | None:
         """Return the number of a parameter's group, or None if the optimizer does not hold it."""
         return self._group_of.get(id(parameter))
-
-
-def unknown_switches(optimizer: Optimizer, transforms: Iterable[GradientTransform]) -> str | None:
-    """Find what in the parameter groups looks like a switch of a transform but is none.
-
-    Args:
-        optimizer: The optimizer.
-        transforms: Those that are attached; of those that are not, the switches of the known kinds count too.
-
-    Returns:
-        What to say of it, or None.
-    """
-    names = {transform.name for transform in transforms} | _known_names(GradientTransform)
-    allowed = sorted(f"wellcond_{name}" for name in names)
-    for index, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            if not str(key).startswith("wellcond_"):
-                continue
-            if key not in allowed:
-                near = difflib.get_close_matches(str(key), allowed, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else ""
-                return f"parameter group {index} has {key!r}; a transform is switched by {', '.join(allowed)}{hint}"
-            if not isinstance(value, bool):
-                return f"{key} of parameter group {index} must be True or False, got {value!r}"
-    return None
-
-
-def _known_names(kind: type[Any]) -> set[str]:
-    own = {kind.name} if isinstance(getattr(kind, "name", None), str) else set()
-    return own.union(*(_known_names(sub) for sub in kind.__subclasses__()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -115,7 +115,7 @@ class Published:
             weight = slot.layer.weight
             loaded = None if slot.frozen else read_state(transform, slot, loading.get(id(weight), {}))
             if loaded is None and not slot.enabled:
-                slot.state = {}
+                slot.state, slot.home = {}, None
                 continue
             set_state(slot, fresh if loaded is None else loaded)
             if slot.enabled and id(weight) in loading:
@@ -148,6 +148,21 @@ def first_state(optimizer: Optimizer, transform: GradientTransform, slot: Slot) 
             stacklevel=2,
         )
     return transform.init(slot) if found is None else found
+
+
+def restore(optimizer: Optimizer, entries: Mapping[Any, Mapping[Any, Any]]) -> None:
+    """Put back what the entries of an optimizer's state were.
+
+    Args:
+        optimizer: The optimizer.
+        entries: A copy of each entry; entries that came later go.
+    """
+    for key, entry in list(optimizer.state.items()):
+        if key not in entries:
+            del optimizer.state[key]
+        elif isinstance(entry, dict):
+            entry.clear()
+            entry.update(entries[key])
 
 
 def _shows(transform: GradientTransform, slot: Slot, entry: dict[str, Any]) -> bool:

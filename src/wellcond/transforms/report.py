@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from wellcond.layouts import find_layers
-from wellcond.transforms.base import Slot
+from wellcond.transforms.base import GradientTransform, Slot, WellcondWarning
 
 
 class ParameterCoverage(NamedTuple):
@@ -82,6 +83,28 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
     ]
+
+
+def warn_of_idle(transform: GradientTransform, slots: Sequence[Slot]) -> None:
+    """Say that a transform covers none of the weights, and why.
+
+    Args:
+        transform: The transform.
+        slots: Its slots.
+    """
+    reasons = list(dict.fromkeys(_why_idle(slot) for slot in slots))
+    why = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    warnings.warn(
+        f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
+        WellcondWarning,
+        stacklevel=5,
+    )
+
+
+def _why_idle(slot: Slot) -> str:
+    if not slot.coverage.applies:
+        return slot.coverage.how
+    return "frozen: requires_grad=False" if slot.frozen else "switched off by its parameter group"
 
 
 def _bytes(count: int) -> str:

@@ -64,17 +64,15 @@ class StepHooks:
         self._optimizer = weakref.ref(optimizer)
         self._follower = follower
         self._told_of_copy = False
-        self._handles: list[Any] = []
 
     def install(self) -> None:
         """Register the hooks."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        keep = self._handles.append
-        keep(optimizer.register_step_pre_hook(self._before_step))
-        keep(optimizer.register_step_post_hook(self._after_step))
-        keep(optimizer.register_load_state_dict_pre_hook(self._before_load))
-        keep(optimizer.register_load_state_dict_post_hook(self._after_load))
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_load_state_dict_pre_hook(self._before_load)
+        optimizer.register_load_state_dict_post_hook(self._after_load)
         optimizer.__dict__.setdefault(_HANDLES, []).append(self._follower)
         optimizer.__dict__["__getstate__"] = functools.partial(_state_for_copies, weakref.ref(optimizer))
         # What it was a copy of is of no concern any more.
@@ -82,12 +80,12 @@ class StepHooks:
 
     def remove(self) -> None:
         """Take the hooks off; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         optimizer = self._optimizer()
         if optimizer is None:
             return
+        for hooks in _hooks_in(vars(optimizer)).values():
+            for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[number]
         followers = optimizer.__dict__.get(_HANDLES, [])
         if self._follower in followers:
             followers.remove(self._follower)
@@ -223,11 +221,19 @@ def _state_for_copies(reference: weakref.ref[Optimizer], *_: Any) -> Any:
     names = tuple(name for follower in followers_of(optimizer) for name in follower.names)
     # Some classes copy their whole __dict__.
     kept = {key: value for key, value in state.items() if key not in (_HANDLES, "__getstate__")}
-    for key, hooks in kept.items():
-        if key.startswith("_optimizer_") and isinstance(hooks, dict):
-            kept[key] = OrderedDict((number, hook) for number, hook in hooks.items() if not _is_ours(hook))
+    for key, hooks in _hooks_in(kept).items():
+        kept[key] = OrderedDict((number, hook) for number, hook in hooks.items() if not _is_ours(hook))
     before = kept.get("_optimizer_step_pre_hooks", {})
     return {**kept, "_optimizer_step_pre_hooks": OrderedDict({**before, _KEY: CopiedOptimizer(names)})}
+
+
+def _hooks_in(attributes: dict[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Return an optimizer's hooks of all kinds."""
+    return {
+        name: hooks
+        for name, hooks in attributes.items()
+        if name.startswith("_optimizer_") and name.endswith("_hooks") and isinstance(hooks, dict)
+    }
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
