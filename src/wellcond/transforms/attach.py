@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay, mixed_with
 from wellcond.transforms.groups import Groups
+from wellcond.transforms.precision import autocast_off
 from wellcond.transforms.probe import Gate, Probe
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
@@ -388,7 +388,7 @@ class Attachment:
     @torch.no_grad()
     def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
         """Transform the gradients that the optimizer is about to use."""
-        with _autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
+        with autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
             self._transform_in_full_precision(optimizer, step)
 
     def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
@@ -441,16 +441,6 @@ class Attachment:
 
     def _slots_by_transform(self) -> list[tuple[GradientTransform, Slot]]:
         return [(transform, slot) for transform in self.transforms for slot in self._slots[transform.name]]
-
-
-@contextmanager
-def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
-    """Keep autocast, in which some call ``optimizer.step()``, away from the transforms' products."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 def _is_lazy(module: nn.Module) -> bool:
