@@ -93,6 +93,7 @@ class _Stopping:
         ours = name.startswith("wellcond.") and frame.f_code.co_name not in ("_take_off", "remove", "restore")
         # By its return `attach` is done, and so is what it constructs.
         done = event == "return" and (registers or frame.f_code.co_name in ("attach", "__init__"))
+        done |= frame.f_code.co_name == "<genexpr>"  # which is closed by the collector, where nothing can be raised
         if event in ("call", "return") and (ours or registers) and not done:
             self.calls += 1
             if self.calls == self.at:

@@ -98,9 +98,9 @@ def test_row_means_stay_under_decay_whatever_the_optimizer_does_with_it(name: st
             assert "changes weights in" in ours or "must know how the optimizer applies weight decay" in ours
             return
         before, after = layer().weight.mean(dim=1), ours.mean(dim=1)
-        assert bool((after.abs() <= before.abs() * (1 + 1e-4) + 1e-5).all())
+        assert bool((after.abs() <= before.abs() * (1 + 1e-3) + 1e-4).all())
         if name in MEASURED:
-            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
         plain, ours = (run(kind, decouple, t, "random", 20) for t in (None, GradientCentralization()))
         assert isinstance(plain, Tensor)
         assert isinstance(ours, Tensor)

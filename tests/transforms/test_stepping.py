@@ -196,9 +196,9 @@ def test_a_copy_steps_plainly_says_so_once_and_leaves_the_original_alone(how: st
     reference, its = attached(kind)
     other, copied = COPIES[how]((model, optimizer))
     assert attachments(copied) == []
-    plain, bare = copy.deepcopy(model), None
+    plain = copy.deepcopy(model)
     bare = torch.optim.AdamW(plain.parameters(), lr=0.05)
-    bare.load_state_dict(optimizer.state_dict())
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with pytest.warns(WellcondWarning, match=f"this {kind.__name__} is a copy of one to which whitening is attached"):
         go_on(other, copied, range(3, 4))
     go_on(other, copied, range(4, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -166,32 +167,99 @@ def test_timms_lookahead_by_name() -> None:
     assert optimizer.state_dict()["state"][0]["wellcond_whitening_step"] == 7
 
 
+class Sam(Optimizer):
+    """Sharpness-aware minimization as it is copied around: two steps, and a state apart from its base's."""
+
+    def __init__(self, params: Any, base_optimizer: Any, rho: float = 0.1, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base_optimizer(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad * (self.defaults["rho"] / norm))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> None:
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves out the state")
 @pytest.mark.parametrize("call", ["step", "two steps"])
-def test_sam_is_attached_to_through_its_base_and_says_what_its_checkpoint_lacks(call: str) -> None:
-    model, by_hand = net(), net()
-    optimizer = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.SGD, lr=0.05, rho=0.1)
-    with pytest.warns(WellcondWarning, match=r"SAM.state_dict\(\) leaves out the state of the SGD"):
-        wellcond.attach(optimizer, model, GradientCentralization())
-    plain = pytorch_optimizer.SAM(by_hand.parameters(), base_optimizer=torch.optim.SGD, lr=0.05, rho=0.1)
+@pytest.mark.parametrize("kind", [Sam, pytorch_optimizer.SAM])
+def test_sam_is_attached_to_through_its_base(kind: Any, call: str) -> None:
+    """The gradient that the weights are moved by is centred; the one that they are disturbed by is not."""
+    models = [net(), net()]
+    optimizers = [kind(m.parameters(), base_optimizer=torch.optim.SGD, lr=0.05, rho=0.1) for m in models]
+    wellcond.attach(optimizers[0], models[0], GradientCentralization())
     for step in range(3):
-        for each, its, centre in ((model, optimizer, False), (by_hand, plain, True)):
-            its.zero_grad()
-            loss_of(each, step).backward()
-            if call == "step" and not centre:
+        for model, optimizer in zip(models, optimizers, strict=True):
 
-                def closure(each: nn.Module = each, step: int = step) -> Tensor:
-                    loss = loss_of(each, step)
-                    loss.backward()
-                    return loss
+            def closure(model: nn.Module = model, step: int = step) -> Tensor:
+                loss = loss_of(model, step)
+                loss.backward()
+                if model is models[1]:
+                    model.weight.grad -= model.weight.grad.mean(dim=1, keepdim=True)
+                return loss
 
-                its.step(closure)
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            if call == "step":
+                optimizer.step(closure)
                 continue
-            its.first_step(zero_grad=True)
-            loss_of(each, step).backward()
-            if centre:
-                each.weight.grad -= each.weight.grad.mean(dim=1, keepdim=True)
-            its.second_step()
-    torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-12, atol=1e-12)
+            optimizer.first_step(zero_grad=True)
+            closure()
+            optimizer.second_step()
+    torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(models[0].weight, net().weight)
+
+
+def test_a_wrapper_whose_checkpoint_lacks_what_it_steps_is_told_of() -> None:
+    model = net()
+    with pytest.warns(WellcondWarning, match=r"Sam.state_dict\(\) leaves out the state of the SGD"):
+        wellcond.attach(Sam(model.parameters(), torch.optim.SGD, lr=0.1), model, GradientCentralization())
+
+
+def test_a_wrapper_that_loads_the_state_of_what_it_steps_resumes_exactly() -> None:
+    """pytorch_optimizer's SAM loads into its base without the base's hooks."""
+
+    def made() -> tuple[nn.Module, Any]:
+        model = net()
+        optimizer = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.AdamW, lr=0.05)
+        wellcond.attach(optimizer, model, FeatureWhitening(stats_every=2, solve_every=3))
+        return model, optimizer
+
+    def go_on(model: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            for half in (optimizer.first_step, optimizer.second_step):
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+                half()
+
+    model, optimizer = made()
+    go_on(model, optimizer, range(4))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    go_on(model, optimizer, range(4, 9))
+    resumed, theirs = made()
+    resumed.load_state_dict(saved[0])
+    theirs.load_state_dict(saved[1])
+    go_on(resumed, theirs, range(4, 9))
+    assert torch.equal(model.weight, resumed.weight)
 
 
 class Unhooked(Optimizer):

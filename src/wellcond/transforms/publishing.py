@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from wellcond.transforms.base import GradientTransform, Slot, State, WellcondWarning
@@ -43,7 +44,8 @@ class Published:
             for key, value in slot.state.items():
                 name = state_key(transform, key)
                 entry[name] = value
-            self._witness = weight, name, value
+                if isinstance(value, Tensor):  # small integers are one object wherever they stand
+                    self._witness = weight, name, value
         self._state_id = id(optimizer.state)
 
     def compare(self, optimizer: Optimizer, slots: Sequence[tuple[GradientTransform, Slot]]) -> None:
