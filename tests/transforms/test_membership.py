@@ -159,6 +159,37 @@ def test_a_weight_that_left_is_let_go_with_its_probe_and_trained_by_another_as_i
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_a_state_that_is_loaded_after_surgery_goes_to_the_parameters_that_are_held_now() -> None:
+    model = net()
+    groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2], model[4])]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    handle = wellcond.attach(optimizer, model, *transforms())
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    del optimizer.param_groups[0], optimizer.param_groups[0]
+    for layer in (model[0], model[2]):
+        for parameter in layer.parameters():
+            optimizer.state.pop(parameter)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert handle.stats()["whitening"]["weights"] == 1
+    backward(model, 2)
+    optimizer.step()
+    assert optimizer.state[model[4].weight]["wellcond_whitening_step"] == 3
+
+
+def test_a_lazy_layer_that_wakes_after_a_group_left() -> None:
+    """Its first forward pass looks at the groups as they are then."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.LazyLinear(3)).double()
+    optimizer = torch.optim.SGD([{"params": model[1].parameters()}, {"params": model[0].parameters()}], lr=0.1)
+    handle = wellcond.attach(optimizer, model, FeatureWhitening(**OBSERVING))
+    del optimizer.param_groups[1]
+    model(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert handle.stats()["whitening"]["weights"] == 1
+    assert optimizer.state[model[1].weight]["wellcond_whitening_step"] == 1
+
+
 class Double(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight

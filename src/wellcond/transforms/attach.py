@@ -230,7 +230,6 @@ class Attachment:
         """Take in what the optimizer and the model are now, for one who asks what is done."""
         optimizer = self._optimizer()
         if optimizer is not None and self in followers_of(optimizer):
-            self._groups.look(optimizer)
             self._find_weights(optimizer)
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -254,6 +253,7 @@ class Attachment:
 
     def _find_weights(self, optimizer: Optimizer) -> None:
         """Make a slot for every known weight that the optimizer holds, and let go of those of others."""
+        self._groups.look(optimizer)
         held = self._groups.held
         found = find_layers(self._model)
         uses = shared_uses(found, held)
@@ -435,6 +435,8 @@ class Attachment:
 
     def after_load(self, optimizer: Optimizer) -> None:
         """Give the slots the state that was loaded."""
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
         self._read_groups(optimizer)
         self._published.give(optimizer, self._slots_by_transform())
         self._set_gate()
