@@ -24,6 +24,7 @@ from wellcond.transforms.base import (
     check_choice,
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay, mixed_with
+from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
 from wellcond.transforms.precision import autocast_off
 from wellcond.transforms.probe import Gate, Probe
@@ -141,6 +142,7 @@ class Attachment:
         self._published = Published()
         self._lazy: set[nn.Module] = set()
         self._hooks = StepHooks(optimizer, self)
+        self._frozen = FrozenWeights(self._take_up_thawed)
         found = {key: dict(entry) for key, entry in optimizer.state.items() if isinstance(entry, dict)}
         try:
             self._begin(optimizer)
@@ -161,7 +163,8 @@ class Attachment:
         for transform in self.transforms:
             transform.check(self._covered(transform))
         for transform in self.transforms:
-            if not (self._covered(transform) or self._lazy):
+            frozen = any(slot.frozen and slot.coverage.applies for slot in self._slots[transform.name])
+            if not (self._covered(transform) or self._lazy or frozen):
                 warn_of_idle(transform, self._slots[transform.name])
         self._hooks.install()
 
@@ -183,6 +186,7 @@ class Attachment:
     def _take_off(self) -> None:
         """Take off all hooks."""
         self._hooks.remove()
+        self._frozen.remove()
         for _, hook in self._probes.values():
             hook.remove()
         self._probes = {}
@@ -269,6 +273,7 @@ class Attachment:
             for slot in self._slots[name]:
                 slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
         self._read_groups(optimizer)
+        self._frozen.watch(self._slots_by_transform())
         if before == self._slots and lazy == self._lazy:
             return
         self._lazy = lazy
@@ -298,6 +303,7 @@ class Attachment:
         groups = optimizer.param_groups
         decays = [group_decay(optimizer, group, self._weight_decay) for group in groups]
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        refrozen = False
         for transform in self.transforms:
             switch = f"wellcond_{transform.name}"
             for slot in self._slots[transform.name]:
@@ -306,7 +312,9 @@ class Attachment:
                 if index is None:
                     continue
                 slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
-                slot.frozen = not weight.requires_grad and weight.grad is None
+                frozen = not weight.requires_grad and weight.grad is None
+                refrozen |= frozen is not slot.frozen
+                slot.frozen = frozen
                 slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
                 if slot.frozen and slot.state:
                     slot.state, slot.pending, slot.home = {}, None, None
@@ -316,6 +324,18 @@ class Attachment:
                         set_state(slot, first_state(optimizer, transform, slot))
                     else:
                         follow(transform, slot)
+        if refrozen:
+            self._frozen.watch(self._slots_by_transform())
+
+    def _take_up_thawed(self) -> None:
+        """Give weights that are trained again a state, before their layers' forward passes."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
+        self._read_groups(optimizer)
+        self._set_gate()
 
     # forward passes -------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ def warn_of_idle(transform: GradientTransform, slots: Sequence[Slot]) -> None:
 def _why_idle(slot: Slot) -> str:
     if not slot.coverage.applies:
         return slot.coverage.how
-    return "frozen: requires_grad=False" if slot.frozen else "switched off by its parameter group"
+    return "switched off by its parameter group"
 
 
 def _bytes(count: int) -> str:
