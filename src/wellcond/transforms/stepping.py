@@ -64,6 +64,9 @@ class StepHooks:
         self._optimizer = weakref.ref(optimizer)
         self._follower = follower
         self._told_of_copy = False
+        # A step that is compiled leaves compiled code here. (As a decorator this would import the compiler together with
+        # this library; by now the optimizer has imported it.)
+        self._is_nested = torch.compiler.disable(_is_nested)
 
     def install(self) -> None:
         """Register the hooks."""
@@ -95,7 +98,7 @@ class StepHooks:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Transform the gradients, or, where a closure will compute them, have them transformed after it ran."""
-        if not self._is_ours(optimizer) or _is_nested(optimizer):
+        if not self._is_ours(optimizer) or self._is_nested(optimizer):
             return None
         step = Step()
         positional = len(args) > 1 and callable(args[1])
@@ -115,7 +118,7 @@ class StepHooks:
         return args, {**kwargs, "closure": transformed_closure}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is self._optimizer() and not _is_nested(optimizer):
+        if optimizer is self._optimizer() and not self._is_nested(optimizer):
             self._follower.step_is_done(optimizer)
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,14 +148,14 @@ def _is_nested(optimizer: Optimizer) -> bool:
 
     The call stack is asked, not a counter: a step that raised would leave a counter wrong.
     """
-    frame = sys._getframe(2).f_back  # beyond the hook and torch's wrapper that called it
-    while frame is not None:
+    steps = 0
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and steps < 2:
         if frame.f_code is _WRAPPER:
             called_with = frame.f_locals.get("args", ())
-            if called_with and called_with[0] is optimizer:
-                return True
+            steps += bool(called_with) and called_with[0] is optimizer
         frame = frame.f_back
-    return False
+    return steps == 2
 
 
 # copies --------------------------------------------------------------------------------------------------------------
