@@ -64,8 +64,7 @@ class StepHooks:
         self._optimizer = weakref.ref(optimizer)
         self._follower = follower
         self._told_of_copy = False
-        # A step that is compiled leaves compiled code here. (As a decorator this would import the compiler together with
-        # this library; by now the optimizer has imported it.)
+        # A compiled step leaves compiled code here. (As a decorator this would import the compiler with this library.)
         self._is_nested = torch.compiler.disable(_is_nested)
 
     def install(self) -> None:
