@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from timing import setting, write
 from torch import Tensor, nn
 
-from wellcond.lab.images import ImageData, LabelledImages
-from wellcond.lab.models import initial_model
+from wellcond.lab.benchmark.timing import ratio_quartiles
+from wellcond.lab.data.load import ImageData, LabelledImages
+from wellcond.lab.data.splits import derived_seed
+from wellcond.lab.networks.registry import initial_model
 from wellcond.lab.plan import make_plan
-from wellcond.lab.run import Runner
-from wellcond.lab.settings import Settings
-from wellcond.lab.splits import derived_seed
-from wellcond.lab.step_timing import ratio_quartiles
+from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Defaults, Evaluation
 from wellcond.lab.tasks.in_memory import InMemorySeed, InMemoryTask
+from wellcond.lab.training.runner import Runner
 
 CLASSES = 10
 LEFT_OUT = 2

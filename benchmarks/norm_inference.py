@@ -25,10 +25,10 @@ from timing import setting, write
 from torch import Tensor, nn
 
 import wellcond
-from wellcond.lab.batches import TrainingBatches, channel_moments, evaluation_batches
-from wellcond.lab.images import load_data
-from wellcond.lab.models import initial_model
-from wellcond.lab.splits import draw_split
+from wellcond.lab.data.batches import TrainingBatches, channel_moments, evaluation_batches
+from wellcond.lab.data.load import load_data
+from wellcond.lab.data.splits import draw_split
+from wellcond.lab.networks.registry import initial_model
 
 Evaluation = tuple[str, Callable[[nn.Module], nn.Module]]
 

@@ -22,7 +22,7 @@ from timing import setting, write
 from torch import Tensor, nn
 
 import wellcond.nn as wnn
-from wellcond.lab.step_timing import quartiles, ratio_quartiles
+from wellcond.lab.benchmark.timing import quartiles, ratio_quartiles
 
 SHAPES = ((128, 64, 32, 32), (32, 256, 16, 16), (2, 64, 56, 56))
 BASE = "nn.BatchNorm2d"

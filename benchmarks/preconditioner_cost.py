@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import wellcond
 from wellcond import FeatureDescent, FeatureWhitening
-from wellcond.lab.step_timing import ratio_quartiles, time_rounds
+from wellcond.lab.benchmark.timing import ratio_quartiles, time_rounds
 
 NEVER = 10**9
 STATS_EVERY, SOLVE_EVERY = FeatureWhitening().stats_every, FeatureWhitening().solve_every

@@ -22,7 +22,7 @@ from torch import nn
 
 import wellcond
 from wellcond import GradientCentralization
-from wellcond.lab.step_timing import ratio_quartiles, time_rounds
+from wellcond.lab.benchmark.timing import ratio_quartiles, time_rounds
 
 CENTRALIZATIONS = {
     "GC": GradientCentralization(),

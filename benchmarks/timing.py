@@ -1,4 +1,4 @@
-"""What the benchmarks share, beside `wellcond.lab.step_timing`: their options, their network, what they write."""
+"""What the benchmarks share, beside `wellcond.lab.benchmark.timing`: their options, their network, what they write."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wellcond.lab.models import MODELS
-from wellcond.lab.step_timing import StepTimer
+from wellcond.lab.benchmark.timing import StepTimer
+from wellcond.lab.networks.registry import MODELS
 
 Attach = Callable[[torch.optim.Optimizer, nn.Module], object]
 

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 import wellcond
 from wellcond import diagnostics, theory
-from wellcond.lab.batches import TrainingBatches, channel_moments
-from wellcond.lab.diagnosis import measured_disparity
-from wellcond.lab.gamma_decay import BatchNoiseDecay
-from wellcond.lab.images import load_data
-from wellcond.lab.machine import machine, versions
-from wellcond.lab.models import initial_model
-from wellcond.lab.results import rounded
-from wellcond.lab.splits import draw_split
+from wellcond.lab.data.batches import TrainingBatches, channel_moments
+from wellcond.lab.data.load import load_data
+from wellcond.lab.data.splits import draw_split
+from wellcond.lab.diagnosis.diagnose import measured_disparity
+from wellcond.lab.hardware.machine import machine, versions
+from wellcond.lab.networks.registry import initial_model
+from wellcond.lab.report.results import rounded
+from wellcond.nn.norm.noise_decay import BatchNoiseDecay
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 5

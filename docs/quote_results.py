@@ -26,9 +26,9 @@ from typing import Any
 
 from reproductions import adopted, reproduction_tables, summary_table
 
-from wellcond.lab.formats import score_text
-from wellcond.lab.reproduce_report import json_text
-from wellcond.lab.statistics import paired_difference
+from wellcond.lab.comparison.statistics import paired_difference
+from wellcond.lab.report.formats import score_text
+from wellcond.lab.reproduction.report import json_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from wellcond.lab.formats import score_text
-from wellcond.lab.reproduce import SECONDS
-from wellcond.lab.reproduce_report import difference_text, figure_text
-from wellcond.lab.statistics import Difference
+from wellcond.lab.comparison.statistics import Difference
+from wellcond.lab.report.formats import score_text
+from wellcond.lab.reproduction.report import difference_text, figure_text
+from wellcond.lab.reproduction.reproduce import SECONDS
 
 SEEN, CHANCE, OPPOSITE = "same direction, beyond chance", "within chance", "other direction, beyond chance"
 _HEADS = (

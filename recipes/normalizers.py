@@ -25,23 +25,23 @@ from typing import Any
 
 from rich.console import Console
 
-from wellcond.lab.compare import Comparison, run_comparison
-from wellcond.lab.curves import BASELINE, Style, method_style
-from wellcond.lab.engine import RunFailedError
+from wellcond.lab.comparison.compare import Comparison, run_comparison
+from wellcond.lab.comparison.estimate import estimate_seconds
+from wellcond.lab.comparison.statistics import Difference, paired_difference
+from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import LabError
-from wellcond.lab.estimate import estimate_seconds
-from wellcond.lab.extras import Shares
-from wellcond.lab.formats import difference_text, share_text, spread_text
-from wellcond.lab.interrupts import Interrupted, interruptible
+from wellcond.lab.hardware.interrupts import Interrupted, interruptible
 from wellcond.lab.plan import Plan, make_plan, output_folder, regrouped
-from wellcond.lab.progress import RunProgress
-from wellcond.lab.records import RunStore, write_atomically
-from wellcond.lab.results import Results, collect_results, rounded, write_results
-from wellcond.lab.settings import Settings
-from wellcond.lab.share_bars import SHARE_STYLES
-from wellcond.lab.shares import PARTS, SharesSummary, average_share, method_shares
-from wellcond.lab.statistics import Difference, paired_difference
-from wellcond.lab.summary import summarize
+from wellcond.lab.report.curves import BASELINE, Style, method_style
+from wellcond.lab.report.formats import difference_text, share_text, spread_text
+from wellcond.lab.report.results import Results, collect_results, rounded, write_results
+from wellcond.lab.report.share_bars import SHARE_STYLES
+from wellcond.lab.report.shares import PARTS, SharesSummary, average_share, method_shares
+from wellcond.lab.runs.records import RunStore, write_atomically
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.training.extras import Shares
+from wellcond.lab.training.progress import RunProgress
 
 FORMAT = 1
 """The version of normalizers.json's layout."""

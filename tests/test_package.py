@@ -37,7 +37,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: set[str]) -> None:
 
 def test_the_wheel_holds_what_is_not_python(wheel: set[str]) -> None:
     data = {name for name in wheel if not name.endswith(".py")}
-    assert {"wellcond/py.typed", "wellcond/lab/templates/report.html.j2"} <= data
+    assert {"wellcond/py.typed", "wellcond/lab/report/templates/report.html.j2"} <= data
 
 
 @pytest.mark.parametrize("folder", ["src", "tests", "docs", "benchmarks"])

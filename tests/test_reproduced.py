@@ -12,10 +12,10 @@ import pytest
 import quote_results
 from reproductions import adopted, claims, reproduction_tables, summary_table, verdict
 
-from wellcond.lab.cli import _parser as command_line
-from wellcond.lab.recipe import find_recipe
-from wellcond.lab.recipe_panels import scaled_panels
-from wellcond.lab.reproduce_report import json_text
+from wellcond.lab.cli.main import _parser as command_line
+from wellcond.lab.reproduction.panels import scaled_panels
+from wellcond.lab.reproduction.recipe import find_recipe
+from wellcond.lab.reproduction.report import json_text
 
 FILES = sorted((Path(__file__).parents[1] / "docs" / "results").glob("reproduced-*.json"))
 

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from wellcond.lab import cli
+    from wellcond.lab.cli.main import main as run
 
-    return cli.main(argv)
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wellcond
 from wellcond.diagnostics.gradients import GradientRecorder, GradientStatistics, gradient_statistics
-from wellcond.diagnostics.probing import left_as_found
+from wellcond.diagnostics.passes import left_as_found
 from wellcond.diagnostics.weights import LayerWeightMeans, WeightMeans, weight_means
 from wellcond.nn import BatchRenorm2d, KalmanBatchNorm2d, MomentumBatchNorm2d, WhitenedLinear
 from wellcond.transforms.base import WellcondWarning

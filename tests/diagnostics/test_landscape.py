@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from wellcond.diagnostics.landscape import Landscape, landscape
-from wellcond.diagnostics.lipschitz import Lipschitz, Smoothness, dominant_eigenvalue, lipschitz
+from wellcond.diagnostics._landscape import Landscape, landscape
+from wellcond.diagnostics._lipschitz import Lipschitz, Smoothness, dominant_eigenvalue, lipschitz
 from wellcond.nn import KalmanBatchNorm2d, MomentumBatchNorm2d, SwitchableNorm2d, WhitenedLinear
 
 OUT, IN, SAMPLES = 3, 6, 10

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from wellcond.__main__ import main
-from wellcond.lab.methods import METHODS
-from wellcond.lab.norms import NormSpec
+from wellcond.lab.methods.method import METHODS
+from wellcond.lab.methods.norms import NormSpec
 
 # Preconditioning without batch statistics, which no method of the lab is; whoever trains with it adds it to `METHODS`.
 WITHOUT_BATCH = replace(METHODS["W-SGDM"], name="W-SGDM+GN", norm=NormSpec("gn", (("num_groups", 8),)))
@@ -40,7 +40,7 @@ def train(method: str, *more: str) -> list[str]:
 @contextmanager
 def stopping() -> Iterator[None]:
     """Let every run fail once it has been kept after so many steps."""
-    from wellcond.lab.checkpoint import Keeper
+    from wellcond.lab.training.checkpoint import Keeper
 
     keep = Keeper._keep
 
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     METHODS[WITHOUT_BATCH.name] = WITHOUT_BATCH
     folder = Path(sys.argv[1])
     if sys.argv[2:] == ["fail"]:
-        from wellcond.lab.training import Training
+        from wellcond.lab.training.module import Training
 
         step = Training.training_step
 

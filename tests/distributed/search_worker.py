@@ -21,11 +21,11 @@ from coco_files import write_coco
 from launch_ranks import Check, serve
 from reid_files import write_reid
 
-from wellcond.lab.settings import Settings
-from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.tasks.detection import open_detection
-from wellcond.lab.tasks.reid import open_reid
-from wellcond.lab.tasks.reid_networks import Judged
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.tasks.detection.task import open_detection
+from wellcond.lab.tasks.reid.networks import Judged
+from wellcond.lab.tasks.reid.task import open_reid
 
 CPU = torch.device("cpu")
 

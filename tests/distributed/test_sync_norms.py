@@ -49,8 +49,8 @@ def test_a_rank_without_samples_takes_part(name: str, ranks: Ranks) -> None:
 
 
 def test_a_second_derivative_over_ranks_is_refused() -> None:
-    from wellcond.moments import batch_moments
-    from wellcond.normalize import normalize
+    from wellcond.nn.functional.normalize import normalize
+    from wellcond.numerics.moments import batch_moments
 
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     own = batch_moments(x)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from wellcond.__main__ import main
-from wellcond.lab.methods import METHODS
+from wellcond.lab.methods.method import METHODS
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -12,10 +12,10 @@ from launch_ranks import Check, serve
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wellcond.nn.amortized import AmortizedLayer
-from wellcond.nn.eigen import EigenConv2d, EigenLinear
-from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
-from wellcond.nn.whitened import WhitenedConv2d, WhitenedLinear
+from wellcond.nn.whitened.amortized import AmortizedLayer
+from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
+from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
+from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
 
 Result = dict[str, Any]
 KINDS: dict[str, tuple[Any, Any]] = {

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import wellcond
-from wellcond.transforms import forms, precondition
+from wellcond.transforms.preconditioner import forms
+from wellcond.transforms.preconditioner import transform as precondition
 
 Result = dict[str, Any]
 STEPS = 8

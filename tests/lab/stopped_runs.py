@@ -10,15 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from wellcond.lab.checkpoint import Checkpointing, Keeper
-from wellcond.lab.compare import Comparison, run_comparison
+from wellcond.lab.comparison.compare import Comparison, run_comparison
 from wellcond.lab.plan import make_plan
-from wellcond.lab.progress import RunProgress
-from wellcond.lab.records import RunSpec, RunStore
-from wellcond.lab.run import Runner
-from wellcond.lab.run_memory import RunMemory
-from wellcond.lab.settings import Settings
+from wellcond.lab.runs.records import RunSpec, RunStore
+from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import SeedData, Task
+from wellcond.lab.training.checkpoint import Checkpointing, Keeper
+from wellcond.lab.training.progress import RunProgress
+from wellcond.lab.training.run_memory import RunMemory
+from wellcond.lab.training.runner import Runner
 
 COMPARED = Settings(
     methods=("SGDM", "W-SGDM", "MBN"),

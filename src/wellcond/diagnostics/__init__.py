@@ -1,10 +1,10 @@
 """Read-only probes: what a model's features, gradients and normalizations are like."""
 
-from wellcond.diagnostics.disparity import Disparity, LayerDisparity, disparity
+from wellcond.diagnostics._disparity import Disparity, LayerDisparity, disparity
+from wellcond.diagnostics._landscape import Landscape, landscape
+from wellcond.diagnostics._lipschitz import Lipschitz, Smoothness, lipschitz
 from wellcond.diagnostics.gradients import GradientRecorder, GradientStatistics, LayerGradients, gradient_statistics
-from wellcond.diagnostics.landscape import Landscape, landscape
 from wellcond.diagnostics.laws import Histogram, NoiseDistribution
-from wellcond.diagnostics.lipschitz import Lipschitz, Smoothness, lipschitz
 from wellcond.diagnostics.noise import BatchNoise, LayerNoise, batch_noise
 from wellcond.diagnostics.spectrum import FeatureSpectrum, LayerSpectrum, Spectrum, feature_spectrum
 from wellcond.diagnostics.weights import LayerWeightMeans, WeightMeans, weight_means

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.layouts import Layer
-from wellcond.training_pass import Call, device_of, moved, unwrapped
+from wellcond.runtime.checks import check_positive_integer
 from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-from wellcond.diagnostics.probing import Loss, centred_layers, left_as_found, loss_of, sizes_of, widened
+from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, sizes_of, widened
 from wellcond.diagnostics.tables import average, spread, table
 
 Quantity = Literal["norm", "centred_norm", "largest", "centred_largest", "mean_share"]

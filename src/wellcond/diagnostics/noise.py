@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.checks import check_positive_integer
+from wellcond.calibration.replay import Seen
+from wellcond.calibration.training_pass import Call, training_pass, unwrapped
 from wellcond.diagnostics.laws import (
     Distribution,
     Histogram,
@@ -29,10 +30,9 @@ from wellcond.diagnostics.laws import (
     plot_distribution,
 )
 from wellcond.diagnostics.plotting import axes_for
-from wellcond.nn.momentum import MomentumBatchNorm
-from wellcond.stand_in import Seen
+from wellcond.nn.norm.momentum import MomentumBatchNorm
+from wellcond.runtime.checks import check_positive_integer
 from wellcond.theory import Formula, Noise, batch_mean_noise
-from wellcond.training_pass import Call, training_pass, unwrapped
 from wellcond.transforms.base import Predicate, WellcondWarning
 
 if TYPE_CHECKING:

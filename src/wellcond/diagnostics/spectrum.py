@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.checks import check_positive_integer
+from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
+from wellcond.diagnostics.passes import left_as_found
 from wellcond.diagnostics.plotting import axes_for
-from wellcond.diagnostics.probing import left_as_found
-from wellcond.diagnostics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
 from wellcond.diagnostics.tables import table
 from wellcond.layouts import Layer, Layout, find_layers
-from wellcond.training_pass import Call, device_of, moved, unwrapped
+from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
+from wellcond.runtime.checks import check_positive_integer
 from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
 
 if TYPE_CHECKING:

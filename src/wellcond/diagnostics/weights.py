@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from wellcond.calibration.training_pass import unwrapped
 from wellcond.diagnostics.plotting import axes_for
-from wellcond.training_pass import unwrapped
 from wellcond.transforms.base import Predicate, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-from wellcond.diagnostics.probing import centred_layers, sizes_of, widened
+from wellcond.diagnostics.passes import centred_layers, sizes_of, widened
 from wellcond.diagnostics.tables import average, spread, table
 
 # Of |row mean|, in powers of ten: fixed, so that two histograms can be laid over each other.

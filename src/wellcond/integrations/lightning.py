@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wellcond.calibrate import calibrated
-from wellcond.checks import check_positive_integer
+from wellcond.calibration.calibrate import calibrated
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.runtime.checks import check_positive_integer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

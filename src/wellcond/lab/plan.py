@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from wellcond.lab.errors import LabError
-from wellcond.lab.launch import from_first, launched
-from wellcond.lab.machine import environment, training_device
-from wellcond.lab.methods import Method, Refresh, baselines, select_methods, with_lrs
-from wellcond.lab.records import RunSpec
-from wellcond.lab.settings import Settings
+from wellcond.lab.hardware.launch import from_first, launched
+from wellcond.lab.hardware.machine import environment, training_device
+from wellcond.lab.methods.method import Method, Refresh, baselines, select_methods, with_lrs
+from wellcond.lab.networks.weights import digest_of
+from wellcond.lab.runs.records import RunSpec
+from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
-from wellcond.lab.weights import digest_of
 
 
 @dataclass(frozen=True)

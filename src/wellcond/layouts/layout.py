@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wellcond.patches import Window
+from wellcond.numerics.patches import Window
 
 Kind = Literal["linear", "conv", "norm", "embedding"]
 

@@ -1,29 +1,29 @@
 """Layers that stand in for `nn.BatchNorm*`, their schedules, and the conversion of whole models."""
 
-from wellcond.nn.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
-from wellcond.nn.convert import convert_norm
-from wellcond.nn.convert_layers import convert_layers
-from wellcond.nn.deconvolution import NetworkDeconvolution2d
-from wellcond.nn.decorrelated import DecorrelatedBatchNorm2d
-from wellcond.nn.eigen import EigenConv2d, EigenLinear
-from wellcond.nn.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
-from wellcond.nn.fold import fold_switchable
-from wellcond.nn.generalized import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
-from wellcond.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-from wellcond.nn.ibn import ibn_a, ibn_b
-from wellcond.nn.instance_batch import InstanceBatchNorm2d
-from wellcond.nn.iternorm import IterNorm2d
-from wellcond.nn.kalman import KalmanBatchNorm2d
-from wellcond.nn.kalman_wiring import connect_kalman
-from wellcond.nn.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
-from wellcond.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
-from wellcond.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.convert.fold import fold_switchable
+from wellcond.nn.convert.ibn_net import ibn_a, ibn_b
+from wellcond.nn.convert.layers import convert_layers
+from wellcond.nn.convert.norms import convert_norm
+from wellcond.nn.functional.sparse_simplex import sparsestmax
+from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
+from wellcond.nn.norm.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
+from wellcond.nn.norm.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from wellcond.nn.norm.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.norm.iternorm import IterNorm2d
+from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
+from wellcond.nn.norm.kalman.trace import connect_kalman
+from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
+from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
+from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
 from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
-from wellcond.nn.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
-from wellcond.nn.sparsestmax import sparsestmax
 from wellcond.nn.standardize import weight_standardize
-from wellcond.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
-from wellcond.nn.whitened import WhitenedConv2d, WhitenedLinear
+from wellcond.nn.whitened.deconvolution import NetworkDeconvolution2d
+from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
+from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
+from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
 
 __all__ = [
     "BSRBatchNorm1d",

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from torch import nn
 
 from wellcond import theory
-from wellcond.checks import check_positive_integer
-from wellcond.nn.momentum import MomentumBatchNorm
-from wellcond.nn.renorm import BatchRenorm
-from wellcond.nn.sparse_switchable import SparseSwitchableNorm
+from wellcond.nn.norm.momentum import MomentumBatchNorm
+from wellcond.nn.norm.renorm import BatchRenorm
+from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm
+from wellcond.runtime.checks import check_positive_integer
 
 
 class _LayerScheduler:

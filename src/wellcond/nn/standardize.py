@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wellcond.layouts import Layout, layout_of
-from wellcond.moments import statistics_dtype
+from wellcond.numerics.moments import statistics_dtype
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

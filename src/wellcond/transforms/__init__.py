@@ -1,9 +1,9 @@
 """Gradient transforms and the one way to attach them to an optimizer."""
 
-from wellcond.transforms.attach import Attachment, attach, attachments
+from wellcond.transforms.attachment import Attachment, attach, attachments
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
 from wellcond.transforms.centralize import GradientCentralization
-from wellcond.transforms.precondition import FeatureDescent, FeatureWhitening
+from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
 
 __all__ = [
     "Attachment",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
-from wellcond.ranks import Ranks
-from wellcond.warning import WellcondWarning as WellcondWarning
+from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.warning import WellcondWarning as WellcondWarning
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"

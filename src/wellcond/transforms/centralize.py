@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from wellcond.layouts import Layer
-from wellcond.ranks import Ranks
+from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Predicate, Slot, check_choice
 from wellcond.transforms.sharding import units, units_can_be_averaged
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wellcond.transforms.base import GradientTransform, Slot, State, WellcondWarning
-from wellcond.transforms.state import read_state, set_state, state_key, take_out
+from wellcond.transforms.checkpoint import read_state, set_state, state_key, take_out
 
 Slots = Iterable[tuple[GradientTransform, Slot]]
 

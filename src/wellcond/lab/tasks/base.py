@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from wellcond.lab.records import RunSpec
-from wellcond.lab.stopwatch import Stopwatch
+from wellcond.lab.runs.records import RunSpec
+from wellcond.lab.runs.stopwatch import Stopwatch
 
 Role = Literal["validation", "test"]
 """Which images are evaluated: those that choose the lr, or those that measure."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wellcond.lab.errors import LabError
-from wellcond.lab.settings import Settings
+from wellcond.lab.runs.settings import Settings
 
 
 def count_images(settings: Settings, pool: int) -> tuple[int, int]:

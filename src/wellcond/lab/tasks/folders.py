@@ -10,21 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wellcond.lab import models
-from wellcond.lab.batches import Batch, check_augmentation
+from wellcond.lab.data.batches import Batch, check_augmentation
+from wellcond.lab.data.fine_grained import FINE_GRAINED
+from wellcond.lab.data.image_files import FileData, find_class_folders, read_class_folders
+from wellcond.lab.data.load import draw_test
+from wellcond.lab.data.splits import Split, derived_seed, draw_split
+from wellcond.lab.data.streams import StreamedBatches, evaluation_stream, loading_processes
+from wellcond.lab.data.views import (
+    EvaluationViews,
+    Pictures,
+    TrainingViews,
+    evaluation_view,
+    shorter_side,
+    training_view,
+)
 from wellcond.lab.errors import LabError
-from wellcond.lab.fine_grained import FINE_GRAINED
-from wellcond.lab.image_files import FileData, find_class_folders, read_class_folders
-from wellcond.lab.images import draw_test
-from wellcond.lab.records import RunSpec
-from wellcond.lab.settings import Settings
-from wellcond.lab.splits import Split, derived_seed, draw_split
-from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.streams import StreamedBatches, evaluation_stream, loading_processes
-from wellcond.lab.tasks.accuracy import evaluate_classifier
+from wellcond.lab.networks import registry as models
+from wellcond.lab.runs.records import RunSpec
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import count_images
-from wellcond.lab.views import EvaluationViews, Pictures, TrainingViews, evaluation_view, shorter_side, training_view
 
 _IMAGE_SIZE = 224
 # From so many images on, the sources' own network, epochs and batch size.

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wellcond.lab import models
-from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
-from wellcond.lab.images import DIGITS, ImageData, load_data
-from wellcond.lab.records import RunSpec
-from wellcond.lab.settings import Settings
-from wellcond.lab.splits import derived_seed, draw_split
-from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.tasks.accuracy import evaluate_classifier
+from wellcond.lab.data.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
+from wellcond.lab.data.load import DIGITS, ImageData, load_data
+from wellcond.lab.data.splits import derived_seed, draw_split
+from wellcond.lab.networks import registry as models
+from wellcond.lab.runs.records import RunSpec
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wellcond.lab.cifar import find_cifar
+from wellcond.lab.data.cifar import find_cifar
+from wellcond.lab.data.fine_grained import FINE_GRAINED
+from wellcond.lab.data.image_files import find_class_folders
+from wellcond.lab.data.load import DIGITS
 from wellcond.lab.errors import LabError
-from wellcond.lab.fine_grained import FINE_GRAINED
-from wellcond.lab.image_files import find_class_folders
-from wellcond.lab.images import DIGITS
-from wellcond.lab.settings import Settings
+from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.coco import GET_COCO, is_coco
+from wellcond.lab.tasks.detection.coco import GET_COCO, is_coco
 from wellcond.lab.tasks.folders import open_folders
 from wellcond.lab.tasks.in_memory import open_in_memory
-from wellcond.lab.tasks.reid_images import GET_REID, is_reid
+from wellcond.lab.tasks.reid.images import GET_REID, is_reid
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Layout:
 
 def _open_detection(settings: Settings) -> Task:
     # Here: torchvision's detectors take seconds to import, and few need them.
-    from wellcond.lab.tasks.detection import open_detection
+    from wellcond.lab.tasks.detection.task import open_detection
 
     return open_detection(settings)
 
 
 def _open_reid(settings: Settings) -> Task:
-    from wellcond.lab.tasks.reid import open_reid
+    from wellcond.lab.tasks.reid.task import open_reid
 
     return open_reid(settings)
 

@@ -1,0 +1,1 @@
+"""Statistics of a trained model, from passes over data."""

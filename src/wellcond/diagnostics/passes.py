@@ -1,0 +1,191 @@
+"""Run a model for a look at its gradients, and leave it as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from wellcond.calibration.training_pass import Call, kept_random_state
+from wellcond.layouts import Layer, find_layers
+from wellcond.nn.norm.base import PastStatistics
+from wellcond.numerics.moments import statistics_dtype
+from wellcond.transforms.base import Predicate
+from wellcond.transforms.centralize import GradientCentralization
+from wellcond.transforms.observe import Probe
+from wellcond.transforms.sharding import is_sharded
+
+if TYPE_CHECKING:
+    pass
+
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss(output, batch)``: the scalar whose gradient is asked for."""
+
+
+def centred_layers(model: nn.Module, where: Predicate | None, *, trained: bool = True) -> list[Layer]:
+    """Return the weights that `GradientCentralization` would centre, each once.
+
+    Args:
+        model: Without a wrapper.
+        where: A predicate of (module name, module), or None for all linear maps and convolutions.
+        trained: Only those that require a gradient.
+
+    Returns:
+        The layers; of a weight that several use, the first.
+
+    Raises:
+        TypeError: If `where` is not callable.
+        ValueError: If there is none, a layer is not initialized, or a weight is sharded over ranks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(5, 4))
+        >>> [layer.name for layer in centred_layers(model, None)]
+        ['0.weight']
+    """
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a predicate of (module name, module), got {where!r}")
+    layers = find_layers(model)
+    if layers.lazy:
+        names = ", ".join(map(repr, layers.lazy))
+        raise ValueError(f"{names} is known only after its first forward pass: run the model once")
+    uses: dict[int, list[Layer]] = {}
+    for layer in layers:
+        uses.setdefault(id(layer.weight), []).append(layer)
+
+    def covered(choice: Predicate | None) -> list[Layer]:
+        transform = GradientCentralization("all" if choice is None else choice)
+        return [own[0] for own in uses.values() if transform.cover_shared(own).applies]
+
+    found = covered(where)
+    if not found:
+        if where is not None and covered(None):
+            raise ValueError(f"where selects none of the linear maps and convolutions of {type(model).__name__}")
+        raise ValueError(f"{type(model).__name__} has no linear map or convolution whose gradient could be centred")
+    if trained:
+        found = [layer for layer in found if layer.weight.requires_grad]
+        if not found:
+            raise ValueError(f"no selected weight of {type(model).__name__} requires a gradient: all are frozen")
+    for layer in found:
+        if is_sharded(layer.weight):
+            raise ValueError(f"{layer.name!r} is sharded over ranks: measure the model before it is sharded")
+    return found
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss, call: Call | None) -> Tensor:
+    """Run a model on a batch and return its loss, a scalar with a gradient.
+
+    Args:
+        model: Without a wrapper.
+        batch: On the model's device.
+        loss: ``loss(output, batch)``.
+        call: ``call(model, batch)``, for a model that is run otherwise.
+
+    Returns:
+        The scalar.
+
+    Raises:
+        TypeError: If the loss is no tensor.
+        ValueError: If the loss is no scalar or has no gradient.
+
+    Example:
+        >>> loss_of(nn.Linear(2, 1), torch.zeros(3, 2), lambda output, batch: output.sum(), None).shape
+        torch.Size([])
+    """
+    if call is not None:
+        output = call(model, batch)
+    else:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    value = loss(output, batch)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"loss must return a scalar tensor, got the shape {list(value.shape)}")
+    if not value.requires_grad:
+        raise ValueError("loss must depend on the model's weights: the tensor that it returned has no gradient")
+    return value.reshape(())
+
+
+@contextlib.contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Let a model run with gradients, in the modes that it is in, and leave no trace of that.
+
+    Modules work on copies of their buffers; the buffers themselves are not written to. Attributes, modes and torch's
+    random state are put back, and attached transforms do not observe. `.grad` stays as long as only
+    `torch.autograd.grad` is called. So a second run under a second context sees the same state as the first.
+
+    Args:
+        model: Without a wrapper.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> with left_as_found(model):
+        ...     _ = model(torch.randn(4, 2))
+        >>> int(model.num_batches_tracked)
+        0
+    """
+    copies: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(kept_random_state(model))
+        if "torch._dynamo" in sys.modules:  # Compiled code has the buffers built in, and no second derivatives.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in model.modules():
+            stack.callback(
+                _put_back, module, dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
+            )
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    # Modules that share a buffer share its copy.
+                    copies.setdefault(id(buffer), buffer.detach().clone())
+                    module._buffers[name] = copies[id(buffer)]
+            for name, value in vars(module).items():
+                if isinstance(value, PastStatistics):
+                    vars(module)[name] = copy.copy(value)
+            for key, hook in module._forward_pre_hooks.items():
+                if isinstance(hook, Probe):
+                    module._forward_pre_hooks[key] = _no_hook
+        yield
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Any], hooks: dict[int, Any]) -> None:
+    for name in vars(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
+    for own, found in ((module._buffers, buffers), (module._forward_pre_hooks, hooks)):
+        own.clear()
+        own.update(found)  # type: ignore[arg-type]
+
+
+def _no_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Stand where an attached transform observes."""
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, or float32 on devices that have none; dense.
+
+    >>> widened(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float64
+    """
+    tensor = tensor.detach()
+    dense = tensor.to_dense() if tensor.is_sparse else tensor
+    return dense.to(statistics_dtype(tensor.dtype) if tensor.device.type == "mps" else torch.float64)
+
+
+def norm_of(tensors: Sequence[Tensor | None]) -> float:
+    """Return the norm of tensors taken together; None counts as zeros."""
+    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors if tensor is not None))
+
+
+def sizes_of(layer: Layer) -> tuple[int, int]:
+    """Return a weight's output units and the inputs of each."""
+    groups, units, *inputs = layer.matrix_shape
+    return groups * units, math.prod(inputs)

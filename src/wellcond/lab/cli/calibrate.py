@@ -1,0 +1,164 @@
+"""`wellcond calibrate`: statistics for a network that is trained already."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import wellcond
+from wellcond.lab.cli.options import add_data_options, given_settings
+from wellcond.lab.errors import LabError
+from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.plan import make_plan
+from wellcond.lab.report.formats import score_text
+from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.tasks.base import ROLES, Evaluation, SeedData
+
+_DESCRIPTION = """\
+Take a trained network's normalization statistics anew, in one pass over training images in batches of the size that it
+was trained with, and show how well it does before and after.
+
+  bsr       each image is normalized with statistics that are predicted for it (Batch Statistics Regression)
+  evalnorm  each image's own statistics are mixed with the running ones, with weights that are learned from the batches
+  bn        the running statistics, as they are at the end of training"""
+
+_EXAMPLES = """\
+examples:
+  wellcond calibrate resnet8.pt --model resnet8 --data cifar10/ --what bsr --batch-size 4 --out resnet8-bsr.pt
+      a network that was trained with batches (or ghost groups) of 4 images
+
+The file written is a plain state dict. In Python, with the same network:
+  model = wellcond.nn.convert_norm(model, "bsr")      (not for bn)
+  model.load_state_dict(torch.load("resnet8-bsr.pt"))"""
+
+# The most images of the loader's batches, which the pass divides into batches of m: as many as keep the device busy.
+_LOADED = 256
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="take a trained network's normalization statistics anew",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file of the network's state dict")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the network (see `wellcond list models`)")
+    parser.add_argument("--what", required=True, choices=("bsr", "evalnorm", "bn"), help="what is taken (see above)")
+    parser.add_argument(
+        "--batch-size",
+        dest="samples",
+        required=True,
+        type=int,
+        metavar="M",
+        help="images behind one set of statistics in training: of one device, or of a ghost group",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the new state dict goes")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the seed whose training images are passed over and whose validation images evaluate, as in "
+        "`wellcond compare` (default: %(default)s)",
+    )
+    add_data_options(parser)
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> int:
+    """Calibrate, evaluate before and after, and write the state dict.
+
+    Args:
+        arguments: The options.
+        command_line: As it was typed.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        LabError: If a file, the network, the data or a number is not what it must be.
+    """
+    m, out = arguments.samples, arguments.out
+    if m < 2:
+        raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
+    if arguments.seed < 0:
+        raise LabError(f"--seed must be 0 or more, got {arguments.seed}")
+    if not Path(arguments.checkpoint).is_file():
+        raise LabError(f"there is no checkpoint {arguments.checkpoint}")
+    if not out.parent.is_dir():
+        raise LabError(f"--out {out}: there is no folder {out.parent}")
+    if out.exists() and out.samefile(arguments.checkpoint):
+        raise LabError(f"--out {out}: would write over the checkpoint")
+    settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoint, batch_size=m)
+    plan = make_plan(settings)
+    if plan.task.kind != "classification":
+        raise LabError(f"calibrate is for classification, and {settings.data} is for {plan.task.kind}")
+    device = training_device()
+    model = plan.task.initial_model(plan.model, arguments.seed, settings.weights).to(device)
+    # Whole batches of m that leave out as few of the images as can be.
+    images = plan.task.train_images
+    loaded = m * max(1, images // -(-images // _LOADED) // m)
+    spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
+    data = plan.task.for_seed(spec, device, rank=0, ranks=1)
+    before = _evaluate(model, data, device)
+    batches = data.batches()
+    try:
+        wellcond.calibrate(model, batches, batch_size=m, what=arguments.what)
+    except ValueError as error:
+        raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
+    after = _evaluate(model, data, device)
+    _save(model, out)
+    passed = f"{len(batches) * loaded} training images in batches of {m}"
+    title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
+    _print(title, plan.task.score, before, after)
+    Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tuple[Evaluation, float]]:
+    """Return the network's evaluation on the images of each role, with the seconds that an image took."""
+    model.eval()
+    found = []
+    for role in ROLES:
+        stopwatch = Stopwatch(device)
+        with torch.no_grad():
+            evaluation = data.evaluate(model, role, stopwatch)
+        found.append((evaluation, stopwatch.seconds / evaluation.images))
+    return found
+
+
+def _save(model: nn.Module, file: Path) -> None:
+    """Write the state dict by way of a file beside it, so that what is there is always whole."""
+    partial = file.with_name(f".{file.name}.partial")
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
+    partial.replace(file)
+
+
+def _print(
+    title: str, score: str, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
+) -> None:
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(f"\n{title}\n", style="bold", highlight=False)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("images", no_wrap=True)
+    for head in (f"{score_text(score)}\nbefore", "\nafter", "\nchange", "loss\nbefore", "\nafter", "time per\nimage"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for role, (old, old_time), (new, new_time) in zip(ROLES, before, after, strict=True):
+        losses = ["–" if each.loss is None else f"{each.loss:.4g}" for each in (old, new)]
+        table.add_row(
+            f"{old.images} {role}",
+            f"{old.score:.2f}",
+            f"{new.score:.2f}",
+            f"{new.score - old.score:+.2f}",
+            *losses,
+            f"x {new_time / old_time:.2f}",
+        )
+    console.print(table)

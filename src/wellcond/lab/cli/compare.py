@@ -1,0 +1,148 @@
+"""`wellcond compare`: several methods on one data set, with paired seeds."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from wellcond.lab.cli.kept_runs import keeping_runs
+from wellcond.lab.cli.options import (
+    add_data_options,
+    add_model_options,
+    add_process_options,
+    add_training_options,
+    given_settings,
+)
+from wellcond.lab.cli.processes import in_processes
+from wellcond.lab.comparison.compare import run_comparison
+from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.methods.method import DEFAULT_METHODS, parse_lrs
+from wellcond.lab.plan import make_plan, output_folder
+from wellcond.lab.report.epochs_csv import write_epochs
+from wellcond.lab.report.results import collect_results, write_results
+from wellcond.lab.report.terminal import print_summary
+from wellcond.lab.runs.records import RunStore
+from wellcond.lab.runs.settings import ENGINES, Settings
+from wellcond.lab.training.progress import RunProgress
+
+_DESCRIPTION = """\
+Train one network on one data set with several methods, several paired seeds and a small lr grid, and show what each
+method gained and cost against its baseline: test score after each epoch, time per step, score at equal wall time.
+
+Every finished run is kept, and an unfinished one every half minute. The same command again continues where it was
+stopped, or only shows the results."""
+
+_EXAMPLES = """\
+examples:
+  wellcond compare
+      the bundled digits, all default methods, 5 seeds: a few minutes on a laptop
+  wellcond compare --methods SGDM,SGDM+GC,W-SGDM --seeds 3 --out runs/try
+      fewer methods and seeds, results in runs/try
+  wellcond compare --data train.parquet --train-images 5000 --test-images 2000 --image-size 16
+      5,000 images of a parquet file in the Hugging Face layout, average-pooled to 16x16, with a ResNet-8
+  wellcond compare --data cifar10/ --model resnet18 --epochs 30 --batch-size 128
+      a folder with *train*.parquet and *test*.parquet files
+  wellcond compare --methods SGDM,MBN,EvalNorm,BSR,GN --ghost-batch 2 --data cifar10/
+      normalization layers where batch normalization suffers: statistics of 2 images, in batches of the usual size
+
+`wellcond list` shows the methods, models and data that can be named."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "compare",
+        help="train with several methods and show what each gained and cost",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = Settings()
+    what = parser.add_argument_group("what is compared")
+    what.add_argument(
+        "--methods",
+        default=",".join(DEFAULT_METHODS),
+        metavar="A,B,...",
+        help="methods, separated by commas (default: %(default)s)",
+    )
+    what.add_argument(
+        "--lrs",
+        action="append",
+        default=[],
+        metavar="OPTIMIZER=A,B,...",
+        help="lr grid of all methods over this optimizer, e.g. SGD=0.02,0.06,0.2; may be given for several "
+        "(default: see `wellcond list`)",
+    )
+    what.add_argument(
+        "--seeds", type=int, default=defaults.seeds, metavar="N", help="paired seeds (default: %(default)s)"
+    )
+    add_model_options(parser)
+    add_training_options(parser)
+    add_data_options(parser)
+    output = parser.add_argument_group("running and results")
+    output.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/compare-<data>)")
+    output.add_argument("--target", type=float, metavar="PERCENT", help="test score to count the epochs to")
+    output.add_argument(
+        "--jobs",
+        type=int,
+        default=defaults.jobs,
+        metavar="N",
+        help="runs at the same time on a machine (default: %(default)s, for clean times)",
+    )
+    output.add_argument(
+        "--engine",
+        default=defaults.engine,
+        metavar="NAME",
+        help=f"what executes the runs, {' or '.join(ENGINES)}: this machine, or those of a Ray cluster "
+        "(default: %(default)s)",
+    )
+    output.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="the Ray cluster (default: that of RAY_ADDRESS, else one of this machine alone)",
+    )
+    add_process_options(output)
+    output.add_argument(
+        "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"
+    )
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> int:
+    """Compare, write the results and show them.
+
+    Args:
+        arguments: The options.
+        command_line: As it was typed, for the report.
+
+    Returns:
+        The exit code.
+    """
+    settings = given_settings(
+        arguments,
+        methods=tuple(name.strip() for name in arguments.methods.split(",") if name.strip()),
+        lrs=tuple(parse_lrs(text) for text in arguments.lrs),
+    )
+    return in_processes(settings, command_line, lambda first: _compare(arguments, settings, command_line, first))
+
+
+def _compare(arguments: argparse.Namespace, settings: Settings, command_line: str, first: bool) -> int:
+    plan = make_plan(settings)
+    folder = output_folder(plan, arguments.out)
+    progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)
+    with keeping_runs(progress, folder):
+        comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
+    if not first:
+        return 0
+    summary = summarize(comparison)
+    results = collect_results(comparison, summary, command_line)
+    files = [*write_results(results, folder), folder / "epochs.csv"]
+    write_epochs(comparison.records, files[-1])
+    console = Console()
+    if not console.is_terminal:
+        # Piped to a file or a pager, rich would assume 80 columns and cut the tables.
+        console = Console(width=120)
+    if not arguments.quiet:
+        print_summary(summary, results.title, console)
+    console.print(f"\nWritten: {' '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
+    return 0

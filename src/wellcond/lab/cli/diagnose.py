@@ -1,0 +1,147 @@
+"""`wellcond diagnose`: why a network is badly conditioned, on one page."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from wellcond.lab.cli.options import given_settings
+from wellcond.lab.data.batches import AUGMENTATIONS
+from wellcond.lab.data.load import DIGITS
+from wellcond.lab.diagnosis.diagnose import diagnose, trained_briefly
+from wellcond.lab.diagnosis.findings import findings
+from wellcond.lab.diagnosis.page import write_diagnosis
+from wellcond.lab.errors import LabError
+from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.plan import make_plan
+from wellcond.lab.tasks.base import EpochBatches
+
+_DESCRIPTION = """\
+Look at one network with every probe of wellcond.diagnostics: the spectra of its features, its gradients with and
+without their means, its weights' means, the smoothness of its loss, the noise of its batch statistics and how far
+evaluation is from training. One page shows all of them with a list of findings in plain words."""
+
+_EXAMPLES = """\
+examples:
+  wellcond diagnose
+      a small conv-BN net on the bundled digits, as it is initialized
+  wellcond diagnose resnet8 cifar10/ --steps 200
+      after 200 steps of training, over which gradients are recorded
+  wellcond diagnose resnet18 cifar10/ --checkpoint trained.pt --batch-size 2
+      a trained network, at the batch size that its statistics are taken over on a device"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "diagnose",
+        help="show why a network trains as it does: spectra, gradients, smoothness, noise",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a network of `wellcond list models` (default: by data)"
+    )
+    parser.add_argument(
+        "data", nargs="?", default=DIGITS, metavar="DATA", help="what --data of `compare` takes (default: %(default)s)"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="state dict of the network (default: drawn from the seed)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, images and order (default: 0)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: by data)")
+    parser.add_argument(
+        "--batches", type=int, default=32, metavar="N", help="batches of training images to look at (default: 32)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, metavar="N", help="train so many steps before (default: not at all)"
+    )
+    parser.add_argument("--lr", type=float, default=0.05, metavar="LR", help="of these steps (default: %(default)s)")
+    parser.add_argument("--train-images", type=int, metavar="N", help="images to draw from (default: as for `compare`)")
+    parser.add_argument("--image-size", type=int, metavar="S", help="average-pool the images to SxS")
+    parser.add_argument(
+        "--augment", dest="augmentation", metavar="NAME", help=f"{', '.join(AUGMENTATIONS)} (default: as for `compare`)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the page (default: runs/diagnose-<model>-<data>)")
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> int:
+    """Diagnose, write the page and print the findings.
+
+    Args:
+        arguments: The options.
+        command_line: As it was typed, for the page.
+
+    Returns:
+        The exit code.
+    """
+    for name, least in (("batches", 2), ("steps", 0), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise LabError(f"--{name} must be an integer of at least {least}, got {getattr(arguments, name)}")
+    if not arguments.lr > 0:
+        raise LabError(f"--lr must be positive, got {arguments.lr:g}")
+    plan = make_plan(given_settings(arguments, methods=("SGDM",), seeds=1))
+    folder = _folder(arguments.out, f"{plan.model}-{plan.task.name}")
+    device = training_device()
+    method = plan.methods[0]
+    spec = plan.spec(method, method.lrs[0], arguments.seed)
+    model = plan.task.initial_model(plan.model, arguments.seed, arguments.checkpoint).to(device)
+    data = plan.task.for_seed(spec, device, rank=0, ranks=1)
+
+    def call(network: nn.Module, batch: Any) -> Tensor:
+        return data.loss(network, batch)
+
+    def loss(value: Any, batch: Any) -> Tensor:
+        found: Tensor = value
+        return found
+
+    stream = data.batches()
+    batches = list(itertools.islice(_epochs(stream), arguments.batches))
+    training = None
+    if arguments.steps:
+        try:
+            training = trained_briefly(model, _epochs(stream), loss, steps=arguments.steps, lr=arguments.lr, call=call)
+        except ValueError as error:
+            raise LabError(f"--lr {arguments.lr:g}: {error}") from error
+    found = diagnose(model, batches, loss, batch_size=plan.batch_size, call=call, training=training)
+    settings = {
+        "model": plan.model,
+        "data": plan.settings.data,
+        "checkpoint": arguments.checkpoint,
+        **plan.task.describe(),
+        "batch_size": plan.batch_size,
+        "batches": len(batches),
+        "augmentation": plan.task.augmentation,
+        "seed": arguments.seed,
+        "steps_of_training": arguments.steps,
+        "lr": arguments.lr if arguments.steps else None,
+    }
+    state = f"after {arguments.steps} steps of SGD at lr {arguments.lr:g}" if arguments.steps else "as it is"
+    if not arguments.steps and arguments.checkpoint is None:
+        state = "as it is initialized"
+    title = f"{plan.model} {state}, on {len(batches)} batches of {plan.batch_size} of {plan.task.name}"
+    files = write_diagnosis(found, folder, title=title, settings=settings, command=command_line)
+    print(title)
+    for line in findings(found):
+        print(f" - {line}")
+    print(f"\nWritten: {' '.join(str(file) for file in files)}")
+    return 0
+
+
+def _epochs(batches: EpochBatches) -> Iterator[Any]:
+    """Yield batches of one epoch after another, without an end."""
+    while True:
+        yield from batches
+
+
+def _folder(out: str | None, name: str) -> Path:
+    folder = Path(out) if out is not None else Path("runs") / f"diagnose-{name.replace(':', '-')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
+    return folder

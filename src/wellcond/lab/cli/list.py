@@ -1,0 +1,56 @@
+"""`wellcond list`: the methods, models, data and recipes that can be named."""
+
+from __future__ import annotations
+
+import argparse
+
+from wellcond.lab.data.load import DIGITS
+from wellcond.lab.methods.method import DEFAULT_METHODS, METHODS
+from wellcond.lab.networks.registry import MODELS
+from wellcond.lab.reproduction.recipe import bundled_recipes
+from wellcond.lab.tasks.open import LAYOUTS
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser("list", help="show the methods, models, data or recipes that can be named")
+    parser.add_argument("what", nargs="?", choices=("methods", "models", "data", "recipes"), help="default: all")
+
+
+def run(arguments: argparse.Namespace, command_line: str) -> int:
+    """Print what was asked for, one line each, and return the exit code."""
+    # Here: torchvision's detectors take seconds to import, and the other commands may not need them.
+    from wellcond.lab.tasks.detection.networks import DETECTORS
+    from wellcond.lab.tasks.reid.networks import REID_NETWORKS
+
+    what = arguments.what
+    # Plain lines rather than a table: they can be searched and cut by other programs at any width.
+    listed = {
+        "methods": [
+            (
+                method.name,
+                f"{method.description}; lr {', '.join(f'{lr:g}' for lr in method.lrs)}"
+                f"{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}",
+            )
+            for method in METHODS.values()
+        ],
+        "models": [
+            *((model.name, model.description) for model in MODELS.values()),
+            *((model.name, model.description) for model in DETECTORS.values()),
+            *((model.name, model.description) for model in REID_NETWORKS.values()),
+            ("torchvision:NAME", "an image classifier of torchvision, ImageNet stem (torchvision:resnet50)"),
+            ("timm:NAME", "one of timm, if that is installed (timm:resnet50.a1_in1k)"),
+        ],
+        "data": [
+            (DIGITS, "scikit-learn's bundled digits: 1,797 images of 8x8 in 10 classes"),
+            *((layout.name, layout.description) for layout in LAYOUTS),
+        ],
+        "recipes": [(recipe.name, f"{recipe.title} ({recipe.source})") for recipe in bundled_recipes()],
+    }
+    for kind in [what] if what else list(listed):
+        if not what:
+            print(f"{kind}:")
+        width = max(len(name) for name, _ in listed[kind])
+        for name, description in listed[kind]:
+            print(f"  {name:<{width}}  {description}")
+    return 0

@@ -1,0 +1,99 @@
+"""The command line: reads it, and lets the command that it names do the work."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
+
+import wellcond
+from wellcond.lab.cli import bench, calibrate, compare, diagnose, reproduce, train
+from wellcond.lab.cli import list as listing
+from wellcond.lab.errors import CommandEndedError, LabError
+from wellcond.lab.hardware.launch import launched
+
+
+class Command(Protocol):
+    """What a module of `wellcond.lab.cli` holds."""
+
+    def add_parser(self, commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+        """Declare the command and its options."""
+
+    def run(self, arguments: argparse.Namespace, command_line: str) -> int:
+        """Do what it says and return the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
+    "compare": compare,
+    "train": train,
+    "reproduce": reproduce,
+    "calibrate": calibrate,
+    "diagnose": diagnose,
+    "bench": bench,
+    "list": listing,
+}
+"""Every command by its name, in the order in which the help shows them."""
+
+
+SHARED_COMMANDS = ("compare", "train")
+"""Those that several processes can carry out together, as torchrun or SLURM starts them."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it, and takes options by their whole names alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise LabError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, without the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 0 done, 1 a run failed, 2 a mistake in the arguments or the data, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser().parse_args(argv)
+        if launched().size > 1 and arguments.command not in SHARED_COMMANDS:
+            raise LabError(
+                f"wellcond {arguments.command} is for one process, not for the {launched().size} of a launch"
+            )
+        return COMMANDS[arguments.command].run(arguments, shlex.join(["wellcond", *argv]))
+    except LabError as error:
+        _say(f"error: {error}")
+        return 2
+    except CommandEndedError as ended:
+        # A run may have failed on one process alone.
+        _say(str(ended), anywhere=ended.code == 1)
+        return ended.code
+    except KeyboardInterrupt:  # before the first run or after the last
+        _say("interrupted")
+        return 130
+
+
+def _say(line: str, anywhere: bool = False) -> None:
+    """Say why the command ended; of several processes only the first does, unless it matters where it was."""
+    if launched().rank == 0 or anywhere:
+        print(f"wellcond: {line}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = _Parser(
+        prog="wellcond",
+        description="Measure what statistics-driven training techniques gain and cost.",
+        epilog="`wellcond compare --help` explains the comparison, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"wellcond {wellcond.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    for command in COMMANDS.values():
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,169 @@
+"""Options that several commands share: the data, the network, and how it is trained."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from wellcond.lab.data.batches import AUGMENTATIONS
+from wellcond.lab.networks.registry import MODELS
+from wellcond.lab.runs.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
+
+_DEFAULTS = Settings()
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add what names the data and how much of it is used."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default=_DEFAULTS.data,
+        metavar="WHAT",
+        help="digits, a .parquet file in the Hugging Face image layout, or a folder of data: parquet files, CIFAR, a "
+        "folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
+    )
+    data.add_argument(
+        "--train-images", type=int, metavar="N", help="images that train (default: 1000 for digits, else all)"
+    )
+    data.add_argument(
+        "--val-images",
+        dest="validation_images",
+        type=int,
+        metavar="N",
+        help="images that choose the lr (default: a tenth; digits: 398)",
+    )
+    data.add_argument(
+        "--test-images",
+        type=int,
+        metavar="N",
+        help="images that measure (default: a fifth, or the test file; digits: 399)",
+    )
+    data.add_argument(
+        "--image-size",
+        type=int,
+        metavar="S",
+        help="average-pool the images to SxS (default: as they are); files of images are cut to it (default: 224)",
+    )
+    data.add_argument(
+        "--augment",
+        dest="augmentation",
+        metavar="NAME",
+        help=f"{', '.join(AUGMENTATIONS)} (default: none for digits, else crop-flip)",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what names the network."""
+    model = parser.add_argument_group("network")
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, torchvision:NAME, timm:NAME (default: convnet for digits, else resnet8)",
+    )
+    model.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict that every run begins with, or torchvision:IMAGENET1K_V1 and the like for the models of "
+        "torchvision; a classifier of other classes is left out (default: drawn from the seed)",
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a run consists of, whatever the method."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: 6 for digits, else 8)")
+    training.add_argument(
+        "--batch-size", type=int, metavar="N", help="images of a batch (default: 32 for digits, else 64)"
+    )
+    training.add_argument(
+        "--ghost-batch",
+        type=int,
+        metavar="M",
+        help="take batch statistics in training over groups of M images, as if each were on a device of its own; "
+        "methods without batch statistics (GN) stay as they are (default: over the whole batch)",
+    )
+    training.add_argument(
+        "--stats-every",
+        type=int,
+        metavar="N",
+        help="steps between statistics of a preconditioner (default: by run length)",
+    )
+    training.add_argument(
+        "--solve-every", type=int, metavar="N", help="steps between its solves (default: by run length)"
+    )
+    training.add_argument(
+        "--schedule",
+        default=_DEFAULTS.schedule,
+        metavar="NAME",
+        help="cosine (to 0), constant, step:EVERY,FACTOR or steps:EPOCH,...,FACTOR, which multiply the lr by FACTOR "
+        "every EVERY epochs or at these (default: %(default)s)",
+    )
+    training.add_argument(
+        "--warmup",
+        type=float,
+        default=_DEFAULTS.warmup,
+        metavar="EPOCHS",
+        help="let the lr rise over the first epochs (default: not)",
+    )
+    training.add_argument(
+        "--precision",
+        default=_DEFAULTS.precision,
+        metavar="NAME",
+        help=f"{', '.join(PRECISIONS)} (default: %(default)s)",
+    )
+    training.add_argument(
+        "--deterministic", action="store_true", help="use deterministic algorithms only, and fail where there is none"
+    )
+    training.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=_DEFAULTS.label_smoothing,
+        metavar="SHARE",
+        help="share of the target that is spread over all classes in training (default: 0)",
+    )
+
+
+def add_process_options(group: argparse._ArgumentGroup) -> None:
+    """Add what a run trains on, in how many processes, and how it survives being stopped."""
+    group.add_argument(
+        "--accelerator",
+        default=_DEFAULTS.accelerator,
+        metavar="NAME",
+        help=f"{', '.join(ACCELERATORS)} (default: %(default)s, a CUDA device if there is one)",
+    )
+    group.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="processes of this machine that train each run together, each with its share of a batch and a CUDA device "
+        "of its own if there are any; for several machines start the command with torchrun or srun (default: 1)",
+    )
+    group.add_argument(
+        "--strategy",
+        default=_DEFAULTS.strategy,
+        metavar="NAME",
+        help=f"{', '.join(STRATEGIES)}: how several processes train together, with a network each (ddp) or with its "
+        "weights sharded (fsdp) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=_DEFAULTS.checkpoint_every,
+        metavar="SECONDS",
+        help="how often an unfinished run is kept, to go on from there (default: %(default)g)",
+    )
+
+
+def given_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
+    """Return the settings that the arguments stand for.
+
+    Args:
+        arguments: The command's; those called as a field of `Settings` become its value.
+        more: Fields that the command works out itself.
+
+    Raises:
+        LabError: If a value is out of its range.
+    """
+    given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if field.name in arguments}
+    return Settings(**(given | more))

@@ -1,0 +1,1 @@
+"""Run the plan's runs, choose learning rates, and summarize what they gave."""

@@ -1,0 +1,90 @@
+"""How long comparisons will take, from a few steps of each method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.methods.method import Method
+from wellcond.lab.plan import Plan
+from wellcond.lab.runs.records import RunSpec, RunStore
+from wellcond.lab.tasks.base import EpochBatches
+
+_STEPS = 3
+
+
+def estimate_seconds(plans: Iterable[Plan], store: RunStore) -> tuple[int, float]:
+    """Return how many runs are missing, and about how long they will take.
+
+    Runs at equal wall time are not counted, nor what a run needs beside its steps and evaluations.
+
+    Args:
+        plans: The comparisons; a run that several of them have counts once.
+        store: The finished runs.
+
+    Returns:
+        The number of runs, and the seconds for all of them, as many at once as the plans say.
+    """
+    missing: set[RunSpec] = set()
+    total = 0.0
+    for plan in plans:
+        for method in plan.methods:
+            seeds = range(plan.settings.seeds)
+            specs = {plan.spec(method, lr, seed) for lr in method.lrs for seed in seeds} - missing
+            wanted = {spec for spec in specs if store.load(spec) is None}
+            if wanted:
+                total += len(wanted) * _seconds_of_run(plan, method) / plan.settings.jobs
+                missing |= wanted
+    return len(missing), total
+
+
+def _seconds_of_run(plan: Plan, method: Method) -> float:
+    """Return the seconds of a run's steps and evaluations, measured on its first batches."""
+    device = training_device()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            task = plan.task
+            network = task.initial_model(plan.model, 0, None)
+            model = method.with_layers(network, plan.template.ghost_batch).to(device)
+            optimizer, handle = method.build(model, method.lrs[0], plan.refresh)
+            data = task.for_seed(plan.spec(method, method.lrs[0], 0), device, rank=0, ranks=1)
+            batches = _endless(data.batches())
+
+            def train() -> None:
+                optimizer.zero_grad()
+                data.loss(model, next(batches)).backward(create_graph=method.second_order)
+                optimizer.step()
+
+            step = _timed(train, device)
+            # In training mode: it is the one way to call a network that every task has.
+            with torch.no_grad():
+                image = _timed(lambda: data.loss(model, next(batches)), device) / plan.batch_size
+            if handle is not None:
+                handle.remove()
+    finally:
+        torch.set_num_threads(threads)
+    evaluated = plan.epochs * (plan.task.validation_images + plan.task.test_images)
+    return plan.steps * step + evaluated * image
+
+
+def _endless(batches: EpochBatches) -> Iterator[Any]:
+    while True:
+        yield from batches
+
+
+def _timed(act: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of an act, the first time left out."""
+    started = 0.0
+    for index in range(_STEPS + 1):
+        if index == 1:
+            started = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / _STEPS

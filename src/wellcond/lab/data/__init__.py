@@ -1,0 +1,1 @@
+"""Images: how they are found, read, split, augmented and batched."""

@@ -1,0 +1,1 @@
+"""Every probe on one model, and the page that shows them."""

@@ -1,0 +1,85 @@
+"""A diagnosis as one self-contained HTML page, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from wellcond.lab.diagnosis.diagnose import Diagnosis
+from wellcond.lab.diagnosis.figures import sections
+from wellcond.lab.diagnosis.findings import findings
+from wellcond.lab.hardware.machine import machine, versions
+from wellcond.lab.report.results import rounded
+from wellcond.lab.runs.records import write_atomically
+
+
+def write_diagnosis(
+    diagnosis: Diagnosis, folder: Path, *, title: str, settings: dict[str, Any], command: str
+) -> list[Path]:
+    """Write diagnose.html and diagnose.json.
+
+    Args:
+        diagnosis: What was found.
+        folder: Where to; it must exist.
+        title: What was diagnosed, in one line.
+        settings: How, as JSON takes it; ``model`` and ``data`` among them.
+        command: The command line that made it.
+
+    Returns:
+        The files, the page first.
+    """
+    page, numbers = folder / "diagnose.html", folder / "diagnose.json"
+    write_atomically(numbers, to_json(diagnosis, title=title, settings=settings, command=command))
+    write_atomically(page, render_diagnosis(diagnosis, title=title, settings=settings, command=command))
+    return [page, numbers]
+
+
+def render_diagnosis(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], command: str) -> str:
+    """Return the page, which refers to nothing outside itself."""
+    environment = Environment(
+        loader=PackageLoader("wellcond.lab.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["label"] = lambda key: key.replace("_", " ")
+    return environment.get_template("diagnosis.html.j2").render(
+        model=settings["model"],
+        data=settings["data"],
+        title=title,
+        findings=findings(diagnosis),
+        sections=list(sections(diagnosis)),
+        settings=settings,
+        command=command,
+        versions=versions(),
+        machine=machine(),
+        colours={},
+    )
+
+
+def to_json(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], command: str) -> str:
+    """Return all numbers as JSON, one probe a line; what is infinite or not a number is null."""
+    content = {
+        "title": title,
+        "command": command,
+        "settings": settings,
+        "versions": versions(),
+        "machine": machine(),
+        "findings": findings(diagnosis),
+        **diagnosis.to_dict(),
+    }
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(_finite(rounded(value)), allow_nan=False)}" for key, value in content.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Execute runs: in this process, in several, or on a Ray cluster."""

@@ -1,0 +1,115 @@
+"""Executes runs on this machine, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import torch
+
+from wellcond.lab.engines.select import Finished, RunFailedError
+from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.plan import Plan
+from wellcond.lab.runs.records import RunSpec, RunStore
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.open import open_task
+
+
+class ThisProcess:
+    """Executes runs here, one after another."""
+
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
+        """Execute runs; see `Engine.execute`."""
+        # Lightning takes seconds to import; a command that has nothing left to run should not wait for it.
+        from wellcond.lab.training.checkpoint import Checkpointing
+        from wellcond.lab.training.runner import Runner
+
+        settings = plan.settings
+        checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
+        runner = Runner(plan.task, training_device(settings.accelerator), settings.strategy, checkpoints)
+        for spec in specs:
+            try:
+                record = runner.run(spec)
+            except Exception as error:
+                raise RunFailedError(spec, traceback.format_exc()) from error
+            yield spec, record
+
+
+class WorkerProcesses:
+    """Executes runs in processes of their own, which share this machine.
+
+    Args:
+        jobs: Runs at the same time.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
+        """Execute runs; see `Engine.execute`."""
+        context = multiprocessing.get_context("spawn")
+        waiting = list(reversed(specs))
+        running: dict[Connection, tuple[SpawnProcess, RunSpec]] = {}
+        try:
+            for _ in range(min(self.jobs, len(specs))):
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(there, plan.settings, plan.threads, store), daemon=True)
+                _start_deaf_to_interrupts(process)
+                there.close()
+                spec = waiting.pop()
+                here.send(spec)
+                running[here] = (process, spec)
+            while running:
+                for connection in wait(list(running)):
+                    assert isinstance(connection, Connection)
+                    process, spec = running.pop(connection)
+                    try:
+                        result = connection.recv()
+                    except EOFError:
+                        process.join()
+                        raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
+                    if isinstance(result, str):
+                        raise RunFailedError(spec, result)
+                    if waiting:
+                        following = waiting.pop()
+                        connection.send(following)
+                        running[connection] = (process, following)
+                    else:
+                        connection.close()
+                        process.join()
+                    yield spec, result
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.join()
+
+
+def _start_deaf_to_interrupts(process: SpawnProcess) -> None:
+    """Start a process that ignores Ctrl-C, which reaches the whole group: the parent decides what it means."""
+    # An ignored signal stays ignored in the new process, also while it imports; a handler set there would come late.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _work(connection: Connection, settings: Settings, threads: int, store: RunStore) -> None:
+    """Serve runs until the connection closes; answer each with its record, or with a traceback."""
+    try:
+        from wellcond.lab.training.checkpoint import Checkpointing
+        from wellcond.lab.training.runner import Runner
+
+        torch.set_num_threads(threads)
+        checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
+        runner = Runner(open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
+        while True:
+            connection.send(runner.run(connection.recv()))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception:
+        connection.send(traceback.format_exc())

@@ -1,0 +1,72 @@
+"""What executes runs: this process, several of them, or the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from wellcond.lab.plan import Plan
+from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
+
+Finished = tuple[RunSpec, RunRecord]
+
+
+class RunFailedError(RuntimeError):
+    """A run raised an exception or its process ended.
+
+    Args:
+        spec: The run.
+        reason: The traceback, or how the process ended.
+    """
+
+    def __init__(self, spec: RunSpec, reason: str) -> None:
+        super().__init__(f"the run {spec.name} failed:\n{reason.rstrip()}")
+
+
+class Engine(Protocol):
+    """Executes runs, which do not depend on each other, somewhere; keeping their records is the caller's part."""
+
+    def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
+        """Execute runs.
+
+        Args:
+            plan: The comparison that they belong to.
+            specs: The runs, begun in this order; at least one.
+            store: Where unfinished runs are kept.
+
+        Yields:
+            Each run with its record, in the order in which they finish.
+
+        Raises:
+            RunFailedError: If one fails; those that were running with it are given up.
+        """
+
+
+def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
+    """Execute runs with the engine that the settings name, as many at a time as they say.
+
+    Args:
+        plan: The comparison that they belong to.
+        specs: The runs, begun in this order.
+        store: Where unfinished runs are kept.
+
+    Yields:
+        Each run with its record, in the order in which they finish.
+
+    Raises:
+        LabError: If there is no such Ray cluster.
+        RunFailedError: If a run fails; those that were running with it are given up.
+    """
+    if specs:
+        yield from _engine(plan).execute(plan, specs, store)
+
+
+def _engine(plan: Plan) -> Engine:
+    settings = plan.settings
+    if settings.engine == "ray":
+        from wellcond.lab.engines.ray import RayCluster
+
+        return RayCluster(settings.ray_address)
+    from wellcond.lab.engines.local import ThisProcess, WorkerProcesses
+
+    return ThisProcess() if settings.jobs == 1 else WorkerProcesses(settings.jobs)

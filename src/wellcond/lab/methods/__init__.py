@@ -1,0 +1,1 @@
+"""What is compared: optimizers, transforms, norms and layers by name."""

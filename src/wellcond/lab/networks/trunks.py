@@ -1,0 +1,140 @@
+"""Residual networks up to their last feature map: what detectors and re-identification networks stand on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+from wellcond.lab.networks.weights import load_weights
+
+NormLayer = Callable[[int], nn.Module]
+"""From a number of channels to the layer that normalizes them."""
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_FEATURES = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A residual network by name, without its classifier.
+
+    Attributes:
+        name: As part of the names of the networks that stand on it.
+        source: What `load_weights` calls the network; published weights are of the networks of torchvision.
+        channels: Of the four stages' feature maps.
+        build: From a norm layer to the network, its weights drawn from torch's global generator.
+    """
+
+    name: str
+    source: str
+    channels: tuple[int, int, int, int]
+    build: Callable[[NormLayer], nn.Module]
+
+
+def _thin(widths: tuple[int, int, int, int], norm_layer: NormLayer) -> nn.Module:
+    """Return a residual net of one basic block a stage, its layers called as torchvision's."""
+    layers = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False),
+        bn1=norm_layer(widths[0]),
+        relu=nn.ReLU(inplace=True),
+        maxpool=nn.MaxPool2d(3, stride=2, padding=1),
+    )
+    current = widths[0]
+    for name, width in zip(_STAGES, widths, strict=True):
+        stride = 1 if name == "layer1" else 2
+        shortcut = None
+        if stride != 1 or current != width:
+            shortcut = nn.Sequential(nn.Conv2d(current, width, 1, stride=stride, bias=False), norm_layer(width))
+        layers[name] = nn.Sequential(BasicBlock(current, width, stride, shortcut, norm_layer=norm_layer))
+        current = width
+    network = nn.Sequential(layers)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def _bottlenecks(depth: int, groups: int = 1, width_per_group: int = 64) -> Callable[[NormLayer], nn.Module]:
+    blocks = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}[depth]
+    return lambda norm_layer: ResNet(
+        Bottleneck, blocks, groups=groups, width_per_group=width_per_group, norm_layer=norm_layer
+    )
+
+
+_WIDE = (256, 512, 1024, 2048)
+TRUNKS = {
+    trunk.name: trunk
+    for trunk in (
+        Trunk("tiny", "tiny", (16, 24, 32, 48), lambda norm_layer: _thin((16, 24, 32, 48), norm_layer)),
+        Trunk(
+            "r18",
+            "torchvision:resnet18",
+            (64, 128, 256, 512),
+            lambda norm_layer: ResNet(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer),
+        ),
+        Trunk("r50", "torchvision:resnet50", _WIDE, _bottlenecks(50)),
+        Trunk("r101", "torchvision:resnet101", _WIDE, _bottlenecks(101)),
+        Trunk("x101-32x4d", "ResNeXt-101 32x4d", _WIDE, _bottlenecks(101, 32, 4)),
+        Trunk("x101-64x4d", "torchvision:resnext101_64x4d", _WIDE, _bottlenecks(101, 64, 4)),
+    )
+}
+"""Every trunk."""
+
+
+def build_trunk(trunk: Trunk, norm_layer: NormLayer, weights: str | None) -> nn.Sequential:
+    """Return a trunk's layers in order, ``conv1`` to ``layer4``.
+
+    Args:
+        trunk: Which.
+        norm_layer: What normalizes.
+        weights: What `load_weights` takes, for the network that the trunk is of; None keeps what is drawn from torch's
+            global generator.
+    """
+    network = trunk.build(norm_layer)
+    if weights is not None:
+        load_weights(network, trunk.source, weights)
+    children = dict(network.named_children())
+    return nn.Sequential(OrderedDict((name, children[name]) for name in _FEATURES))
+
+
+def freeze_first(trunk: nn.Sequential, stages: int = 1) -> None:
+    """Let the stem and the first stages stay as they are in training, in place.
+
+    Their parameters get no gradients, and their batch normalization normalizes with its running statistics and does not
+    update them.
+
+    Args:
+        trunk: From `build_trunk`.
+        stages: How many stages beside the stem.
+    """
+    for name in ("conv1", "bn1", *_STAGES[:stages]):
+        trunk.set_submodule(name, frozen_batch_norms(trunk.get_submodule(name)))
+        trunk.get_submodule(name).requires_grad_(False)
+
+
+def frozen_batch_norms(module: nn.Module) -> nn.Module:
+    """Return the module with its batch normalizations fixed, the scales and shifts as well as the statistics.
+
+    >>> frozen_batch_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
+    FrozenBatchNorm2d(8, eps=1e-05)
+    """
+    if isinstance(module, nn.BatchNorm2d):
+        frozen: nn.Module = FrozenBatchNorm2d(module.num_features, eps=module.eps)
+        state = module.state_dict()
+        frozen.load_state_dict({name: state[name] for name in frozen.state_dict()})
+        return frozen
+    for name, child in module.named_children():
+        setattr(module, name, frozen_batch_norms(child))
+    return module
+
+
+def keep_last_size(trunk: nn.Sequential) -> None:
+    """Let the last stage's feature map be as large as that before it, in place: its first block gets stride 1."""
+    for module in trunk.get_submodule("layer4.0").modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)

@@ -1,0 +1,1 @@
+"""Show a comparison: the page, its plots, its files, the terminal's table."""

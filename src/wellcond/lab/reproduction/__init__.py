@@ -1,0 +1,1 @@
+"""Recipes of the sources' tables and figures, and what repeats them."""

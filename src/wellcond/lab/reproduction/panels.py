@@ -1,0 +1,133 @@
+"""From a recipe, a scale and a user's data to the settings of each of its panels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wellcond.lab.data.named_data import NAMED_DATA
+from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.methods.method import METHODS
+from wellcond.lab.methods.overrides import MethodOverride
+from wellcond.lab.reproduction.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, Scale, ScaleTable
+from wellcond.lab.runs.settings import Settings
+
+
+@dataclass(frozen=True)
+class ScaledPanel:
+    """A panel at a scale.
+
+    Attributes:
+        table: What the recipe says of it.
+        data: The name of its data set.
+        fields: Fields of `Settings`, the scale's sizes in them; data still by name.
+        methods: What is compared, in the recipe's order.
+        differs: What the scale changed: from a field to the source's own value and the scale's.
+    """
+
+    table: PanelTable
+    data: str
+    fields: dict[str, Any]
+    methods: tuple[MethodOverride, ...]
+    differs: dict[str, tuple[Any, Any]]
+
+    def settings(self, paths: Mapping[str, str], jobs: int, seeds: int | None) -> Settings:
+        """Return the settings of its comparison.
+
+        Args:
+            paths: Where each data set lies.
+            jobs: Runs at the same time.
+            seeds: Paired seeds; None for the recipe's.
+
+        Raises:
+            LabError: If a value is out of its range.
+        """
+        given = self.fields | {"data": paths[self.data], "jobs": jobs} | ({} if seeds is None else {"seeds": seeds})
+        labels = tuple(method.label for method in self.methods)
+        return Settings(methods=labels, overrides=self.methods, **given)
+
+
+def scaled_panels(
+    recipe: Recipe, scale: Scale, panels: Sequence[str] | None = None, methods: Sequence[str] | None = None
+) -> list[ScaledPanel]:
+    """Return the panels that a scale runs.
+
+    Args:
+        recipe: The recipe.
+        scale: The scale.
+        panels: Names of those that are asked for, in place of the scale's.
+        methods: Labels that are asked for, in place of the scale's.
+
+    Raises:
+        LabError: If the recipe has no such panel or method, or a panel has none of the methods.
+    """
+    table = recipe.at(scale)
+    for kind, asked, known in (
+        ("panel", panels, [panel.name for panel in recipe.panels]),
+        ("method", methods, [method.label for method in recipe.methods]),
+    ):
+        for name in asked or ():
+            if name not in known:
+                raise unknown_name(f"{kind} of {recipe.name}", name, known)
+    wanted = panels or table.panels
+    labels = methods or table.methods
+    return [_scaled(recipe, panel, table, labels) for panel in recipe.panels if wanted is None or panel.name in wanted]
+
+
+def needed_data(panels: Sequence[ScaledPanel]) -> list[str]:
+    """Return the names of the panels' data sets."""
+    return list(dict.fromkeys(panel.data for panel in panels))
+
+
+def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequence[str] | None) -> ScaledPanel:
+    own = _given(recipe.settings) | _given(panel.settings)
+    scaled = own | _given(scale.settings)
+    scaled = {name: value for name, value in scaled.items() if value != ""}
+    if "model" in scaled:
+        scaled["model"] = scale.models.get(scaled["model"], scaled["model"])
+    compared = [
+        method
+        for method in recipe.methods
+        if (panel.methods is None or method.label in panel.methods) and (labels is None or method.label in labels)
+    ]
+    if not compared:
+        raise LabError(f"panel {panel.name} of {recipe.name} has none of the methods {', '.join(labels or ())}")
+    data = scaled.get("data", Settings().data)
+    if data not in NAMED_DATA:
+        raise unknown_name("data", data, NAMED_DATA)
+    names = [name for name in dict.fromkeys([*scaled, *own]) if name != "seeds" and own.get(name) != scaled.get(name)]
+    differs = {name: (own.get(name), scaled.get(name)) for name in names}
+    methods = tuple(_override(method, recipe.baseline, panel, scale) for method in compared)
+    return ScaledPanel(panel, data, scaled, methods, differs)
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = settings.model_dump(exclude_none=True)
+    return fields
+
+
+def _override(method: MethodTable, baseline: str, panel: PanelTable, scale: ScaleTable) -> MethodOverride:
+    """Return a method with all that is said of it; the last of these goes before the others."""
+    changes: list[Change] = [method]
+    for table in (panel.change, scale.change):
+        changes += [table[key] for key in (EVERY, method.label) if key in table]
+    grids = [change.lrs for change in changes if change.lrs is not None]
+    optimizer = METHODS[method.method].optimizer
+    grids += [scale.lrs[key] for key in (optimizer, method.label) if key in scale.lrs]
+
+    def merged(part: str) -> tuple[tuple[str, object], ...]:
+        options: dict[str, object] = {}
+        for change in changes:
+            options |= getattr(change, part)
+        return tuple(options.items())
+
+    return MethodOverride(
+        label=method.label,
+        method=method.method,
+        lrs=tuple(sorted(grids[-1])) if grids else (),
+        options=merged("options"),
+        transform=merged("transform"),
+        norm=merged("norm"),
+        baseline=method.baseline or baseline,
+    )

@@ -1,0 +1,345 @@
+"""Runs a recipe: every panel a comparison, and the source's figures beside what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from wellcond.lab.comparison.compare import Comparison, run_comparison
+from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference, spread
+from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary, summarize
+from wellcond.lab.errors import LabError
+from wellcond.lab.hardware.machine import machine, versions
+from wellcond.lab.methods.method import Method
+from wellcond.lab.plan import Plan, make_plan
+from wellcond.lab.report.findings import notes
+from wellcond.lab.report.results import collect_results, rounded
+from wellcond.lab.reproduction.panels import ScaledPanel
+from wellcond.lab.reproduction.recipe import PanelTable, Recipe, Scale
+from wellcond.lab.runs.records import RunStore
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.base import Task
+from wellcond.lab.tasks.open import open_task
+from wellcond.lab.training.progress import RunProgress
+
+FORMAT = 1
+"""The version of reproduce.json's layout."""
+
+SECONDS = "seconds per epoch"
+"""The metric that every run has: training seconds of an epoch."""
+
+# Of two panels whose settings agree in these, the second can take the first's images.
+_DATA_FIELDS = ("data", "image_size", "train_images", "validation_images", "test_images", "augmentation")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A method of a panel: the source's figures and ours.
+
+    Attributes:
+        label: How the source calls the method.
+        summary: What was measured of it.
+        paper: The source's mean and standard deviation; None where it gives no figure.
+        ours: Our mean and standard deviation over the seeds, as the recipe counts its score; None if a probe measures
+            it and all runs diverged.
+        ends: The score of each seed.
+        paper_difference: The source's mean less its baseline's mean.
+        difference: Ours, paired over the seeds; None for a baseline.
+        equal_time: The same at the baseline's wall time.
+        paper_metrics: The source's further figures.
+        metrics: Ours, also seconds per epoch.
+    """
+
+    label: str
+    summary: MethodSummary
+    paper: tuple[float, float | None] | None
+    ours: Spread | None
+    ends: tuple[float, ...]
+    paper_difference: float | None
+    difference: Difference | None
+    equal_time: Difference | None
+    paper_metrics: dict[str, float]
+    metrics: dict[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """Whether our difference points where the source's does: one line, empty where one of them is missing."""
+        if self.difference is None or self.paper_difference is None:
+            return ""
+        if self.difference.mean == 0 or self.paper_difference == 0:
+            return "no difference"
+        same = self.difference.mean * self.paper_difference > 0
+        if self.difference.low is None:
+            chance = "one seed"
+        else:
+            chance = "beyond chance" if self.difference.beyond_chance else "within chance"
+        return f"{'same direction' if same else 'other direction'}, {chance}"
+
+
+@dataclass(frozen=True)
+class PanelResults:
+    """A panel that was run.
+
+    Attributes:
+        name: What it is called.
+        title: What was trained, in one line.
+        settings: What was compared, the defaults filled in.
+        differs: What the scale changed: from a setting to the source's own value and the scale's.
+        summary: What was measured.
+        figures: Its methods.
+        notes: What weakens the numbers.
+    """
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    differs: dict[str, tuple[Any, Any]]
+    summary: Summary
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A recipe that was run.
+
+    Attributes:
+        recipe: The recipe.
+        scale: At which scale.
+        data: From each data set's name to where it lies.
+        command: The command line.
+        panels: Its panels.
+        versions: Of Python and of the packages that decide the numbers.
+        machine: Where they were measured.
+    """
+
+    recipe: Recipe
+    scale: Scale
+    data: dict[str, str]
+    command: str
+    panels: tuple[PanelResults, ...]
+    versions: dict[str, str]
+    machine: dict[str, str]
+
+
+class TaskShelf:
+    """Keeps the last task that was opened, for the next panel on the same images."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[Any, ...], Task] | None = None
+
+    def open(self, settings: Settings) -> Task:
+        """Return the task of these settings, opened anew only if it is another than the last."""
+        key = tuple(getattr(settings, name) for name in _DATA_FIELDS)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # before the next one is loaded: both might not fit into memory
+            self._kept = (key, open_task(settings))
+        return self._kept[1]
+
+
+def reproduce(
+    recipe: Recipe,
+    panels: Sequence[ScaledPanel],
+    settings: Sequence[Settings],
+    store: RunStore,
+    progress: RunProgress,
+) -> tuple[PanelResults, ...]:
+    """Run panels one after the other.
+
+    Args:
+        recipe: The recipe.
+        panels: Its panels.
+        settings: Those of each panel.
+        store: Where finished runs are kept.
+        progress: Told of every finished run.
+
+    Returns:
+        The panels' results.
+
+    Raises:
+        LabError: If a panel's settings do not fit its data.
+        RunFailedError: If a run fails; the finished ones are kept.
+    """
+    shelf = TaskShelf()
+    results = []
+    for panel, asked in zip(panels, settings, strict=True):
+        with _naming(panel):
+            plan = make_plan(asked, shelf.open(asked))
+        progress.say(f"{panel.table.name}: {', '.join(method.name for method in plan.methods)}")
+        comparison = run_comparison(plan, store, progress, equal_time=recipe.equal_time)
+        results.append(panel_results(recipe, panel, comparison))
+    return tuple(results)
+
+
+@contextmanager
+def _naming(panel: ScaledPanel) -> Iterator[None]:
+    try:
+        yield
+    except LabError as error:
+        raise LabError(f"panel {panel.table.name}: {error}") from error
+
+
+def panel_results(recipe: Recipe, panel: ScaledPanel, comparison: Comparison) -> PanelResults:
+    """Return a panel's figures beside the source's.
+
+    Args:
+        recipe: The recipe.
+        panel: The panel.
+        comparison: Its finished comparison.
+    """
+    summary = summarize(comparison)
+    results = collect_results(comparison, summary, "")
+    figures = tuple(_figure(recipe, panel, comparison, method) for method in summary.methods)
+    return PanelResults(
+        name=panel.table.name,
+        title=results.title,
+        settings={key: value for key, value in results.settings.items() if key != "methods"},
+        differs=panel.differs,
+        summary=summary,
+        figures=figures,
+        notes=tuple(notes(summary)),
+    )
+
+
+def _figure(recipe: Recipe, panel: ScaledPanel, comparison: Comparison, method: MethodSummary) -> Figure:
+    table = panel.table
+    ends = _ends(recipe, table, comparison.plan, method)
+    if table.figure is not None:
+        baseline = next(other for other in comparison.plan.methods if other.name == method.baseline)
+        difference = _probed_difference(table.figure, comparison, method, baseline)
+        equal_time = None
+    else:
+        sign = -1.0 if recipe.score == "error" else 1.0
+        difference = _signed(method.final_difference, sign)
+        equal_time = _signed(method.equal_time.difference if method.equal_time else None, sign)
+    paper, base = table.paper.get(method.name), table.paper.get(method.baseline)
+    paper_difference = paper[0] - base[0] if paper and base and not method.is_baseline else None
+    return Figure(
+        label=method.name,
+        summary=method,
+        paper=paper,
+        ours=spread(ends) if ends else None,
+        ends=ends,
+        # Of two figures with two digits; more would be noise of the subtraction.
+        paper_difference=None if paper_difference is None else round(paper_difference, 4),
+        difference=difference,
+        equal_time=equal_time,
+        paper_metrics={
+            name: by_label[method.name][0] for name, by_label in table.metrics.items() if method.name in by_label
+        },
+        metrics=_metrics(method.curves),
+    )
+
+
+def _ends(recipe: Recipe, table: PanelTable, plan: Plan, method: MethodSummary) -> tuple[float, ...]:
+    """Return what each seed ended with: its last test score (that of guessing if it diverged), or the probe's."""
+    if table.figure is not None:
+        return tuple(found[table.figure] for found in method.extras.get("probe", ()) if found is not None)
+    ends = [curve.test_score[-1] if len(curve.test_score) == plan.epochs else plan.chance for curve in method.curves]
+    return tuple(100.0 - end for end in ends) if recipe.score == "error" else tuple(ends)
+
+
+def _probed_difference(
+    figure: str, comparison: Comparison, method: MethodSummary, baseline: Method
+) -> Difference | None:
+    """Return the paired difference of a probe's figure, over the seeds in which both runs have it."""
+    if method.is_baseline:
+        return None
+    mine = next(other for other in comparison.plan.methods if other.name == method.name)
+    pairs = [
+        (one.extras["probe"][figure], other.extras["probe"][figure])
+        for one, other in zip(comparison.runs(mine), comparison.runs(baseline), strict=True)
+        if "probe" in one.extras and "probe" in other.extras
+    ]
+    return paired_difference([one for one, _ in pairs], [other for _, other in pairs]) if pairs else None
+
+
+def _signed(difference: Difference | None, sign: float) -> Difference | None:
+    """Return a difference as the score counts it: fewer errors are a negative difference."""
+    if difference is None or sign > 0:
+        return difference
+    if difference.low is None or difference.high is None:
+        return Difference(-difference.mean, None, None, difference.count)
+    return Difference(-difference.mean, -difference.high, -difference.low, difference.count)
+
+
+def _metrics(curves: Sequence[Curve]) -> dict[str, float]:
+    """Return the mean of each metric after the last epoch, over the runs that have it, and the seconds of an epoch."""
+    names = dict.fromkeys(name for curve in curves for name in curve.metrics)
+    found = {name: fmean(curve.metrics[name][-1] for curve in curves if curve.metrics.get(name)) for name in names}
+    seconds = [curve.seconds[-1] / len(curve.seconds) for curve in curves if curve.seconds]
+    return found | ({SECONDS: fmean(seconds)} if seconds else {})
+
+
+def describe(reproduction: Reproduction) -> dict[str, Any]:
+    """Return everything that reproduce.json holds."""
+    recipe = reproduction.recipe
+    content = {
+        "format": FORMAT,
+        "recipe": recipe.name,
+        "title": recipe.title,
+        "source": recipe.source,
+        "score": recipe.score,
+        "scale": reproduction.scale,
+        "data": reproduction.data,
+        "command": reproduction.command,
+        "versions": reproduction.versions,
+        "machine": reproduction.machine,
+        "panels": [_describe_panel(panel) for panel in reproduction.panels],
+    }
+    described: dict[str, Any] = rounded(content)
+    return described
+
+
+def _describe_panel(panel: PanelResults) -> dict[str, Any]:
+    return {
+        "name": panel.name,
+        "title": panel.title,
+        "settings": panel.settings,
+        "differs": panel.differs,
+        "seeds": panel.summary.seeds,
+        "notes": panel.notes,
+        "methods": [_describe_figure(figure, panel.summary.epochs) for figure in panel.figures],
+    }
+
+
+def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
+    method = figure.summary
+    equal = method.equal_time
+    return {
+        "label": figure.label,
+        "trained_with": method.recipe,
+        "baseline": method.baseline,
+        "paper": figure.paper,
+        "ours": None if figure.ours is None else asdict(figure.ours),
+        "ends": figure.ends,
+        "paper_difference": figure.paper_difference,
+        "difference": None if figure.difference is None else asdict(figure.difference),
+        "verdict": figure.verdict,
+        "equal_time": None
+        if equal is None or figure.equal_time is None
+        else {"steps": equal.steps, "difference": asdict(figure.equal_time)},
+        "lr": method.lr,
+        "lr_edge": method.lr_edge,
+        "lr_grid": [
+            {"lr": point.lr, "validation": point.validation_score, "diverged": point.diverged_runs}
+            for point in method.lr_grid
+        ],
+        "time_ratio": method.time_ratio,
+        "evaluation_ratio": method.evaluation_ratio,
+        "memory_ratio": method.memory_ratio,
+        "paper_metrics": figure.paper_metrics,
+        "metrics": figure.metrics,
+        "diverged_runs": method.diverged_runs,
+        "epochs": epochs,
+    }
+
+
+def collect(
+    recipe: Recipe, scale: Scale, data: Mapping[str, str], command: str, panels: tuple[PanelResults, ...]
+) -> Reproduction:
+    """Return the panels with what it takes to read and repeat them."""
+    return Reproduction(recipe, scale, dict(data), command, panels, versions(), machine())

@@ -1,0 +1,1 @@
+"""The description of a run, and what is kept of it."""

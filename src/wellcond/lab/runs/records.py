@@ -1,0 +1,217 @@
+"""What determines a run and what it measured, and how both are kept as one file a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from wellcond.lab.methods.method import Method
+from wellcond.lab.runs.memory import Memory
+
+Coverage: TypeAlias = list[dict[str, Any]]
+"""One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+"""How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that determines a run's result, its seconds included.
+
+    Attributes:
+        method: How to train.
+        lr: The highest lr of the schedule.
+        seed: Weights, split, order and augmentation follow from it, the same for every method.
+        steps: Training steps of the run.
+        stats_every: Steps between two gatherings of second moments.
+        solve_every: Steps between two solves.
+        model: The network's name.
+        batch_size: Images of a batch.
+        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
+        augmentation: What training images go through.
+        train_images: Images that train.
+        validation_images: Images that validate.
+        data: The task's fingerprint.
+        epochs: Epochs that the schedule is made for; `steps` may be fewer than they have, at equal wall time.
+        schedule: How the lr goes, in the form that `parse_schedule` reads.
+        warmup: Epochs in which the lr rises at the beginning.
+        precision: How training computes, in Lightning's names.
+        deterministic: Whether only deterministic algorithms may be used.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+        probe: What is measured of the trained network; None for nothing.
+        weights: File of the weights that the run begins with; None draws them.
+        weights_digest: Digest of that file.
+        environment: The machine, the versions and the sharing of cores that the seconds were measured with.
+    """
+
+    method: Method
+    lr: float
+    seed: int
+    steps: int
+    stats_every: int
+    solve_every: int
+    model: str
+    batch_size: int
+    ghost_batch: int | None
+    augmentation: str
+    train_images: int
+    validation_images: int
+    data: str
+    environment: str
+    epochs: int
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    precision: Precision = "32-true"
+    deterministic: bool = False
+    label_smoothing: float = 0.0
+    probe: str | None = None
+    weights: str | None = None
+    weights_digest: str | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training images."""
+        return self.train_images // self.batch_size
+
+    @property
+    def name(self) -> str:
+        """A readable name that no two runs of one comparison share."""
+        return f"{self.method.name} lr {self.lr:g} seed {self.seed} ({self.steps} steps)"
+
+    def key(self) -> str:
+        """Return the digest of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What was measured at the end of an epoch; scores in percent.
+
+    Attributes:
+        steps: Training steps so far.
+        seconds: Seconds of training so far, evaluation excluded.
+        train_loss: Mean loss over the epoch's batches.
+        validation_score: On the seed's validation images.
+        validation_loss: On the seed's validation images; None where evaluation has no loss.
+        test_score: On the test images.
+        test_loss: On the test images; None where evaluation has no loss.
+        metrics: Further metrics of the test images, in percent.
+    """
+
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_score: float
+    validation_loss: float | None
+    test_score: float
+    test_loss: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run measured.
+
+    Attributes:
+        epochs: One record for each epoch that ended with finite losses.
+        diverged: Whether the run ended early with a NaN or infinite loss.
+        threads: Torch's threads during the run.
+        transforms: What the transforms counted.
+        warnings: What the transforms and layers warned of.
+        evaluation_seconds: Seconds that the network takes to evaluate an image; None if no epoch ended with finite
+            losses.
+        extras: What the trained layers have learned, by kind (see `EXTRAS`); nothing of a diverged run.
+        memory: The bytes that its training takes on a device; None where they were not counted.
+        machine: What executed it, in words.
+        coverage: What each transform did with each parameter and kept for it, by transform.
+    """
+
+    epochs: tuple[EpochRecord, ...]
+    diverged: bool
+    threads: int
+    transforms: dict[str, Any]
+    warnings: tuple[str, ...]
+    evaluation_seconds: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    memory: Memory | None = None
+    machine: str = ""
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean training seconds of a step; None if the run diverged in its first epoch."""
+        return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
+
+    def test_score(self, epoch: int, chance: float) -> float:
+        """Return the test score after an epoch, counted from 1; after divergence that of guessing."""
+        return self.epochs[epoch - 1].test_score if epoch <= len(self.epochs) else chance
+
+
+class RunStore:
+    """The finished runs of a folder, one JSON file each.
+
+    Args:
+        folder: Where they lie; it must exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, spec: RunSpec) -> Path:
+        """Return the file of a run: readable, and different for everything that determines its result."""
+        readable = re.sub(
+            r"[^A-Za-z0-9.+-]+", "-", f"{spec.method.name}-lr{spec.lr:g}-seed{spec.seed}-{spec.steps}steps"
+        )
+        return self.folder / f"{readable}-{spec.key()[:8]}.json"
+
+    def checkpoint(self, spec: RunSpec) -> Path:
+        """Return the file that a run is kept in while it is not finished."""
+        return self.path(spec).with_suffix(".ckpt")
+
+    def load(self, spec: RunSpec) -> RunRecord | None:
+        """Return the kept record of a run; None if it is not there, cut off, or of another run."""
+        try:
+            content = json.loads(self.path(spec).read_text(encoding="utf-8"))
+            if content["key"] != spec.key():
+                return None
+            result = dict(content["result"])
+            epochs = tuple(EpochRecord(**epoch) for epoch in result.pop("epochs"))
+            memory = result.pop("memory")
+            record = RunRecord(
+                epochs=epochs,
+                warnings=tuple(result.pop("warnings")),
+                memory=None if memory is None else Memory(**memory),
+                **result,
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None
+
+    def save(self, spec: RunSpec, record: RunRecord) -> None:
+        """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""
+        content = {"key": spec.key(), "spec": asdict(spec), "result": asdict(record)}
+        write_atomically(self.path(spec), json.dumps(content, indent=1))
+        self.checkpoint(spec).unlink(missing_ok=True)
+        partial(self.checkpoint(spec)).unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """Return where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one beside it, so that no reader ever sees a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,135 @@
+"""What was asked for, checked as far as it can be without the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from wellcond.lab.data.load import DIGITS
+from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.methods.method import DEFAULT_METHODS
+from wellcond.lab.methods.overrides import MethodOverride
+from wellcond.lab.methods.schedule import parse_schedule
+from wellcond.lab.runs.records import Precision
+from wellcond.lab.training.probes import PROBES
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+ENGINES = ("local", "ray")
+"""What can execute runs: this machine, or the machines of a Ray cluster."""
+
+STRATEGIES = ("auto", "ddp", "fsdp")
+"""How several processes train a run: with a network each (DDP, ``"auto"``), or with its weights sharded (FSDP2)."""
+
+ACCELERATORS = ("auto", "cpu", "cuda")
+"""What trains; ``"auto"`` is a CUDA device if there is one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; None stands for the default that suits the data.
+
+    Attributes:
+        data: ``"digits"``, a parquet file, or a folder in one of `LAYOUTS`.
+        methods: Names in `METHODS`.
+        model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
+        lrs: lr grids by optimizer, where they are not the methods' own.
+        seeds: How many paired seeds.
+        epochs: Epochs of a run.
+        train_images: Images that train.
+        validation_images: Images that choose the lr.
+        test_images: Images that measure.
+        image_size: Height and width to average-pool the images to, or to cut files of images to.
+        augmentation: A name in `AUGMENTATIONS`.
+        batch_size: Images of a batch.
+        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
+        stats_every: Steps between two gatherings of second moments.
+        solve_every: Steps between two solves.
+        target: Test score, in percent, to count the epochs to.
+        jobs: Runs at the same time on a machine.
+        weights: File of the weights that runs begin with, or ``torchvision:NAME`` of published ones; None draws them.
+        schedule: How the lr goes, in the form that `parse_schedule` reads.
+        warmup: Epochs in which the lr rises at the beginning.
+        precision: One of `PRECISIONS`.
+        deterministic: Whether only deterministic algorithms may be used.
+        label_smoothing: Share of the target that is spread over all classes, in training.
+        probe: A name in `PROBES`: what is measured of each trained network; None for nothing.
+        overrides: Methods under labels of their own, which `methods` may name.
+        engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
+        ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
+        strategy: One of `STRATEGIES`.
+        devices: Processes of this machine that train each run together; None: as many as were started.
+        accelerator: One of `ACCELERATORS`.
+        checkpoint_every: Seconds between two checkpoints of an unfinished run; 0 makes one after every step.
+    """
+
+    data: str = DIGITS
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    model: str | None = None
+    lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    seeds: int = 5
+    epochs: int | None = None
+    train_images: int | None = None
+    validation_images: int | None = None
+    test_images: int | None = None
+    image_size: int | None = None
+    augmentation: str | None = None
+    batch_size: int | None = None
+    ghost_batch: int | None = None
+    stats_every: int | None = None
+    solve_every: int | None = None
+    target: float | None = None
+    jobs: int = 1
+    weights: str | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    precision: Precision = "32-true"
+    deterministic: bool = False
+    label_smoothing: float = 0.0
+    probe: str | None = None
+    overrides: tuple[MethodOverride, ...] = ()
+    engine: str = "local"
+    ray_address: str | None = None
+    strategy: str = "auto"
+    devices: int | None = None
+    accelerator: str = "auto"
+    checkpoint_every: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
+            self._check_positive(name)
+        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices"):
+            self._check_positive(name)
+        if self.target is not None and not 0 < self.target <= 100:
+            raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
+        parse_schedule(self.schedule)
+        if not 0 <= self.warmup < math.inf:
+            raise LabError(f"--warmup must be 0 or more epochs, got {self.warmup:g}")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.probe is not None and self.probe not in PROBES:
+            raise unknown_name("probe", self.probe, PROBES)
+        if not 0 <= self.label_smoothing < 1:
+            raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
+        if not 0 <= self.checkpoint_every < math.inf:
+            raise LabError(f"--checkpoint-every must be 0 or more seconds, got {self.checkpoint_every:g}")
+        for name, known in (("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise LabError("--engine ray needs Ray, which is not installed: pip install 'wellcond[ray]'")
+        if self.engine != "ray" and self.ray_address is not None:
+            raise LabError("--ray-address is for --engine ray only")
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            option = name.replace("_", "-").replace("validation", "val")
+            raise LabError(f"--{option} must be a positive integer, got {value}")

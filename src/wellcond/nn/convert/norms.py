@@ -1,0 +1,451 @@
+"""Convert the batch normalizations of a whole model from one kind to another, and back."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils.parametrize import is_parametrized
+
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
+from wellcond.nn.norm.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
+from wellcond.nn.norm.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from wellcond.nn.norm.instance_batch import InstanceBatchNorm2d
+from wellcond.nn.norm.iternorm import IterNorm2d
+from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
+from wellcond.nn.norm.kalman.trace import connect_kalman
+from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
+from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
+from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
+from wellcond.runtime.checks import check_positive_integer
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+Norm: TypeAlias = type[nn.Module]
+
+# Of each kind, the layers of 1, 2 and 3 dimensions.
+_KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
+    "bn": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    "ghost": (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
+    "mbn": (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d),
+    "bsr": (BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d),
+    "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
+    "evalnorm": (EvalNorm1d, EvalNorm2d, EvalNorm3d),
+    "pn": (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d),
+    "sn": (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
+    "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
+    "ibn": (None, InstanceBatchNorm2d, None),
+    "kn": (None, KalmanBatchNorm2d, None),
+    "dbn": (None, DecorrelatedBatchNorm2d, None),
+    "iternorm": (None, IterNorm2d, None),
+    "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
+    "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
+    "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+_DIMENSIONS: dict[Norm, int] = {
+    layer: index
+    for kind in _KINDS.values()
+    for index, layer in enumerate(kind)
+    if layer is not None and issubclass(layer, _BatchNorm)
+}
+# What is not taken as an option: the layer has it, or the kind fixes it.
+_OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype", "predecessor_features"})
+_FIXED: dict[str, dict[str, object]] = {
+    "ln": {"num_groups": 1},
+    "in": {"momentum": None, "track_running_stats": False},
+}
+_DEFAULTS: dict[str, dict[str, object]] = {"gn": {"num_groups": 32}}
+
+
+class _Found(NamedTuple):
+    layer: _BatchNorm
+    names: list[str]
+    selected: list[bool]
+
+
+class _Change(NamedTuple):
+    layer: nn.Module
+    to: Norm
+    state: dict[str, Any]
+
+
+class _NotConvertibleError(TypeError):
+    """Why one layer cannot be converted."""
+
+
+def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **options: Any) -> nn.Module:
+    """Convert a model's batch normalizations to another kind, in place.
+
+    From `nn.BatchNorm1d/2d/3d`, this library's layers that stand in for them, and timm's `BatchNormAct2d` (whose
+    dropout and activation stay), to the same number of dimensions of
+
+    - ``"bn"``: `nn.BatchNorm*`, for deployment or to go back;
+    - ``"ghost"``: `GhostBatchNorm*`; needs the option group_size;
+    - ``"mbn"``: `MomentumBatchNorm*`; its history begins as the running statistics;
+    - ``"bsr"``, ``"evalnorm"``: `BSRBatchNorm*`, `EvalNorm*`; evaluate as before until they have seen training batches;
+    - ``"brn"``: `BatchRenorm*`;
+    - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
+    - ``"sn"``, ``"ssn"``: `SwitchableNorm*`, `SparseSwitchableNorm*`, from equal shares on;
+    - ``"ibn"``: `InstanceBatchNorm2d`, of 2 dimensions only; `ibn_a` chooses the layers as IBN-Net does;
+    - ``"dbn"``, ``"iternorm"``: `DecorrelatedBatchNorm2d`, `IterNorm2d`, of 2 dimensions only; evaluate as before until
+      they have seen training batches;
+    - ``"kn"``: `KalmanBatchNorm2d`, of 2 dimensions only; `connect_kalman` finds which layers come before which, and
+      the parameters that it makes are new: make the optimizer afterwards;
+    - ``"gn"``, ``"ln"``, ``"in"``: `nn.GroupNorm` (num_groups is 32 unless given), `nn.GroupNorm` of one group,
+      `nn.InstanceNorm*` (1d for [N, C, L] only). These have no running statistics, which are dropped: only γ, β and ε
+      stay, evaluation changes, and there is no way back.
+
+    A converted layer is the same object as before, with another class. So it keeps its γ and β (the very parameters,
+    which an optimizer may hold), running statistics, device, mode, hooks and their handles, tied uses, references to it
+    from elsewhere, and attributes, buffers and submodules that were added to it. A `wellcond.attach` made before stays
+    right, too, but for ``"gn"``, ``"ln"`` and ``"in"``, whose normalized features correlate differently: attach after
+    those. Wrap in `DistributedDataParallel`, which lists buffers once, after converting. If anything is refused,
+    nothing has changed.
+
+    eps, momentum (but for ``"pn"``), affine and track_running_stats are the layer's unless given; so are group_size and
+    synchronize where both kinds have them. Momentum Batch Norm keeps `momentum` for the way back only: its decay
+    follows from the batch size. What the new kind has no place for is dropped: MBN's history, BSR's sums, EvalNorm's
+    mixture, ghost groups, synchronization over ranks (in ``"bn"``; there is `nn.SyncBatchNorm.convert_sync_batchnorm`).
+    A layer that is of the kind already is left alone without options, else made anew with them and with its buffers.
+
+    Statistics of this library's layers are float32 or wider. Torch's evaluation needs those of a half-precision layer
+    in the parameters' dtype, so ``"bn"`` rounds them to that.
+
+    Args:
+        model: Any model, or one such layer.
+        to: The kind, as above.
+        where: Which layers: a predicate of (qualified name, module). All of them by default.
+        **options: Arguments of the new layers' constructor.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: If an argument is of another type, an option is not one of the new layers' or is missing, or a
+            selected layer cannot be kept as it is: a subclass with a forward that is not known, `nn.SyncBatchNorm`
+            (whose number of dimensions is not known), a lazy layer without its parameters, a computed weight
+            (parametrizations, pruning), no running statistics where the kind needs them. All such layers are named. Or
+            the model cannot be traced, for ``"kn"``.
+        ValueError: If the kind is not known, no layer is selected, an option is out of its range, or a layer's channels
+            cannot be divided into num_groups, or the order of layers is not clear, for ``"kn"``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert_norm(model, to="mbn", base_batch_size=64)[1]
+        MomentumBatchNorm2d(8, eps=1e-05, affine=True, base_batch_size=64, base_inference_decay=0.85)
+        >>> type(convert_norm(model, to="bn")[1]).__name__
+        'BatchNorm2d'
+        >>> convert_norm(model, to="gn", where=lambda name, module: name == "1", num_groups=4)[1].num_groups
+        4
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if to not in _KINDS:
+        raise ValueError(f"to must be one of {_listed(_KINDS)}, got {to!r}")
+    if where is not None and not callable(where):
+        raise ValueError(f"where must be a predicate of (name, module) or None, got {where!r}")
+    _check_options(to, options)
+    changes: list[_Change] = []
+    refused: dict[str, list[str]] = {}
+    errors: type[Exception] = ValueError
+    for found in _find(model, where):
+        try:
+            change = _plan(found, to, options)
+        except (TypeError, ValueError) as error:
+            reason = f"{type(found.layer).__name__} {error}" if isinstance(error, _NotConvertibleError) else str(error)
+            refused.setdefault(reason, []).append(repr(found.names[0]) if found.names[0] else "the model itself")
+            errors = TypeError if isinstance(error, TypeError) else errors
+        else:
+            changes.extend([change] if change is not None else [])
+    if refused:
+        lines = [f"\n  {', '.join(names)}: {reason}" for reason, names in refused.items()]
+        raise errors(f"convert_norm(to={to!r}) cannot convert these layers, and changed none:{''.join(lines)}")
+    before = [_Change(change.layer, type(change.layer), dict(vars(change.layer))) for change in changes]
+    _apply(changes)
+    if any(isinstance(module, KalmanBatchNorm2d) for module in model.modules()):
+        try:
+            connect_kalman(model)
+        except (TypeError, ValueError) as error:
+            _apply(before)
+            raise type(error)(
+                f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
+            ) from error
+    return model
+
+
+def _apply(changes: Iterable[_Change]) -> None:
+    for change in changes:
+        change.layer.__class__ = change.to
+        change.layer.__dict__.clear()
+        change.layer.__dict__.update(change.state)
+
+
+# which layers -------------------------------------------------------------------------------------------------------
+
+
+def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
+    """Find the batch normalizations that are selected under at least one of their names, each once."""
+    uses: dict[_BatchNorm, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm):
+            uses.setdefault(module, []).append(name)
+    found = [
+        _Found(layer, names, [where is None or bool(where(name, layer)) for name in names])
+        for layer, names in uses.items()
+    ]
+    selected = [each for each in found if any(each.selected)]
+    if selected:
+        return selected
+    if found:
+        first = _listed(found[0].names[:1])
+        raise ValueError(f"`where` selects none of the model's {len(found)} batch normalizations ({first}, …)")
+    others = Counter(type(module).__name__ for module in model.modules() if _is_other_norm(module))
+    kinds = ", ".join(f"{count} {name}" for name, count in others.items()) or "none at all"
+    raise ValueError(f"{type(model).__name__} has no batch normalization to convert; its normalizations are: {kinds}")
+
+
+def _is_other_norm(module: nn.Module) -> bool:
+    """Whether a module is, as far as its name says, a normalization; only for what an error shows."""
+    return type(module).__name__.rstrip("123d").endswith("Norm")
+
+
+# what becomes of one layer ------------------------------------------------------------------------------------------
+
+
+def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
+    """Make a layer's new state without touching the layer; None if it stays as it is."""
+    layer = found.layer
+    plain, fused = _plain_type(layer)
+    if not all(found.selected):
+        raise _NotConvertibleError(
+            f"is one layer under the names {_listed(found.names)}, of which `where` selects only some"
+        )
+    target = _KINDS[to][_DIMENSIONS[plain]]
+    if target is None:
+        raise _NotConvertibleError(f"has no counterpart: {to!r} is for inputs [N, C, H, W] only")
+    if target is plain and not options:
+        return None
+    _check_state(layer, target)
+    new = _build(layer, plain, target, to, options)
+    if isinstance(new, _BatchNorm):
+        _take_statistics(new, layer, options)
+    return _Change(layer, target if fused is None else _fused_type(target, fused), _merge(layer, plain, new))
+
+
+def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
+    """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
+    kind = type(layer)
+    if isinstance(layer, _ThenActivation) and kind is _FUSED.get((layer.normalization, layer.original)):
+        return layer.normalization, layer.original
+    if kind in _DIMENSIONS:
+        return kind, None
+    # If there is such a layer, its module has been imported.
+    timm = sys.modules.get("timm.layers.norm_act")
+    if timm is not None and kind is timm.BatchNormAct2d:
+        return nn.BatchNorm2d, kind
+    if is_parametrized(layer):
+        raise _NotConvertibleError("is parametrized: remove the parametrization first")
+    if isinstance(layer, _LazyNormBase):
+        raise _NotConvertibleError("has no parameters yet: run the model once first")
+    if isinstance(layer, nn.SyncBatchNorm):
+        raise _NotConvertibleError(
+            "takes inputs of any number of dimensions, so it cannot be told what it should become: convert before "
+            "nn.SyncBatchNorm.convert_sync_batchnorm, or with synchronize=True instead of that"
+        )
+    raise _NotConvertibleError(
+        f"is a subclass of {kind.__mro__[1].__name__} that is not known, so what it does beside batch normalization "
+        "would be lost: replace it by hand, or leave it out with `where`"
+    )
+
+
+def _check_state(layer: _BatchNorm, target: Norm) -> None:
+    """Refuse what a constructor would not have made, and what the target has no place for."""
+    overridden = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
+    if overridden:
+        raise _NotConvertibleError(f"has its own {_listed(overridden)}, set on this one object")
+    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
+    if computed:
+        raise _NotConvertibleError(f"computes its {_listed(computed)} (as pruning does): make that permanent first")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(layer, name)
+        if tensor is not None and tensor.shape != (layer.num_features,):
+            raise _NotConvertibleError(
+                f"says that it has {layer.num_features} features, but its {name} has shape {list(tensor.shape)}"
+            )
+    if not issubclass(target, _BatchNorm):
+        return
+    if len({layer.track_running_stats, layer.running_mean is not None, layer.running_var is not None}) > 1:
+        raise _NotConvertibleError(
+            f"has track_running_stats={layer.track_running_stats}, which contradicts its buffers: "
+            "set running_mean and running_var to None, or track_running_stats back to True, first"
+        )
+    if layer.running_mean is None and "track_running_stats" not in _arguments(target):
+        raise _NotConvertibleError(
+            f"has no running statistics (track_running_stats=False), which {target.__name__} needs: "
+            "convert to 'bn' with track_running_stats=True and let it see data first"
+        )
+
+
+def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mapping[str, Any]) -> nn.Module:
+    """Make a layer of the target type with the arguments that the given layer was made with, and the options."""
+    ours = isinstance(layer, StatisticsNorm)
+    accepted = _arguments(target)
+    # A population is averaged far longer than a moving average that is only evaluated with.
+    kept = ["eps"] if to == "pn" else ["eps", "momentum"]
+    if ours:
+        kept += accepted if target is plain else ["group_size", "synchronize"]
+    arguments: dict[str, Any] = _DEFAULTS.get(to, {}) | {
+        name: getattr(layer, name) for name in kept if hasattr(layer, name)
+    }
+    if target is plain and isinstance(layer, KalmanBatchNorm2d):
+        if options.get("learned", layer.learned) != layer.learned:
+            del arguments["gain"]  # The one form's default is no use for the other.
+        elif layer.learned:
+            arguments["predecessor_features"] = layer.predecessor_features
+            accepted = {
+                **accepted,
+                "predecessor_features": inspect.signature(target).parameters["predecessor_features"],
+            }
+    arguments["affine"] = layer.weight is not None or layer.bias is not None
+    arguments["track_running_stats"] = layer.running_mean is not None
+    arguments = {name: value for name, value in (arguments | dict(options)).items() if name in accepted}
+    arguments |= _FIXED.get(to, {})
+    for name, argument in accepted.items():
+        if argument.default is argument.empty and arguments.get(name) is None:
+            raise TypeError(f"{target.__name__} needs the option {name!r}")
+    # Torch's kernels want statistics in the parameters' dtype, so that decides, except between torch's own layers.
+    tensors = [tensor for tensor in (layer.weight, layer.bias, layer.running_mean) if tensor is not None]
+    if tensors:
+        arguments |= {"device": tensors[0].device, "dtype": tensors[0 if ours else -1].dtype}
+    if issubclass(target, nn.GroupNorm):
+        check_positive_integer("num_groups", arguments["num_groups"])
+        if layer.num_features % arguments["num_groups"]:
+            raise ValueError(f"num_groups={arguments['num_groups']} does not divide {layer.num_features} channels")
+        return target(num_channels=layer.num_features, **arguments)
+    new = target(layer.num_features, **arguments)
+    if isinstance(new, StatisticsNorm) and "momentum" not in accepted:
+        new.momentum = layer.momentum
+    return new
+
+
+def _take_statistics(new: _BatchNorm, layer: _BatchNorm, options: Mapping[str, Any]) -> None:
+    """Give a new layer the statistics of the old one, as if from a checkpoint, and the same mode."""
+    taken = {
+        name: old
+        for name, old in layer._buffers.items()
+        if old is not None and name not in new._non_persistent_buffers_set
+        if (buffer := new._buffers.get(name)) is not None and buffer.shape == old.shape
+    }
+    new.load_state_dict(taken, strict=False)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if name in taken and taken[name].dtype == new.get_buffer(name).dtype:
+            new._buffers[name] = taken[name]
+    for name, value in options.items():
+        if isinstance(getattr(type(new), name, None), property):
+            # Kept in a buffer, over which the old one has just been loaded.
+            setattr(new, name, value)
+    new.train(layer.training)
+
+
+def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
+    """Return the state of `layer` with what makes it a `plain` layer replaced by what makes `new` one of its kind."""
+    of_plain = _blank(plain)
+    of_module = vars(nn.Module())
+    state = {name: value for name, value in vars(layer).items() if name in of_module or name not in vars(of_plain)}
+    state |= {name: value for name, value in vars(new).items() if name not in of_module}
+    for registry in ("_parameters", "_buffers", "_modules"):
+        added = {name: value for name, value in vars(layer)[registry].items() if name not in vars(of_plain)[registry]}
+        state[registry] = vars(new)[registry] | added
+    if new.affine and (layer.weight is not None or layer.bias is not None):
+        state["_parameters"] |= {"weight": layer.weight, "bias": layer.bias}
+    for name, parameter in layer._parameters.items():
+        # Such as the logits of switchable normalization.
+        made = new._parameters.get(name)
+        if name not in ("weight", "bias") and made is not None and parameter is not None:
+            state["_parameters"][name] = parameter if parameter.shape == made.shape else made
+    state["_non_persistent_buffers_set"] = new._non_persistent_buffers_set | {
+        name for name in layer._non_persistent_buffers_set if name in state["_buffers"]
+    }
+    return state
+
+
+def _blank(plain: Norm) -> nn.Module:
+    """Make a layer of a type, to see what belongs to it."""
+    required = [name for name, argument in _arguments(plain).items() if argument.default is argument.empty]
+    return plain(1, **dict.fromkeys(required, 1))
+
+
+# options ------------------------------------------------------------------------------------------------------------
+
+
+def _check_options(to: str, options: Mapping[str, Any]) -> None:
+    taken = [name for name in _arguments(_KINDS[to][1]) if name not in _FIXED.get(to, {})]
+    unknown = [name for name in options if name not in taken]
+    if unknown:
+        raise TypeError(f"convert_norm(to={to!r}) takes the options {_listed(taken)}, got {_listed(unknown)}")
+
+
+def _arguments(layer: Norm) -> dict[str, inspect.Parameter]:
+    """Return a constructor's arguments but for those that the converted layer decides."""
+    return {name: value for name, value in inspect.signature(layer).parameters.items() if name not in _OF_THE_LAYER}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+# timm's layers with an activation -----------------------------------------------------------------------------------
+
+
+class _ThenActivation(nn.Module):
+    """Adds to a normalization what timm's `BatchNormAct2d` does after it, under the same names.
+
+    Splitting the layer in two would change the keys of its state dict and what code around it reads, so it stays one
+    layer, and, where it still is a batch normalization, an instance of timm's class, too.
+    """
+
+    normalization: ClassVar[Norm]
+    original: ClassVar[Norm]
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, drop, activate."""
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made on demand, so it has no name under which it could be found again.
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _empty_fused, (self.normalization, self.original), *reduced[2:]
+
+
+_FUSED: dict[tuple[Norm, Norm], Norm] = {}
+
+
+def _fused_type(normalization: Norm, original: Norm) -> Norm:
+    """Return the type that normalizes as the first and then acts as the second, a timm type."""
+    if normalization is nn.BatchNorm2d:
+        return original
+    if (normalization, original) not in _FUSED:
+        bases = (normalization, original) if issubclass(normalization, _BatchNorm) else (normalization,)
+        members: dict[str, Any] = {"normalization": normalization, "original": original}
+        members |= {"__module__": __name__, "__doc__": _ThenActivation.__doc__}
+        name = normalization.__name__.removesuffix("2d") + "Act2d"
+        _FUSED[normalization, original] = type(name, (_ThenActivation, *bases), members)
+    return _FUSED[normalization, original]
+
+
+def _empty_fused(normalization: Norm, original: Norm) -> nn.Module:
+    """Make a layer for `pickle` and `copy` to fill."""
+    fused = _fused_type(normalization, original)
+    return fused.__new__(fused)

@@ -1,0 +1,1 @@
+"""Functions of tensors that know no layer: linear algebra, patches, moments."""

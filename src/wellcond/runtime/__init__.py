@@ -1,0 +1,1 @@
+"""What is around a computation: ranks, arguments, warnings."""

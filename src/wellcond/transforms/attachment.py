@@ -1,0 +1,469 @@
+"""Attach gradient transforms to an optimizer: what happens in which order in a step, a forward pass, a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wellcond.layouts import Layer, find_layers
+from wellcond.runtime.ranks import Ranks
+from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
+from wellcond.transforms.autocast import autocast_off
+from wellcond.transforms.base import (
+    GradientTransform,
+    Slot,
+    WellcondWarning,
+    check_choice,
+)
+from wellcond.transforms.checkpoint import carried, follow, set_state
+from wellcond.transforms.freezing import FrozenWeights
+from wellcond.transforms.groups import Groups
+from wellcond.transforms.observe import Gate, Probe
+from wellcond.transforms.publishing import Published, first_state, restore
+from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
+from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
+from wellcond.transforms.weight_decay import WeightDecayKind, group_decay, mixed_with
+from wellcond.transforms.weights import Places, shared_uses, slots_of
+from wellcond.transforms.wrappers import inner_optimizer, usable_optimizer
+
+
+def attach(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *transforms: GradientTransform,
+    weight_decay: WeightDecayKind = "auto",
+    synchronize: bool | dist.ProcessGroup = True,
+) -> Attachment:
+    """Attach gradient transforms to an optimizer: from now on its steps see transformed gradients.
+
+    Transforms are applied left to right. What they remember is saved and loaded with the optimizer's state dict. A
+    parameter group with ``wellcond_<name>=False`` (``wellcond_whitening``, ``wellcond_descent``,
+    ``wellcond_centralization``) is left out, as long as that stands there.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Fabric's, Accelerate's, Lookahead,
+            SAM): the optimizer inside, which takes the steps, is attached to.
+        model: The model whose parameters it trains, also wrapped (DDP, FSDP2, ``torch.compile``).
+        *transforms: At least one; each kind once per optimizer.
+        weight_decay: How the optimizer applies weight decay: ``"coupled"`` (adds λw to the gradient), ``"decoupled"``
+            (shrinks the weight), or ``"auto"``: known for torch's own optimizers and for those whose parameter groups
+            say it (``decoupled_weight_decay``, ``weight_decouple``).
+        synchronize: Whether statistics are averaged over ranks when ``torch.distributed`` is initialised: over the
+            default group (True), over the given group, or not at all.
+
+    Returns:
+        A handle with ``report()``, ``stats()`` and ``remove()``.
+
+    Raises:
+        TypeError: If an argument is of another type, or the optimizer one whose steps cannot be followed.
+        ValueError: If no transform is given, one of its kind is attached already, the model shares no parameter
+            with the optimizer, or a parameter group has a ``wellcond_…`` that is no transform's. After any error model
+            and optimizer are as they were.
+
+    Example:
+        >>> import wellcond
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+        >>> print(handle.report())
+        centralization over AdamW
+        0.weight  (8, 4)  gradient centred over 4 inputs of each of 8 output units  0 B
+        0.bias    (8,)    unchanged
+        2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
+        2.bias    (2,)    unchanged
+    """
+    return Attachment(optimizer, model, transforms, weight_decay, synchronize)
+
+
+def attachments(optimizer: object) -> list[Attachment]:
+    """Return the handles of what is attached to an optimizer, for code that was only given the optimizer.
+
+    Args:
+        optimizer: A ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Accelerate's, Lookahead).
+
+    Returns:
+        The handles, in the order of attaching; of those that were removed none.
+
+    Raises:
+        TypeError: If it is no optimizer.
+
+    Example:
+        >>> import wellcond
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
+        >>> attachments(optimizer) == [handle]
+        True
+    """
+    return followers_of(inner_optimizer(optimizer))
+
+
+class Attachment:
+    """Transforms at work on an optimizer; made by `attach`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        transforms: Sequence[GradientTransform],
+        weight_decay: WeightDecayKind = "auto",
+        synchronize: bool | dist.ProcessGroup = True,
+    ) -> None:
+        optimizer = usable_optimizer(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_choice("weight_decay", weight_decay, ("auto", "coupled", "decoupled"))
+        check_synchronize(synchronize)
+        self.transforms = tuple(transforms)
+        check_transforms(optimizer, self.transforms)
+        if wrong := unknown_switches(optimizer, self.transforms):
+            raise ValueError(wrong)
+        self._optimizer = weakref.ref(optimizer)
+        self._optimizer_name = type(optimizer).__name__
+        self._model = model
+        self._weight_decay: WeightDecayKind = weight_decay
+        self._synchronize = synchronize
+        self._groups = Groups()
+        self._places = Places(model, [])
+        self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
+        self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
+        self._gate = Gate()
+        self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
+        self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
+        self._published = Published()
+        self._lazy: set[nn.Module] = set()
+        self._hooks = StepHooks(optimizer, self)
+        self._frozen = FrozenWeights(self._take_up_thawed)
+        found = {key: dict(entry) for key, entry in optimizer.state.items() if isinstance(entry, dict)}
+        try:
+            self._begin(optimizer)
+        except BaseException:
+            self._take_off()
+            restore(optimizer, found)
+            raise
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Do what changes the optimizer or the model; whoever calls undoes it after an error."""
+        self._groups.look(optimizer)
+        if not any(id(parameter) in self._groups.held for parameter in self._model.parameters()):
+            raise ValueError(
+                f"model ({type(self._model).__name__}) shares no parameter with the optimizer "
+                f"({type(optimizer).__name__}): attach the model whose parameters it was given"
+            )
+        self._find_weights(optimizer)
+        for transform in self.transforms:
+            transform.check(self._covered(transform))
+        for transform in self.transforms:
+            frozen = any(slot.frozen and slot.coverage.applies for slot in self._slots[transform.name])
+            if not (self._covered(transform) or self._lazy or frozen):
+                warn_of_idle(transform, self._slots[transform.name])
+        self._hooks.install()
+
+    # what the user asks ---------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the transforms."""
+        return tuple(transform.name for transform in self.transforms)
+
+    def remove(self) -> None:
+        """Take the transforms off: the optimizer steps as before, and forgets their state. May be called twice."""
+        optimizer = self._optimizer()
+        attached = optimizer is not None and self in followers_of(optimizer)
+        self._take_off()
+        if optimizer is not None and attached:
+            forget(optimizer, optimizer.state, self.names)
+
+    def _take_off(self) -> None:
+        """Take off all hooks."""
+        self._hooks.remove()
+        self._frozen.remove()
+        for _, hook in self._probes.values():
+            hook.remove()
+        self._probes = {}
+        self._gate.open = False
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Count what happened so far, per transform; reading the counts may synchronize the device.
+
+        Returns:
+            Transform name → counts by name.
+        """
+        self._look_again()
+        return {transform.name: transform.stats(self._covered(transform)) for transform in self.transforms}
+
+    def coverage(self) -> dict[str, list[ParameterCoverage]]:
+        """Say for each parameter what is done with its gradient, or why nothing is, and the bytes kept for it.
+
+        Returns:
+            Transform name → one row a parameter.
+        """
+        self._look_again()
+        return {
+            transform.name: coverage_rows(self._model, self._groups.held, self._slots[transform.name])
+            for transform in self.transforms
+        }
+
+    def report(self) -> str:
+        """Say, one line a parameter, what is done with its gradient, or why nothing is, and what it costs in memory.
+
+        Returns:
+            A table as text, a block per transform. Of an optimizer that no longer exists it says what was done.
+        """
+        self._look_again()
+        gone = " (which no longer exists)" if self._optimizer() is None else ""
+        blocks = []
+        for transform in self.transforms:
+            title = f"{transform.name} over {self._optimizer_name}{gone}"
+            lines = coverage_lines(self._model, self._groups.held, self._slots[transform.name])
+            blocks.append("\n".join([title, *lines]))
+        return "\n\n".join(blocks)
+
+    # which weights --------------------------------------------------------------------------------------------------
+
+    def _look_again(self) -> None:
+        """Take in what the optimizer and the model are now, for one who asks what is done."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self in followers_of(optimizer):
+            self._find_weights(optimizer)
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Take in what has changed since the last step, for which no model is searched unless something has."""
+        regrouped = self._groups.look(optimizer)
+        if regrouped and (wrong := unknown_switches(optimizer, self.transforms)):
+            warnings.warn(f"the parameter groups have changed: {wrong}", WellcondWarning, stacklevel=2)
+        if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
+            had_weights = any(self._slots.values())
+            self._find_weights(optimizer)
+            if had_weights and not any(self._slots.values()):
+                warnings.warn(
+                    f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "
+                    "those that the model has now",
+                    WellcondWarning,
+                    stacklevel=2,
+                )
+            for transform in self.transforms:
+                transform.check(self._covered(transform))
+        self._published.compare(optimizer, self._slots_by_transform())
+
+    def _find_weights(self, optimizer: Optimizer) -> None:
+        """Make a slot for every known weight that the optimizer holds, and let go of those of others."""
+        self._groups.look(optimizer)
+        held = self._groups.held
+        found = find_layers(self._model)
+        uses = shared_uses(found, held)
+        lazy = set(found.lazy.values())
+        before = {name: list(slots) for name, slots in self._slots.items()}
+        for transform in self.transforms:
+            name = transform.name
+            self._slots[name] = slots_of(transform, uses, before[name], held, self._shared[name])
+            kept = set(map(id, self._slots[name]))
+            for slot in before[name]:
+                if id(slot) not in kept:
+                    self._let_go(optimizer, transform, slot)
+            for slot in self._slots[name]:
+                slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
+        self._read_groups(optimizer)
+        self._frozen.watch(self._slots_by_transform())
+        if before == self._slots and lazy == self._lazy:
+            return
+        self._lazy = lazy
+        self._places = Places(self._model, [slot for slots in self._slots.values() for slot in slots])
+        self._published.show(optimizer, self._all_slots())
+        self._place_probes()
+        self._remove_idle_probes()
+
+    def _let_go(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> None:
+        """Forget a slot's state, or hand it on if the weight is used otherwise now (parametrized, tied)."""
+        state, weight = slot.state, slot.layer.weight
+        slot.state, slot.pending, slot.enabled = {}, None, False
+        if state:
+            forget(optimizer, [weight], [transform.name])
+        for other in self._slots[transform.name]:
+            if state and other.layer.weight is weight and other.coverage.applies and carried(transform, other, state):
+                other.state, other.home = state, slot.home
+
+    def _covered(self, transform: GradientTransform) -> list[Slot]:
+        return [slot for slot in self._slots[transform.name] if slot.coverage.applies and slot.enabled]
+
+    def _all_slots(self) -> Iterable[tuple[GradientTransform, Slot]]:
+        return ((transform, slot) for transform in self.transforms for slot in self._covered(transform))
+
+    def _read_groups(self, optimizer: Optimizer) -> None:
+        """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
+        groups = optimizer.param_groups
+        decays = [group_decay(optimizer, group, self._weight_decay) for group in groups]
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        refrozen = False
+        for transform in self.transforms:
+            switch = f"wellcond_{transform.name}"
+            for slot in self._slots[transform.name]:
+                weight = slot.layer.weight
+                index = self._groups.group_of(weight)
+                if index is None:
+                    continue
+                slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
+                frozen = not weight.requires_grad and weight.grad is None
+                refrozen |= frozen is not slot.frozen
+                slot.frozen = frozen
+                slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
+                if slot.frozen and slot.state:
+                    slot.state, slot.pending, slot.home = {}, None, None
+                    forget(optimizer, [weight], [transform.name])
+                if slot.enabled and slot.coverage.applies:
+                    if slot.home is None:
+                        set_state(slot, first_state(optimizer, transform, slot))
+                    else:
+                        follow(transform, slot)
+        if refrozen:
+            self._frozen.watch(self._slots_by_transform())
+
+    def _take_up_thawed(self) -> None:
+        """Give weights that are trained again a state, before their layers' forward passes."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
+        self._read_groups(optimizer)
+        self._set_gate()
+
+    # forward passes -------------------------------------------------------------------------------------------------
+
+    def _place_probes(self) -> None:
+        """Watch the modules whose inputs some transform may want, and those that are still to be initialised."""
+        self._observers = {}
+        observing = [t for t in self.transforms if type(t).observe is not GradientTransform.observe]
+        for module in self._lazy if observing else ():
+            self._watch(module)
+        for transform, slot in ((t, slot) for t in observing for slot in self._slots[t.name] if slot.coverage.applies):
+            for use in slot.uses:
+                self._observers.setdefault(use.called, []).append((transform, slot, use))
+                self._watch(use.called)
+        self._set_gate()
+
+    def _watch(self, module: nn.Module) -> None:
+        """Place a probe on a module, unless it has one."""
+        if module not in self._probes:
+            probe = Probe(module, self, self._gate)
+            self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
+
+    def _remove_idle_probes(self) -> None:
+        """Take the probes off the modules that nobody watches any more."""
+        for module in [module for module in self._probes if module not in self._observers.keys() | self._lazy]:
+            _, hook = self._probes.pop(module)
+            hook.remove()
+
+    def _set_gate(self) -> None:
+        self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in one forward pass of one module; an empty batch says nothing, and leaves its turn to the next."""
+        optimizer = self._optimizer()
+        if module in self._lazy and optimizer is not None:
+            self._find_weights(optimizer)  # its own hook has just initialised it
+        for transform, slot, use in self._observers.get(module, []):
+            if not (slot.enabled and transform.wants_inputs(slot) and use.weight.requires_grad):
+                continue
+            inputs = use.inputs(args, kwargs)
+            if inputs is None or inputs[0].numel() == 0:
+                continue
+            follow(transform, slot)
+            observation = transform.observe(slot, use, inputs)
+            if slot.pending is None:
+                slot.pending = observation
+            else:
+                for total, part in zip(slot.pending, observation, strict=True):
+                    total.add_(part)
+
+    def _reduce(self, ranks: Ranks) -> None:
+        """Add pending observations over ranks."""
+        if ranks.size == 1:
+            return
+        # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
+        due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
+        if not due:
+            return
+        saw = [float(slot.pending is not None) for _, slot in due]
+        for transform, slot in due:
+            slot.pending = slot.pending or transform.pending_like(slot)
+        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
+        ranks_that_saw = torch.tensor(saw, dtype=tensors[0].dtype).to(tensors[0].device)
+        ranks.add([ranks_that_saw, *tensors])
+        for (_, slot), number in zip(due, ranks_that_saw.tolist(), strict=True):
+            if number == 0:
+                slot.pending = None  # its turn goes to the next step
+
+    # steps ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
+        """Transform the gradients that the optimizer is about to use."""
+        with autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
+            self._transform_in_full_precision(optimizer, step)
+
+    def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
+        if not step.refreshed:
+            step.refreshed = True
+            self._look(optimizer)
+            self._read_groups(optimizer)
+            ranks = Ranks(self._synchronize)
+            self._reduce(ranks)
+            for transform in self.transforms:
+                slots = self._covered(transform)
+                transform.refresh(slots, ranks)
+                for slot in self._slots[transform.name]:
+                    slot.pending = None
+            # Further forward passes of this step's closure (line searches) are not observed again.
+            self._set_gate()
+            for probe, _ in self._probes.values():
+                probe.may_recur = 0
+        for transform in self.transforms:
+            transform.update(self._with_gradient(transform))
+
+    @torch.no_grad()
+    def step_is_done(self, optimizer: Optimizer) -> None:
+        """Correct the weights, and show the state beside the optimizer's own."""
+        for transform in reversed(self.transforms):
+            transform.finish(self._covered(transform))
+        self._published.show(optimizer, self._all_slots(), after_step=True)
+
+    def _with_gradient(self, transform: GradientTransform) -> list[Slot]:
+        slots = [slot for slot in self._covered(transform) if slot.layer.weight.grad is not None]
+        for slot in slots:
+            if slot.layer.weight.grad is not None and slot.layer.weight.grad.is_sparse:
+                raise ValueError(
+                    f"'{slot.layer.name}' has a sparse gradient, which {type(transform).__name__} cannot transform: "
+                    "use sparse=False, or leave the layer out"
+                )
+        return slots
+
+    # checkpoints ----------------------------------------------------------------------------------------------------
+
+    def before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take our tensors out of a state dict that is being loaded: torch would round them to the weights' dtype."""
+        return self._published.take_out(optimizer, state_dict, self.transforms)
+
+    def after_load(self, optimizer: Optimizer) -> None:
+        """Give the slots the state that was loaded."""
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
+        self._read_groups(optimizer)
+        self._published.give(optimizer, self._slots_by_transform())
+        self._set_gate()
+
+    def _slots_by_transform(self) -> list[tuple[GradientTransform, Slot]]:
+        return [(transform, slot) for transform in self.transforms for slot in self._slots[transform.name]]
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))

@@ -1,0 +1,1 @@
+"""Feature preconditioners: the transforms, the forms of their second moments, their factors."""

@@ -1,0 +1,490 @@
+"""Feature preconditioning: multiply a layer's gradient by a negative power of its input's second moment.
+
+One transform serves both published families: feature descent (FSGD, FAdam: thesis chapter 5, p = 1) and embedded
+feature whitening (W-SGDM, W-Adam: chapter 6, p = 1/2).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from wellcond.layouts import Layer, LinearLayout
+from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
+from wellcond.runtime.checks import check_positive_integer
+from wellcond.runtime.ranks import Ranks
+from wellcond.transforms.base import (
+    Coverage,
+    GradientTransform,
+    Predicate,
+    Slot,
+    State,
+    WellcondWarning,
+    check_choice,
+)
+from wellcond.transforms.preconditioner.factors import Power
+from wellcond.transforms.preconditioner.forms import Form, Scratch, SecondMoment, choose_form
+from wellcond.transforms.preconditioner.norm_recovery import Product, joint_norm, norm_ratios
+from wellcond.transforms.preconditioner.precision import (
+    PRECISIONS,
+    Precision,
+    product_dtype,
+    statistics_dtype,
+    tensor_cores,
+)
+from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
+
+# Solves of together this cost (the sum of widths cubed) are not worth spreading over steps.
+SOLVED_AT_ONCE = 2e9
+
+
+@dataclass(frozen=True)
+class FeaturePreconditioner(GradientTransform):
+    """What `FeatureDescent` and `FeatureWhitening` share: Ĝ = G · (M + damping)^(−p), M = E[x xᵀ] of the layer's input.
+
+    Args:
+        damping: ε, added to M's eigenvalues.
+        stats_decay: α of the moving average M ← α M + (1 − α) X Xᵀ/N. 0 uses the last observed step alone (the
+            thesis's momentum variant II).
+        stats_every: Steps between two updates of M (T_xx in the source).
+        solve_every: Steps between two factorizations of M (T_inv, T_svd in the source). Where they are expensive they
+            are spread: each step takes the layers that have waited longest, until all that are due have had their turn.
+        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
+        restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
+        norm_layers: Precondition the scale and shift of LayerNorm, GroupNorm and RMSNorm too, each channel with the
+            2 × 2 second moment of (x̂, 1) (thesis 5.13).
+        solve_warmup: Factorize early too, after 1, 2, 4, … times ``stats_every`` steps until ``solve_every`` is
+            reached. False is the source's: its first ``solve_every`` steps use the first batch alone.
+        second_moment: ``"dense"``: the formula as it stands; ``"kronecker"``: convolutions by their margins over
+            channels and over kernel taps; ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``:
+            dense up to a width of 128, beyond it Kronecker factors for convolutions, of low rank from a width of 256.
+        max_dim: The widest matrix that is kept and factorized; wider ones are sketched at low rank. None: no bound,
+            under ``"auto"`` 1024. A table tied to a linear layer with more features than this keeps its plain gradient;
+            kernel taps are not bounded.
+        solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width. Of whole
+            matrices: low-rank forms and tied tables need eigenvectors, and take them by eigh.
+        precision: Of the products with gradients: ``"float32"`` (float64 for float64 weights), ``"tf32"`` (on GPUs that
+            have it; elsewhere float32), or ``"bfloat16"`` (slow on CPUs without bfloat16 instructions). Statistics and
+            factorizations are float32 or wider in any case.
+        where: Which layers: a predicate of (module name, module); None is every layer that has rows.
+        rank: Of low-rank forms; None: an eighth of the width, at most an eighth of ``max_dim`` (or of 1024).
+        gradient_momentum: β of a moving average m ← β m + G that is taken before the product (the thesis's momentum
+            variant I; for an optimizer without momentum of its own). 0: none.
+
+    Raises:
+        ValueError: If an argument is outside its range; the message names it.
+    """
+
+    exponent: ClassVar[float]
+
+    damping: float = 0.0
+    stats_decay: float = 0.95
+    stats_every: int = 50
+    solve_every: int = 500
+    damping_mode: DampingMode = "relative"
+    restore_norm: bool = True
+    norm_layers: bool = False
+    solve_warmup: bool = True
+    second_moment: SecondMoment = "auto"
+    max_dim: int | None = None
+    solver: Solver = "auto"
+    precision: Precision = "float32"
+    where: Predicate | None = None
+    rank: int | None = None
+    gradient_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
+            raise ValueError(f"damping must be a positive number, got {self.damping!r}")
+        for share in ("stats_decay", "gradient_momentum"):
+            value = getattr(self, share)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ValueError(f"{share} must be in [0, 1), got {value!r}")
+        check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
+        check_choice("second_moment", self.second_moment, get_args(SecondMoment))
+        check_choice("precision", self.precision, PRECISIONS)
+        check_positive_integer("stats_every", self.stats_every)
+        check_positive_integer("solve_every", self.solve_every)
+        for option in ("max_dim", "rank"):
+            if getattr(self, option) is not None:
+                check_positive_integer(option, getattr(self, option))
+        choose_solver(-self.exponent, self.damping_mode, self.solver)
+        for option in ("solve_warmup", "restore_norm", "norm_layers"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
+        if self.where is not None and not callable(self.where):
+            raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
+
+    def cover(self, layer: Layer) -> Coverage:
+        """Decide whether a layer's gradient is preconditioned."""
+        return self.cover_shared([layer])
+
+    def cover_shared(self, uses: Sequence[Layer]) -> Coverage:
+        """Decide about a weight by all layers that use it: their rows add up to one second moment."""
+        for use in uses:
+            if reason := self._refusal(use):
+                shared = f" (shared with {use.name})" if use is not uses[0] else ""
+                return Coverage(False, f"plain gradient: {reason}{shared}")
+        layer = uses[0]
+        kinds = {type(use.layout): use for use in uses}
+        if len(kinds) > 1 and not _is_embedding_and_linear(uses):
+            other = next(use for use in uses if type(use.layout) is not type(layer.layout))
+            return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
+        if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
+            features = layer.weight.shape[1]
+            return Coverage(False, f"plain gradient: a tied table of {features} features (max_dim={self.max_dim})")
+        bias = len(kinds) == 1 and layer.bias is not None and layer.bias.requires_grad
+        form = choose_form(uses, bias, self.second_moment, self.max_dim, self.rank, -self.exponent)
+        size = form.state_bytes(statistics_dtype(layer), product_dtype(layer, self.precision))
+        if self.gradient_momentum:
+            averaged = layer.weight.numel() + (layer.bias.numel() if bias and layer.bias is not None else 0)
+            size += averaged * statistics_dtype(layer).itemsize
+        start = ", before its parametrization" if "parametrizations." in layer.name else ""
+        return Coverage(True, f"preconditioned, {form.describe()}{start}", bias=bias, state_bytes=size, plan=form)
+
+    def _refusal(self, layer: Layer) -> str | None:
+        """Say why a layer's gradient stays as it is, or return None."""
+        if layer.layout.kind == "norm" and not self.norm_layers:
+            return "a norm layer (norm_layers=False)"
+        if not layer.layout.has_rows:
+            return layer.layout.missing_rows
+        if getattr(layer.module, "sparse", False):
+            return "sparse gradients (sparse=True)"
+        if self.where is not None and not self.where(layer.module_name, layer.module):
+            return "not chosen by `where`"
+        if not is_sharded_by_first_axis(layer.weight):
+            return "its weight is sharded otherwise than along its first axis"
+        return None
+
+    def init(self, slot: Slot) -> State:
+        """Start from M = 0 and no preconditioner."""
+        weight = slot.layer.weight
+        dtype = statistics_dtype(slot.layer)
+        state: State = {
+            **_form(slot).start(dtype, product_dtype(slot.layer, self.precision), weight.device),
+            # 1 − αⁿ after n updates: the moving average's share that is not its zero start.
+            "mass": torch.zeros((), dtype=dtype, device=weight.device),
+            "skipped": torch.zeros((), dtype=torch.int64, device=weight.device),
+            "step": 0,
+            "updated_at": -1,
+            "solved_at": -1,
+            "failed": 0,
+        }
+        if self.gradient_momentum:
+            for key, parameter in (("gradient_momentum", weight), ("gradient_momentum_of_bias", slot.bias)):
+                if parameter is not None:
+                    part = (
+                        parameter if rows_are_whole(slot.layer) else torch.empty(parameter.shape, device=weight.device)
+                    )
+                    state[key] = torch.zeros_like(part, dtype=dtype, requires_grad=False)
+        return state
+
+    # statistics -----------------------------------------------------------------------------------------------------
+
+    def wants_inputs(self, slot: Slot) -> bool:
+        """Ask for inputs from the step at which an update of M is due until one has come."""
+        step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
+        return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
+
+    def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
+        """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
+
+        The device decides that; nobody waits for it.
+        """
+        device_type = layer.weight.device.type
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            seen = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+            sums = _form(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
+            finite = torch.stack([torch.isfinite(total).all() for total in sums]).all()
+            return [*(total.masked_fill_(~finite, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
+
+    def pending_like(self, slot: Slot) -> list[Tensor]:
+        """Return a sum over no rows."""
+        form, mass = _form(slot), _tensor(slot, "mass")
+        sums = [torch.zeros_like(_tensor(slot, key)) for key in form.averaged_keys()]
+        return [*sums, mass.new_zeros(form.count_shape()), mass.new_zeros(())]
+
+    def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
+        """Take observations into M, and factorize the M of the layers whose turn it is."""
+        unseen: list[str] = []
+        due: list[Slot] = []
+        for slot in slots:
+            step = _count(slot, "step")
+            if slot.pending is not None:
+                self._update_moment(slot, slot.pending)
+                slot.state["updated_at"] = step
+            if self._is_due(slot):
+                due.append(slot)
+            if step == 1 and _count(slot, "updated_at") < 0 and slot.layer.weight.grad is not None:
+                unseen.append(slot.layer.module_name)
+        self._solve(self._whose_turn(due, slots), ranks)
+        for slot in slots:
+            slot.state["step"] = _count(slot, "step") + 1
+        if unseen:
+            warnings.warn(
+                f"for {len(unseen)} of {len(slots)} weights inputs were not seen, so their gradients stay as they are "
+                f"({', '.join(unseen[:3])}{', …' if len(unseen) > 3 else ''}): was the model compiled and run before "
+                "attaching, or is it called without its modules' forward?",
+                WellcondWarning,
+                stacklevel=2,
+            )
+
+    def _update_moment(self, slot: Slot, pending: Sequence[Tensor]) -> None:
+        """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
+        *sums, counts, not_finite = pending
+        gain = (counts.sum() > 0).to(counts.dtype) * (1 - self.stats_decay)
+        form = _form(slot)
+        for key, mean in zip(form.averaged_keys(), form.means(sums, counts), strict=True):
+            _tensor(slot, key).mul_(1 - gain).add_(gain * mean)
+        _tensor(slot, "mass").mul_(1 - gain).add_(gain)
+        _tensor(slot, "skipped").add_(not_finite.to(torch.int64))
+
+    # factorizations -------------------------------------------------------------------------------------------------
+
+    def _is_due(self, slot: Slot) -> bool:
+        step, solved_at = _count(slot, "step"), _count(slot, "solved_at")
+        return _count(slot, "updated_at") >= 0 and self._solves_until(step) > self._solves_until(solved_at)
+
+    def _solves_until(self, step: int) -> int:
+        """Count the scheduled factorizations at steps 0 … step: it grows exactly where one is due."""
+        if step < 0:
+            return 0
+        regular = step // self.solve_every + 1
+        if not self.solve_warmup:
+            return regular
+        # stats_every · 2^k for k = 0, 1, … below solve_every, as far as they have been reached.
+        reached = min(step, self.solve_every - 1) // self.stats_every
+        return regular + reached.bit_length()
+
+    def _whose_turn(self, due: Sequence[Slot], slots: Sequence[Slot]) -> list[Slot]:
+        """Choose which of the due factorizations to do in this step: all that are a layer's first, or cheap together.
+
+        Of the others those that have waited longest, so many that all are done before statistics change again.
+        """
+        chosen = [slot for slot in due if _count(slot, "solved_at") < 0]
+        waiting = sorted((s for s in due if _count(s, "solved_at") >= 0), key=lambda s: _count(s, "solved_at"))
+        budget = max(SOLVED_AT_ONCE, sum(_form(slot).cost for slot in slots) / self.stats_every)
+        for slot in waiting:
+            if budget <= 0:
+                break
+            budget -= _form(slot).cost
+            chosen.append(slot)
+        return chosen
+
+    def _solve(self, slots: Sequence[Slot], ranks: Ranks) -> None:
+        """T ← (M + damping)^(−p), each by one rank for all; the last good T stays if that fails."""
+        if not slots:
+            return
+        power = Power(-self.exponent, self.damping, self.damping_mode, self.solver)
+        owners = ranks.owners([_form(slot).cost for slot in slots])
+        # Per layer: was anything seen, and could it be factorized?
+        outcome = torch.zeros(len(slots), 2, dtype=torch.int64, device=slots[0].layer.weight.device)
+        for index, (slot, owner) in enumerate(zip(slots, owners, strict=True)):
+            if owner != ranks.rank or not bool(_tensor(slot, "mass") > 0):
+                continue  # nothing seen yet (every input so far was not finite): this solve stays due
+            solved = _form(slot).solve(slot.state, _tensor(slot, "mass"), power)
+            outcome[index] = torch.tensor([1, solved is not None], device="cpu")
+            if solved is not None:
+                slot.state |= {key: value.to(_tensor(slot, key).dtype) for key, value in solved.items()}
+        ranks.add([outcome])
+        results = outcome.tolist()
+        for rank in range(ranks.size):
+            sent = [s for s, owner, (_, good) in zip(slots, owners, results, strict=True) if owner == rank and good]
+            ranks.send([_tensor(slot, key) for slot in sent for key in _form(slot).solved_keys()], rank)
+        for slot, (seen, good) in zip(slots, results, strict=True):
+            if seen:
+                slot.state["solved_at"] = _count(slot, "step")
+            if seen and not good:
+                if _count(slot, "failed") == 0:
+                    warnings.warn(
+                        f"the second moment of layer '{slot.layer.module_name}' could not be factorized: "
+                        "its last good preconditioner stays in use (handle.stats() counts how often; a larger damping "
+                        "helps)",
+                        WellcondWarning,
+                        stacklevel=2,
+                    )
+                slot.state["failed"] = _count(slot, "failed") + 1
+
+    # gradients ------------------------------------------------------------------------------------------------------
+
+    def update(self, slots: Sequence[Slot]) -> None:
+        """Multiply each gradient by its preconditioner and give it its norm back."""
+        if not slots:
+            return
+        scratch = slots[0].shared.setdefault("scratch", Scratch())
+        with tensor_cores(self.precision):
+            products = [self._multiply(slot, scratch) for slot in slots]
+        if self.restore_norm:
+            ratios = norm_ratios(slots, products)
+            in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
+            if in_place:
+                torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
+            for product, ratio in zip(products, ratios, strict=True):
+                for kept in product.kept:
+                    kept.changed.mul_(ratio)
+        for product in products:
+            for kept in product.kept:
+                kept.write()
+
+    def _multiply(self, slot: Slot, scratch: Scratch) -> Product:
+        """Ĝ = G T for one weight, and its bias if they go together."""
+        layer, form, bias = slot.layer, _form(slot), slot.bias
+        assert layer.weight.grad is not None
+        partial = is_sharded(layer.weight) and rows_are_whole(layer)
+        part = local if partial else whole
+        dtype, product = statistics_dtype(layer), product_dtype(layer, self.precision)
+        gradient = layer.matrix(part(layer.weight.grad))
+        bias_gradient = None
+        if bias is not None:
+            # A bias that got no gradient in this step counts as one of zero.
+            bias_gradient = layer.bias_matrix(part(torch.zeros_like(bias) if bias.grad is None else bias.grad))
+        used, used_bias = gradient, bias_gradient
+        if self.gradient_momentum:
+            used = self._averaged(slot, "gradient_momentum", layer.matrix, gradient)
+            if bias_gradient is not None:
+                used_bias = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, bias_gradient)
+        before = joint_norm(used, used_bias, dtype)
+        changed, changed_bias = form.apply(
+            slot.state,
+            used.to(product),
+            None if used_bias is None else used_bias.to(product),
+            scratch,
+            scaled=not self.restore_norm,
+        )
+        result = Product(before, joint_norm(changed, changed_bias, dtype), partial)
+        result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
+        if bias is not None and bias.grad is not None:
+            assert bias_gradient is not None
+            assert changed_bias is not None
+            result.take(bias.grad, bias_gradient, changed_bias, layer.bias_matrix, dtype)
+        return result
+
+    def _averaged(self, slot: Slot, key: str, view: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        """Return the moving average m ← β m + G, as a copy that may be overwritten, in the scale of G.
+
+        A gradient that is not finite because a loss scaler's scale was too high, whose step is skipped, stays out of m.
+        """
+        average = view(local(_tensor(slot, key)))
+        scale = 1.0 if slot.grad_scale is None else slot.grad_scale
+        latest = self.gradient_momentum * average + gradient / scale
+        if slot.found_inf is not None:
+            latest = torch.where(slot.found_inf > 0, average, latest)
+        average.copy_(latest)
+        return latest * scale
+
+    def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
+        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
+        return {
+            "weights": len(slots),
+            "failed_solves": sum(_count(slot, "failed") for slot in slots),
+            "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
+        }
+
+
+def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
+    """Whether a table is embedded and also read as a linear layer, as language models tie their input and output."""
+    return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
+
+
+def _form(slot: Slot) -> Form:
+    form = slot.coverage.plan
+    assert isinstance(form, Form)
+    return form
+
+
+def _tensor(slot: Slot, key: str) -> Tensor:
+    value = slot.state[key]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _count(slot: Slot, key: str) -> int:
+    value = slot.state[key]
+    assert isinstance(value, int)
+    return value
+
+
+@dataclass(frozen=True)
+class FeatureDescent(FeaturePreconditioner):
+    """Feature descent: the steepest descent step on a layer's *outputs*, T = (M + ε I)^(−1) (thesis 5.7–5.16).
+
+    Over SGD this is FSGD, over AdamW FAdam. M is the input's second moment per row, debiased; ε is absolute.
+
+    Args:
+        damping: ε; 0.1 was best of 1e-3 … 1 in the source (table 5.8).
+        stats_decay: α; see `FeaturePreconditioner`, as for all further arguments.
+        stats_every: T_xx.
+        solve_every: T_inv.
+        damping_mode: What ε is relative to.
+        restore_norm: Whether each layer's gradient gets its norm back.
+        norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
+        solve_warmup: Whether to factorize early too.
+        second_moment: Which form of M.
+        max_dim: The widest matrix that is kept.
+        solver: How to compute the power.
+        precision: Of the products.
+        where: Which layers.
+        rank: Of low-rank forms.
+        gradient_momentum: Of a moving average before the product.
+
+    Example:
+        >>> import wellcond
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.FeatureDescent())
+        >>> print(handle.report())
+        descent over SGD
+        weight  (2, 4)  preconditioned, dense 5 × 5  200 B
+        bias    (2,)    together with weight
+    """
+
+    name: ClassVar[str] = "descent"
+    exponent: ClassVar[float] = 1.0
+
+    damping: float = 0.1
+    damping_mode: DampingMode = "absolute"
+
+
+@dataclass(frozen=True)
+class FeatureWhitening(FeaturePreconditioner):
+    """Embedded feature whitening: T = (M + ε λ_max(M) I)^(−1/2) (thesis 6.5–6.7).
+
+    Over SGD this is W-SGDM, over AdamW W-Adam. It is gradient descent as if the layer's input had been whitened.
+
+    Args:
+        damping: ε, relative to M's largest eigenvalue.
+        stats_decay: α; see `FeaturePreconditioner`, as for all further arguments.
+        stats_every: T_xx.
+        solve_every: T_svd.
+        damping_mode: What ε is relative to.
+        restore_norm: Whether each layer's gradient gets its norm back.
+        norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
+        solve_warmup: Whether to factorize early too.
+        second_moment: Which form of M.
+        max_dim: The widest matrix that is kept.
+        solver: How to compute the power.
+        precision: Of the products.
+        where: Which layers.
+        rank: Of low-rank forms.
+        gradient_momentum: Of a moving average before the product.
+
+    Example:
+        >>> import wellcond
+        >>> model = torch.nn.Conv2d(3, 8, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        >>> handle = wellcond.attach(optimizer, model, wellcond.FeatureWhitening(where=lambda name, module: True))
+        >>> handle.stats()
+        {'whitening': {'weights': 1, 'failed_solves': 0, 'skipped_updates': 0}}
+    """
+
+    name: ClassVar[str] = "whitening"
+    exponent: ClassVar[float] = 0.5
+
+    damping: float = 1e-3
+    damping_mode: DampingMode = "relative"

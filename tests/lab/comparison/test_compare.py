@@ -1,0 +1,267 @@
+"""A comparison as a whole: choosing, equal time, resuming after any end, and several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from wellcond.__main__ import main
+from wellcond.lab.comparison.compare import run_comparison, time_ratio
+from wellcond.lab.comparison.estimate import estimate_seconds
+from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.errors import LabError
+from wellcond.lab.methods.method import METHODS
+from wellcond.lab.plan import make_plan, regrouped
+from wellcond.lab.report.findings import findings
+from wellcond.lab.runs.records import EpochRecord, RunRecord, RunStore
+from wellcond.lab.runs.settings import Settings
+from wellcond.lab.training.progress import RunProgress
+
+SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "2", "--methods", "SGDM,W-SGDM", "--quiet"]
+RUNS = 2 * 2 * 3  # seeds, methods, lrs
+
+
+def numbers(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Return what the runs of all epochs measured, without the times."""
+    kept = {}
+    for file in folder.glob("runs/*-8steps-*.json"):
+        epochs = json.loads(file.read_text())["result"]["epochs"]
+        kept[file.name] = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in epochs]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a comparison that was not interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "wellcond", *SMALL, *more, "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As the process of this suite: the number of threads is part of what determines a run.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def wait_for_runs(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while len(list(folder.glob("runs/*.json"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_every_run_is_kept_under_a_readable_name(finished):
+    names = sorted(file.name for file in finished.glob("runs/*.json"))
+    assert len(numbers(finished)) == RUNS
+    assert all(re.fullmatch(r"(W-)?SGDM-lr0\.\d+-seed[01]-\d+steps-[0-9a-f]{8}\.json", name) for name in names)
+
+
+def test_the_same_command_again_runs_nothing(finished, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr("wellcond.lab.training.runner.Runner.run", refuse)
+    before = (finished / "results.json").read_text()
+    assert main([*SMALL, "--out", str(finished)]) == 0
+    assert (finished / "results.json").read_text() == before
+
+
+def test_a_killed_comparison_continues_to_the_same_numbers(finished, tmp_path):
+    process = start(tmp_path)
+    wait_for_runs(tmp_path, 4, process)
+    process.kill()
+    process.communicate()
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*.json")}
+    assert 4 <= len(kept) < RUNS
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert numbers(tmp_path) == numbers(finished)
+    assert all((tmp_path / "runs" / name).stat().st_mtime_ns == changed for name, changed in kept.items())
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1]"])
+def test_a_damaged_run_is_run_again(finished, tmp_path, damage):
+    (tmp_path / "runs").mkdir()
+    for file in finished.glob("runs/*.json"):
+        (tmp_path / "runs" / file.name).write_text(file.read_text())
+    damaged = next(tmp_path.glob("runs/*-8steps-*.json"))
+    damaged.write_text(damage(damaged.read_text()))
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert numbers(tmp_path) == numbers(finished)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupting_keeps_what_is_finished(tmp_path, jobs):
+    process = start(tmp_path, "--jobs", str(jobs), "--epochs", "40")
+    wait_for_runs(tmp_path, 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: to every process of the group
+    _, errors = process.communicate(timeout=60)
+    kept = len(list(tmp_path.glob("runs/*.json")))
+    assert process.returncode == 130
+    expected = f"wellcond: interrupted; {kept} finished runs are kept in {tmp_path}; the same command continues.\n"
+    assert errors == expected
+    assert not list(tmp_path.glob("runs/.*"))
+
+
+def test_workers_find_the_numbers_of_one_process(finished, tmp_path):
+    # Two workers of one thread each, as this suite's process has one.
+    assert main([*SMALL, "--out", str(tmp_path), "--jobs", "2"]) == 0
+    by_name = [{name.rsplit("-", 1)[0]: epochs for name, epochs in numbers(f).items()} for f in (finished, tmp_path)]
+    assert by_name[0] == by_name[1]
+    assert "2 runs at once" in " ".join(json.loads((tmp_path / "results.json").read_text())["notes"])
+
+
+def test_a_failing_run_is_named_with_its_traceback(finished, tmp_path, monkeypatch, capsys):
+    from wellcond.lab.training.runner import Runner
+
+    original = Runner.run
+
+    def run(self, spec):
+        if spec.method.name == "W-SGDM" and spec.lr == 0.1:
+            raise RuntimeError("no such luck")
+        return original(self, spec)
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("wellcond: error: the run W-SGDM lr 0.1 seed 0 (8 steps) failed:\nTraceback")
+    assert f"RuntimeError: no such luck\n3 finished runs are kept in {tmp_path}.\n" in errors
+    assert len(list(tmp_path.glob("runs/*.json"))) == 3
+    monkeypatch.undo()
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert numbers(tmp_path) == numbers(finished)
+
+
+def test_a_worker_that_fails_ends_the_comparison(tmp_path, monkeypatch, capsys):
+    # The workers read the data again: it is gone by then.
+    from wellcond.lab.engines import local as workers
+
+    def start_without_data(process):
+        connection, settings, *rest = process._args
+        process._args = (connection, replace(settings, data="gone.parquet"), *rest)
+        process.start()
+
+    monkeypatch.setattr(workers, "_start_deaf_to_interrupts", start_without_data)
+    assert main([*SMALL, "--out", str(tmp_path), "--jobs", "2"]) == 1
+    errors = capsys.readouterr().err
+    assert "the run SGDM lr 0.03 seed 0" in errors or "the run W-SGDM lr 0.03 seed 0" in errors
+    assert "there is no gone.parquet" in errors
+
+
+@pytest.fixture
+def plan():
+    return make_plan(Settings(methods=("SGDM", "W-SGDM"), seeds=2, epochs=1, train_images=320))
+
+
+def record(plan, seconds):
+    epoch = EpochRecord(plan.steps, seconds, 0.1, 90.0, 0.5, 90.0, 0.5)
+    return RunRecord(epochs=(epoch,), diverged=False, threads=1, transforms={}, warnings=())
+
+
+def test_time_ratio_is_the_median_over_seed_and_lr(plan):
+    seconds = {"SGDM": [1.0, 1.0, 1.0], "W-SGDM": [1.5, 1.7, 30.0]}
+    runs = {
+        plan.spec(METHODS[name], lr, seed): record(plan, seconds=each)
+        for name in seconds
+        for lr, each in zip(METHODS[name].lrs, seconds[name], strict=True)
+        for seed in range(2)
+    }
+    assert time_ratio(plan, METHODS["W-SGDM"], runs) == pytest.approx(1.7)
+
+
+def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
+    asked = []
+
+    def execute(plan, specs, store):
+        for spec in specs:
+            asked.append(spec)
+            cost = {"SGDM": 1.0, "W-SGDM": 2.0}[spec.method.name]
+            epoch = EpochRecord(spec.steps, cost * spec.steps, 0.1, 90.0, 0.5, 90.0, 0.5)
+            yield spec, RunRecord((epoch,), diverged=False, threads=1, transforms={}, warnings=())
+
+    monkeypatch.setattr("wellcond.lab.comparison.compare.execute", execute)
+    comparison = run_comparison(plan, RunStore(tmp_path), RunProgress(Console(), quiet=True))
+    assert comparison.equal_time_steps == {"W-SGDM": 5}
+    main_runs, equal = asked[:12], asked[12:]
+    assert {spec.steps for spec in main_runs} == {10}
+    assert [(spec.method.name, spec.seed, spec.steps) for spec in equal] == [("W-SGDM", 0, 5), ("W-SGDM", 1, 5)]
+    assert [spec.method.name for spec in main_runs[:2]] == ["SGDM", "W-SGDM"]  # methods take turns
+    assert [spec.seed for spec in main_runs] == [0] * 6 + [1] * 6
+
+
+def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
+    asked = []
+
+    def execute(plan, specs, store):
+        for spec in specs:
+            asked.append(spec)
+            yield spec, record(plan, seconds=2.0 if spec.method.name == "W-SGDM" else 1.0)
+
+    monkeypatch.setattr("wellcond.lab.comparison.compare.execute", execute)
+    progress = RunProgress(Console(), quiet=True)
+    comparison = run_comparison(plan, RunStore(tmp_path), progress, equal_time=False)
+    assert {spec.steps for spec in asked} == {plan.steps}
+    assert progress.finished == progress.total == len(asked) == 12
+    assert comparison.equal_time_steps == {}
+    assert comparison.time_ratios["W-SGDM"] == 2.0
+    summary = summarize(comparison)
+    assert [method.equal_time for method in summary.methods] == [None, None]
+    assert not any("equal time" in line for line in findings(summary))
+
+
+def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
+    store = RunStore(tmp_path)
+    runs, seconds = estimate_seconds([plan, plan], store)
+    assert runs == 12
+    assert seconds > 0
+    kept = plan.spec(METHODS["SGDM"], 0.1, seed=0)
+    store.save(kept, record(plan, seconds=1.0))
+    assert estimate_seconds([plan], store)[0] == 11
+
+
+def test_a_method_that_differentiates_its_gradient_can_be_estimated(tmp_path):
+    plan = make_plan(Settings(methods=("AdaHessian",), seeds=1, epochs=1, train_images=64))
+    runs, seconds = estimate_seconds([plan], RunStore(tmp_path))
+    assert (runs, seconds > 0) == (3, True)
+
+
+def test_other_groups_share_the_images(plan):
+    grouped = regrouped(plan, 4)
+    assert grouped.task is plan.task
+    assert grouped.settings.ghost_batch == 4
+    spec = plan.spec(METHODS["SGDM"], 0.1, seed=1)
+    assert grouped.spec(METHODS["SGDM"], 0.1, seed=1) == replace(spec, ghost_batch=4)
+    with pytest.raises(LabError, match=r"--ghost-batch must be at most the batch size \(32\), got 33"):
+        regrouped(plan, 33)
+
+
+def test_every_field_of_a_run_is_in_its_file_name(plan):
+    spec = plan.spec(METHODS["SGDM"], 0.1, 0)
+    changed = {
+        "stats_every": 9,
+        "model": "resnet8",
+        "data": "other",
+        "environment": "other",
+        "batch_size": 9,
+        "ghost_batch": 2,
+    }
+    names = {RunStore(Path()).path(replace(spec, **{field: value})).name for field, value in changed.items()}
+    names.add(RunStore(Path()).path(spec).name)
+    assert len(names) == len(changed) + 1
