@@ -129,7 +129,6 @@ def test_attach_that_fails_anywhere_leaves_everything_as_it_was() -> None:
         assert name in places, f"{name} was not among what was made to fail"
 
 
-@pytest.mark.filterwarnings("error::wellcond.warning.WellcondWarning")
 def test_a_warning_that_is_made_an_error_leaves_nothing_either() -> None:
     model, optimizer = pair(False)
     before, _ = snapshot(model, optimizer)
