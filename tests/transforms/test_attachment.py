@@ -332,6 +332,20 @@ class TestCheckpoints:
         with pytest.warns(WellcondWarning, match="attach first, then load"):
             wellcond.attach(other, model, FeatureWhitening())
 
+    def test_a_state_of_float32_that_was_loaded_before_attaching_was_not_rounded(self) -> None:
+        model = linear().float()
+        optimizer = sgd(model, momentum=0.9)
+        handle = wellcond.attach(optimizer, model, FeatureWhitening())
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        moment = second_moment(optimizer, model.weight).clone()
+        handle.remove()
+        optimizer.load_state_dict(state)
+        wellcond.attach(optimizer, model, FeatureWhitening())
+        assert torch.equal(second_moment(optimizer, model.weight), moment)
+        assert optimizer.state[model.weight]["wellcond_whitening_skipped"].dtype == torch.int64
+
     def test_a_plain_optimizers_state_is_taken_and_told_of(self) -> None:
         model = linear()
         plain = sgd(model, momentum=0.9)

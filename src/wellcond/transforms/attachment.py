@@ -1,16 +1,11 @@
-"""Attach gradient transforms to an optimizer: steps and closures, parameter groups, checkpoints, ranks.
-
-Only this file and `decay`, which reads parameter groups, know what an optimizer is.
-"""
+"""Attach gradient transforms to an optimizer: what happens in which order in a step, a forward pass, a checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +16,24 @@ from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, find_layers
 from wellcond.runtime.ranks import Ranks
+from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
+from wellcond.transforms.autocast import autocast_off
 from wellcond.transforms.base import (
     GradientTransform,
     Slot,
-    State,
     WellcondWarning,
     check_choice,
 )
-from wellcond.transforms.checkpoint import read_state, state_key, take_out
+from wellcond.transforms.checkpoint import carried, follow, set_state
+from wellcond.transforms.freezing import FrozenWeights
+from wellcond.transforms.groups import Groups
 from wellcond.transforms.observe import Gate, Probe
-from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows
-from wellcond.transforms.weight_decay import WeightDecayKind, group_decay
+from wellcond.transforms.publishing import Published, first_state, restore
+from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
+from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
+from wellcond.transforms.weight_decay import WeightDecayKind, group_decay, mixed_with
+from wellcond.transforms.weights import Places, shared_uses, slots_of
+from wellcond.transforms.wrappers import inner_optimizer, usable_optimizer
 
 
 def attach(
@@ -48,7 +50,8 @@ def attach(
     ``wellcond_centralization``) is left out, as long as that stands there.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``.
+        optimizer: Any ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Fabric's, Accelerate's, Lookahead,
+            SAM): the optimizer inside, which takes the steps, is attached to.
         model: The model whose parameters it trains, also wrapped (DDP, FSDP2, ``torch.compile``).
         *transforms: At least one; each kind once per optimizer.
         weight_decay: How the optimizer applies weight decay: ``"coupled"`` (adds λw to the gradient), ``"decoupled"``
@@ -61,9 +64,10 @@ def attach(
         A handle with ``report()``, ``stats()`` and ``remove()``.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If no transform is given, one of its kind is attached already, or the model shares no parameter
-            with the optimizer.
+        TypeError: If an argument is of another type, or the optimizer one whose steps cannot be followed.
+        ValueError: If no transform is given, one of its kind is attached already, the model shares no parameter
+            with the optimizer, or a parameter group has a ``wellcond_…`` that is no transform's. After any error model
+            and optimizer are as they were.
 
     Example:
         >>> import wellcond
@@ -84,7 +88,7 @@ def attachments(optimizer: object) -> list[Attachment]:
     """Return the handles of what is attached to an optimizer, for code that was only given the optimizer.
 
     Args:
-        optimizer: A ``torch.optim.Optimizer``, also in a wrapper of Lightning or Accelerate.
+        optimizer: A ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Accelerate's, Lookahead).
 
     Returns:
         The handles, in the order of attaching; of those that were removed none.
@@ -100,7 +104,7 @@ def attachments(optimizer: object) -> list[Attachment]:
         >>> attachments(optimizer) == [handle]
         True
     """
-    return list(_unwrap(optimizer).__dict__.get("wellcond_attachments", []))
+    return followers_of(inner_optimizer(optimizer))
 
 
 class Attachment:
@@ -114,54 +118,79 @@ class Attachment:
         weight_decay: WeightDecayKind = "auto",
         synchronize: bool | dist.ProcessGroup = True,
     ) -> None:
-        optimizer = _unwrap(optimizer)
+        optimizer = usable_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_choice("weight_decay", weight_decay, ("auto", "coupled", "decoupled"))
+        check_synchronize(synchronize)
         self.transforms = tuple(transforms)
-        self._check_transforms(optimizer)
+        check_transforms(optimizer, self.transforms)
+        if wrong := unknown_switches(optimizer, self.transforms):
+            raise ValueError(wrong)
         self._optimizer = weakref.ref(optimizer)
         self._optimizer_name = type(optimizer).__name__
-        self._held: frozenset[int] = frozenset()
         self._model = model
         self._weight_decay: WeightDecayKind = weight_decay
         self._synchronize = synchronize
+        self._groups = Groups()
+        self._places = Places(model, [])
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
         self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
-        self._group_sizes: list[int] = []
         self._gate = Gate()
         self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
         self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
-        self._loading: dict[int, State] = {}
+        self._published = Published()
         self._lazy: set[nn.Module] = set()
+        self._hooks = StepHooks(optimizer, self)
+        self._frozen = FrozenWeights(self._take_up_thawed)
+        found = {key: dict(entry) for key, entry in optimizer.state.items() if isinstance(entry, dict)}
+        try:
+            self._begin(optimizer)
+        except BaseException:
+            self._take_off()
+            restore(optimizer, found)
+            raise
 
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Do what changes the optimizer or the model; whoever calls undoes it after an error."""
+        self._groups.look(optimizer)
+        if not any(id(parameter) in self._groups.held for parameter in self._model.parameters()):
+            raise ValueError(
+                f"model ({type(self._model).__name__}) shares no parameter with the optimizer "
+                f"({type(optimizer).__name__}): attach the model whose parameters it was given"
+            )
         self._find_weights(optimizer)
-        self._warn_of_idle_transforms()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
-        optimizer.__dict__.setdefault("wellcond_attachments", []).append(self)
+        for transform in self.transforms:
+            transform.check(self._covered(transform))
+        for transform in self.transforms:
+            frozen = any(slot.frozen and slot.coverage.applies for slot in self._slots[transform.name])
+            if not (self._covered(transform) or self._lazy or frozen):
+                warn_of_idle(transform, self._slots[transform.name])
+        self._hooks.install()
 
     # what the user asks ---------------------------------------------------------------------------------------------
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the transforms."""
+        return tuple(transform.name for transform in self.transforms)
+
     def remove(self) -> None:
         """Take the transforms off: the optimizer steps as before, and forgets their state. May be called twice."""
-        for hook in [*self._hooks, *(hook for _, hook in self._probes.values())]:
-            hook.remove()
-        self._hooks, self._probes = [], {}
-        self._gate.open = False
         optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        attachments = optimizer.__dict__.get("wellcond_attachments", [])
-        if self in attachments:
-            attachments.remove(self)
-            for transform, slot in self._all_slots():
-                for key in slot.state:
-                    optimizer.state.get(slot.layer.weight, {}).pop(state_key(transform, key), None)
+        attached = optimizer is not None and self in followers_of(optimizer)
+        self._take_off()
+        if optimizer is not None and attached:
+            forget(optimizer, optimizer.state, self.names)
+
+    def _take_off(self) -> None:
+        """Take off all hooks."""
+        self._hooks.remove()
+        self._frozen.remove()
+        for _, hook in self._probes.values():
+            hook.remove()
+        self._probes = {}
+        self._gate.open = False
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Count what happened so far, per transform; reading the counts may synchronize the device.
@@ -169,6 +198,7 @@ class Attachment:
         Returns:
             Transform name → counts by name.
         """
+        self._look_again()
         return {transform.name: transform.stats(self._covered(transform)) for transform in self.transforms}
 
     def coverage(self) -> dict[str, list[ParameterCoverage]]:
@@ -177,9 +207,9 @@ class Attachment:
         Returns:
             Transform name → one row a parameter.
         """
-        held = self._held_now()
+        self._look_again()
         return {
-            transform.name: coverage_rows(self._model, held, self._slots[transform.name])
+            transform.name: coverage_rows(self._model, self._groups.held, self._slots[transform.name])
             for transform in self.transforms
         }
 
@@ -189,94 +219,78 @@ class Attachment:
         Returns:
             A table as text, a block per transform. Of an optimizer that no longer exists it says what was done.
         """
-        held = self._held_now()
+        self._look_again()
         gone = " (which no longer exists)" if self._optimizer() is None else ""
         blocks = []
         for transform in self.transforms:
             title = f"{transform.name} over {self._optimizer_name}{gone}"
-            blocks.append("\n".join([title, *coverage_lines(self._model, held, self._slots[transform.name])]))
+            lines = coverage_lines(self._model, self._groups.held, self._slots[transform.name])
+            blocks.append("\n".join([title, *lines]))
         return "\n\n".join(blocks)
-
-    def _held_now(self) -> frozenset[int]:
-        """Return the ``id`` of each parameter that the optimizer holds; of one that is gone, those it held."""
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            self._held = frozenset(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        return self._held
 
     # which weights --------------------------------------------------------------------------------------------------
 
-    def _check_transforms(self, optimizer: Optimizer) -> None:
-        if not self.transforms:
-            raise ValueError("attach needs at least one transform, got none")
-        attached = {t.name for other in optimizer.__dict__.get("wellcond_attachments", []) for t in other.transforms}
-        for transform in self.transforms:
-            if not isinstance(transform, GradientTransform):
-                hint = f": did you mean {transform.__name__}()?" if isinstance(transform, type) else ""
-                if isinstance(transform, (list, tuple)):
-                    hint = ": give them one by one, not as a sequence"
-                raise TypeError(f"transforms must be GradientTransforms, got {transform!r}{hint}")
-            if transform.name in attached:
-                raise ValueError(
-                    f"{type(transform).__name__} is attached to this {type(optimizer).__name__} already: "
-                    "attach each kind once, or call remove() on the earlier handle first"
+    def _look_again(self) -> None:
+        """Take in what the optimizer and the model are now, for one who asks what is done."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self in followers_of(optimizer):
+            self._find_weights(optimizer)
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Take in what has changed since the last step, for which no model is searched unless something has."""
+        regrouped = self._groups.look(optimizer)
+        if regrouped and (wrong := unknown_switches(optimizer, self.transforms)):
+            warnings.warn(f"the parameter groups have changed: {wrong}", WellcondWarning, stacklevel=2)
+        if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
+            had_weights = any(self._slots.values())
+            self._find_weights(optimizer)
+            if had_weights and not any(self._slots.values()):
+                warnings.warn(
+                    f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "
+                    "those that the model has now",
+                    WellcondWarning,
+                    stacklevel=2,
                 )
-            attached.add(transform.name)
+            for transform in self.transforms:
+                transform.check(self._covered(transform))
+        self._published.compare(optimizer, self._slots_by_transform())
 
     def _find_weights(self, optimizer: Optimizer) -> None:
-        """Make a slot for every known weight that the optimizer holds; again whenever its groups have grown."""
-        held = self._held_now()
-        if not any(id(parameter) in held for parameter in self._model.parameters()):
-            raise ValueError(
-                f"model ({type(self._model).__name__}) shares no parameter with the optimizer "
-                f"({type(optimizer).__name__}): attach the model whose parameters it was given"
-            )
-        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
-        uses: dict[int, list[Layer]] = {}
+        """Make a slot for every known weight that the optimizer holds, and let go of those of others."""
+        self._groups.look(optimizer)
+        held = self._groups.held
         found = find_layers(self._model)
-        for layer in found:
-            if id(layer.weight) in held:
-                uses.setdefault(id(layer.weight), []).append(layer)
-        self._lazy = set(found.lazy.values())
+        uses = shared_uses(found, held)
+        lazy = set(found.lazy.values())
+        before = {name: list(slots) for name, slots in self._slots.items()}
         for transform in self.transforms:
-            known = {id(slot.layer.weight) for slot in self._slots[transform.name]}
-            for layers in uses.values():
-                layer = _representative(layers, held)
-                if id(layer.weight) in known:
-                    continue
-                coverage = transform.cover_shared([layer, *layers[1:]])
-                self._slots[transform.name].append(Slot(layer, layers, coverage, shared=self._shared[transform.name]))
+            name = transform.name
+            self._slots[name] = slots_of(transform, uses, before[name], held, self._shared[name])
+            kept = set(map(id, self._slots[name]))
+            for slot in before[name]:
+                if id(slot) not in kept:
+                    self._let_go(optimizer, transform, slot)
+            for slot in self._slots[name]:
+                slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
         self._read_groups(optimizer)
-        for transform in self.transforms:
-            transform.check(self._covered(transform))
-        self._publish(optimizer, lambda slot: bool(optimizer.state.get(slot.layer.weight)))
+        self._frozen.watch(self._slots_by_transform())
+        if before == self._slots and lazy == self._lazy:
+            return
+        self._lazy = lazy
+        self._places = Places(self._model, [slot for slots in self._slots.values() for slot in slots])
+        self._published.show(optimizer, self._all_slots())
         self._place_probes()
+        self._remove_idle_probes()
 
-    def _warn_of_idle_transforms(self) -> None:
-        for transform in self.transforms:
-            if not (self._covered(transform) or self._lazy):
-                slots = self._slots[transform.name]
-                off = "switched off by its parameter group"
-                reasons = {off if slot.coverage.applies else slot.coverage.how: None for slot in slots}
-                why = f" ({'; '.join(list(reasons)[:3])})" if reasons else ""
-                warnings.warn(
-                    f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
-                    WellcondWarning,
-                    stacklevel=4,
-                )
-
-    def _adopt(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
-        """Return a slot's first state: what was loaded into the optimizer before attaching, or a new one."""
-        entry = optimizer.state.get(slot.layer.weight, {})
-        found = read_state(transform, slot, entry, warn_if_rounded=True)
-        if found is None and any(str(key).startswith(state_key(transform, "")) for key in entry):
-            warnings.warn(
-                f"the optimizer's state holds statistics of {transform.name} for {slot.layer.name} in another form "
-                "(saved with other options?): they start anew",
-                WellcondWarning,
-                stacklevel=2,
-            )
-        return transform.init(slot) if found is None else found
+    def _let_go(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> None:
+        """Forget a slot's state, or hand it on if the weight is used otherwise now (parametrized, tied)."""
+        state, weight = slot.state, slot.layer.weight
+        slot.state, slot.pending, slot.enabled = {}, None, False
+        if state:
+            forget(optimizer, [weight], [transform.name])
+        for other in self._slots[transform.name]:
+            if state and other.layer.weight is weight and other.coverage.applies and carried(transform, other, state):
+                other.state, other.home = state, slot.home
 
     def _covered(self, transform: GradientTransform) -> list[Slot]:
         return [slot for slot in self._slots[transform.name] if slot.coverage.applies and slot.enabled]
@@ -286,19 +300,42 @@ class Attachment:
 
     def _read_groups(self, optimizer: Optimizer) -> None:
         """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        decays = {id(group): group_decay(optimizer, group, self._weight_decay) for group in optimizer.param_groups}
+        groups = optimizer.param_groups
+        decays = [group_decay(optimizer, group, self._weight_decay) for group in groups]
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        refrozen = False
         for transform in self.transforms:
+            switch = f"wellcond_{transform.name}"
             for slot in self._slots[transform.name]:
-                group = groups.get(id(slot.layer.weight))
-                if group is None:
+                weight = slot.layer.weight
+                index = self._groups.group_of(weight)
+                if index is None:
                     continue
-                slot.decay = decays[id(group)]
-                slot.grad_scale = getattr(optimizer, "grad_scale", None)
-                slot.found_inf = getattr(optimizer, "found_inf", None)
-                slot.enabled = bool(group.get(f"wellcond_{transform.name}", True))
-                if slot.enabled and slot.coverage.applies and not slot.state:
-                    slot.state = self._adopt(optimizer, transform, slot)
+                slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
+                frozen = not weight.requires_grad and weight.grad is None
+                refrozen |= frozen is not slot.frozen
+                slot.frozen = frozen
+                slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
+                if slot.frozen and slot.state:
+                    slot.state, slot.pending, slot.home = {}, None, None
+                    forget(optimizer, [weight], [transform.name])
+                if slot.enabled and slot.coverage.applies:
+                    if slot.home is None:
+                        set_state(slot, first_state(optimizer, transform, slot))
+                    else:
+                        follow(transform, slot)
+        if refrozen:
+            self._frozen.watch(self._slots_by_transform())
+
+    def _take_up_thawed(self) -> None:
+        """Give weights that are trained again a state, before their layers' forward passes."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
+        self._read_groups(optimizer)
+        self._set_gate()
 
     # forward passes -------------------------------------------------------------------------------------------------
 
@@ -320,6 +357,12 @@ class Attachment:
             probe = Probe(module, self, self._gate)
             self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
 
+    def _remove_idle_probes(self) -> None:
+        """Take the probes off the modules that nobody watches any more."""
+        for module in [module for module in self._probes if module not in self._observers.keys() | self._lazy]:
+            _, hook = self._probes.pop(module)
+            hook.remove()
+
     def _set_gate(self) -> None:
         self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
 
@@ -334,6 +377,7 @@ class Attachment:
             inputs = use.inputs(args, kwargs)
             if inputs is None or inputs[0].numel() == 0:
                 continue
+            follow(transform, slot)
             observation = transform.observe(slot, use, inputs)
             if slot.pending is None:
                 slot.pending = observation
@@ -361,36 +405,16 @@ class Attachment:
 
     # steps ----------------------------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Transform the gradients, or, where a closure will compute them, have them transformed after it ran."""
-        step = _Step()
-        positional = len(args) > 1 and callable(args[1])
-        closure = args[1] if positional else kwargs.get("closure")
-        if closure is None:
-            self._transform_gradients(optimizer, step)
-            return None
-
-        @functools.wraps(closure)
-        def transformed_closure() -> Any:
-            loss = closure()
-            self._transform_gradients(optimizer, step)
-            return loss
-
-        if positional:
-            return (args[0], transformed_closure, *args[2:]), kwargs
-        return args, {**kwargs, "closure": transformed_closure}
-
     @torch.no_grad()
-    def _transform_gradients(self, optimizer: Optimizer, step: _Step) -> None:
-        with _autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
+    def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
+        """Transform the gradients that the optimizer is about to use."""
+        with autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
             self._transform_in_full_precision(optimizer, step)
 
-    def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
+    def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
         if not step.refreshed:
             step.refreshed = True
-            grown = self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]
-            if grown or any(not _is_lazy(module) for module in self._lazy):
-                self._find_weights(optimizer)
+            self._look(optimizer)
             self._read_groups(optimizer)
             ranks = Ranks(self._synchronize)
             self._reduce(ranks)
@@ -407,10 +431,11 @@ class Attachment:
             transform.update(self._with_gradient(transform))
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def step_is_done(self, optimizer: Optimizer) -> None:
+        """Correct the weights, and show the state beside the optimizer's own."""
         for transform in reversed(self.transforms):
             transform.finish(self._covered(transform))
-        self._publish(optimizer, lambda slot: slot.layer.weight.grad is not None)
+        self._published.show(optimizer, self._all_slots(), after_step=True)
 
     def _with_gradient(self, transform: GradientTransform) -> list[Slot]:
         slots = [slot for slot in self._covered(transform) if slot.layer.weight.grad is not None]
@@ -424,91 +449,21 @@ class Attachment:
 
     # checkpoints ----------------------------------------------------------------------------------------------------
 
-    def _publish(self, optimizer: Optimizer, chosen: Callable[[Slot], bool]) -> None:
-        """Show the state of the chosen slots in ``optimizer.state``.
-
-        Only beside the optimizer's own, or after its own update: Adam and others set up a parameter's state when they
-        find it empty, and would take ours for their own.
-        """
-        for transform, slot in self._all_slots():
-            if slot.state and chosen(slot):
-                state = optimizer.state[slot.layer.weight]
-                for key, value in slot.state.items():
-                    state[state_key(transform, key)] = value
-
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take our tensors out of a state dict that is being loaded: torch would round them to the weights' dtype."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state_dict, self._loading = take_out(state_dict, self.transforms, parameters)
-        return state_dict
+        return self._published.take_out(optimizer, state_dict, self.transforms)
 
-    def _after_load(self, optimizer: Optimizer) -> None:
+    def after_load(self, optimizer: Optimizer) -> None:
         """Give the slots the state that was loaded."""
-        loading, self._loading = self._loading, {}
-        without: list[str] = []
+        if self._groups.look(optimizer):
+            self._find_weights(optimizer)
         self._read_groups(optimizer)
-        for transform, slot in ((t, s) for t in self.transforms for s in self._slots[t.name] if s.coverage.applies):
-            fresh = transform.init(slot)
-            if not fresh:
-                continue
-            slot.pending = None
-            loaded = read_state(transform, slot, loading.get(id(slot.layer.weight), {}))
-            if loaded is None and not slot.enabled:
-                slot.state = {}
-                continue
-            slot.state = fresh if loaded is None else loaded
-            if loaded is None and optimizer.state.get(slot.layer.weight):
-                without.append(slot.layer.name)
-        self._publish(
-            optimizer, lambda slot: id(slot.layer.weight) in loading or bool(optimizer.state.get(slot.layer.weight))
-        )
+        self._published.give(optimizer, self._slots_by_transform())
         self._set_gate()
-        if without:
-            names = " or ".join(transform.name for transform in self.transforms)
-            warnings.warn(
-                f"the loaded optimizer state has no statistics of {names} for {len(without)} of the weights "
-                f"({without[0]}{', …' if len(without) > 1 else ''}): they start anew",
-                WellcondWarning,
-                stacklevel=3,
-            )
 
-
-class _Step:
-    """What is remembered within one optimizer step: whether its statistics were taken in."""
-
-    def __init__(self) -> None:
-        self.refreshed = False
-
-
-@contextmanager
-def _autocast_off(device_types: Iterable[str]) -> Iterator[None]:
-    """Keep autocast, in which some call ``optimizer.step()``, away from the transforms' products."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+    def _slots_by_transform(self) -> list[tuple[GradientTransform, Slot]]:
+        return [(transform, slot) for transform in self.transforms for slot in self._slots[transform.name]]
 
 
 def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
-
-
-def _unwrap(optimizer: object) -> Optimizer:
-    """Return the torch optimizer inside the wrappers of Lightning and Accelerate."""
-    inner: Any = optimizer
-    while not (isinstance(inner, Optimizer) and hasattr(inner, "_optimizer_step_pre_hooks")):
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return inner
-
-
-def _representative(layers: list[Layer], held: frozenset[int]) -> Layer:
-    """Return the layer that stands for all uses of a weight: with a bias only if all share it and it is trained."""
-    layer = layers[0]
-    if layer.bias is None:
-        return layer
-    if id(layer.bias) in held and all(other.bias is layer.bias for other in layers):
-        return layer
-    return dataclasses.replace(layer, bias=None, bias_name=None)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
@@ -34,10 +35,15 @@ class Decay:
         gradient: λ where the optimizer adds λ·w to the gradient it is handed (coupled, L2), in that gradient's own
             scale and sign: multiplied by the loss scale that a fused optimizer undoes, negative under ``maximize``.
         shrink: The share of w that the step takes away beside the update (decoupled): w ← (1 − shrink)·w − …
+        exact: Whether the optimizer is known to do just that. Others scale the decay (Prodigy, D-Adaptation, SPlus) or
+            keep it in a second copy of the weights: what they did is seen in the weights alone, after the step.
+        told: Whether the user said of which kind it is.
     """
 
     gradient: Scalar = 0.0
     shrink: Scalar = 0.0
+    exact: bool = True
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,11 @@ class Slot:
         pending: Observations since the last refresh: tensors that add up over forward passes and over ranks.
         scratch: What a transform carries from `update` to `finish` within one step.
         decay: The weight's decay in the coming step; None if the optimizer does not say how it applies it.
-        enabled: Whether the weight's parameter group lets the transform act (``wellcond_<name>`` is not False).
+        enabled: Whether the transform acts now: the weight's parameter group lets it (``wellcond_<name>`` is not
+            False), and the weight is not frozen.
+        frozen: Whether the weight is frozen: it requires no gradient, and has none.
+        home: Device and dtype that the weight had when the state was made.
+        companions: Further tensors of the weight's shape that the optimizer mixes with it (schedule-free: z).
         grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
         found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
         shared: What a transform keeps between steps for all its weights together; not saved.
@@ -86,6 +96,9 @@ class Slot:
     scratch: Any = None
     decay: Decay | None = field(default_factory=Decay)
     enabled: bool = True
+    frozen: bool = False
+    home: tuple[torch.device, torch.dtype] | None = None
+    companions: Callable[[], list[Tensor]] = list
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from torch import Tensor
 from wellcond.layouts import Layer
 from wellcond.runtime.checks import check_fields
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Coverage, GradientTransform, Predicate, Slot, check_choice
+from wellcond.transforms.base import Coverage, Decay, GradientTransform, Predicate, Slot, check_choice
 from wellcond.transforms.sharding import units, units_can_be_averaged
 
 Where = Literal["gradient", "update"]
@@ -33,7 +33,9 @@ class GradientCentralization(GradientTransform):
             the optimizer's update itself, which keeps row means constant under adaptive optimizers too.
         decay: Whether weight decay is centred as well, ``"inside"`` the projection, P(g + λw), so that it leaves row
             means where they are; or stays ``"outside"``, P(g) + λw, and shrinks them. Both for coupled (L2) and for
-            decoupled decay, except that coupled decay cannot be told from the rest of an update.
+            decoupled decay, except that coupled decay cannot be told from the rest of an update. Of optimizers other
+            than torch's it is not known how strong decay is: ``"inside"`` then puts row means back to where they were
+            before each step, whatever moved them.
 
     Raises:
         ValueError: If an argument has another value.
@@ -87,19 +89,23 @@ class GradientCentralization(GradientTransform):
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Refuse weight decay that cannot be kept where ``decay`` wants it."""
+        if (self.where == "gradient") != (self.decay == "inside"):
+            return
         for slot in slots:
-            if slot.decay is None:
-                if self.where == "gradient" and self.decay == "inside":
+            if self.where == "gradient":
+                if slot.decay is None:
                     raise ValueError(
                         "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
                         "pass weight_decay='coupled' or 'decoupled' to attach()"
                     )
-                if self.where == "update" and self.decay == "outside":
-                    raise ValueError(
-                        "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
-                        "weight decay: pass weight_decay='decoupled' to attach() if it does not touch the gradient"
-                    )
-            elif self.where == "update" and self.decay == "outside" and not _is_zero(slot.decay.gradient):
+                continue
+            if slot.decay is None or not (slot.decay.exact or slot.decay.told):
+                raise ValueError(
+                    "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
+                    "weight decay: pass weight_decay='decoupled' to attach() if it multiplies weights by "
+                    "1 - lr * weight_decay"
+                )
+            if not _is_zero(slot.decay.gradient):
                 raise ValueError(
                     "GradientCentralization(where='update', decay='outside') needs decoupled weight decay: this "
                     "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
@@ -117,19 +123,27 @@ class GradientCentralization(GradientTransform):
             layer, decay = slot.layer, slot.decay
             assert layer.weight.grad is not None
             weight, gradient = units(layer, layer.weight), units(layer, layer.weight.grad)
-            if self.where == "update":
+            if self._keeps_row_means(decay):
                 # A closure that runs several times in a step (line searches) moves the weights in between.
-                slot.scratch = layer.unit_mean(weight) if slot.scratch is None else slot.scratch
+                slot.scratch = _row_means(slot) if slot.scratch is None else slot.scratch
+            if self.where == "update":
                 continue
             centre = layer.unit_mean(gradient)
-            if self.decay == "inside":
-                assert decay is not None
+            if self.decay == "inside" and decay is not None and decay.exact:
                 if not _is_zero(decay.gradient):
                     # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
                     centre = centre + decay.gradient * layer.unit_mean(weight)
                 if not _is_zero(decay.shrink):
-                    slot.scratch = layer.unit_mean(weight) if slot.scratch is None else slot.scratch
+                    slot.scratch = _row_means(slot) if slot.scratch is None else slot.scratch
             gradient.sub_(centre)
+
+    def _keeps_row_means(self, decay: Decay | None) -> bool:
+        """Whether the whole step is to leave the row means alone, or to move them by decay alone.
+
+        That is what centred updates are. Where decay must not move them and all that is known of it is what the step
+        has done to the weights, row means go back to where they were.
+        """
+        return self.where == "update" or (self.decay == "inside" and decay is not None and not decay.exact)
 
     def finish(self, slots: Sequence[Slot]) -> None:
         """Put the row means where they belong after the optimizer's update."""
@@ -139,12 +153,22 @@ class GradientCentralization(GradientTransform):
                 continue
             weight = units(slot.layer, slot.layer.weight)
             shrink = slot.decay.shrink if slot.decay is not None else 0.0
-            if self.where == "gradient":
-                weight.add_(before * shrink)
-            else:
-                # Two means a step are enough: whatever moved the row means is taken back.
-                target = before if self.decay == "inside" else before * (1 - shrink)
-                weight.add_(target - slot.layer.unit_mean(weight))
+            if not self._keeps_row_means(slot.decay):
+                weight.add_(before[0] * shrink)
+                continue
+            # Two means a step are enough: whatever moved the row means is taken back.
+            target, *others = before
+            if self.decay == "outside":
+                target = target * (1 - shrink)
+            weight.add_(target - slot.layer.unit_mean(weight))
+            for companion, place in zip(slot.companions(), others or [target], strict=False):
+                mixed = units(slot.layer, companion)
+                mixed.add_(place - slot.layer.unit_mean(mixed))
+
+
+def _row_means(slot: Slot) -> list[Tensor]:
+    """Return the row means of the weight, and of what the optimizer mixes with it."""
+    return [slot.layer.unit_mean(units(slot.layer, tensor)) for tensor in (slot.layer.weight, *slot.companions())]
 
 
 def _is_zero(value: float | Tensor) -> bool:

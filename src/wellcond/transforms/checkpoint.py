@@ -1,7 +1,8 @@
-"""How a transform's state is named, taken out of a state dict, and checked."""
+"""How a transform's state is named, taken out of a state dict, and checked, and how it follows its weight."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,7 +78,8 @@ def read_state(
                 f"the loaded {state_key(transform, key)} of layer '{slot.layer.module_name or slot.layer.name}' must "
                 f"have the shape {tuple(like.shape)}, got {given}"
             )
-        rounded |= value.is_floating_point() and value.dtype.itemsize < like.dtype.itemsize
+        # torch makes counts floating-point numbers, too; that loses nothing.
+        rounded |= like.is_floating_point() and value.dtype.itemsize < like.dtype.itemsize
         state[key] = like.copy_(value)
     if rounded and warn_if_rounded:
         warnings.warn(
@@ -87,3 +89,53 @@ def read_state(
             stacklevel=2,
         )
     return state
+
+
+def set_state(slot: Slot, state: State) -> None:
+    """Give a slot a state that was made for its weight as the weight is now."""
+    slot.state = state
+    slot.home = (slot.layer.weight.device, slot.layer.weight.dtype)
+
+
+def follow(transform: GradientTransform, slot: Slot) -> None:
+    """Have a slot's state go where its weight went since the state was made: another device, another precision.
+
+    What was made on the meta device starts anew: it holds nothing.
+
+    Args:
+        transform: The transform.
+        slot: One of its slots.
+    """
+    weight = slot.layer.weight
+    if not slot.state or slot.home == (weight.device, weight.dtype):
+        return
+    now = transform.cover_shared(slot.uses)
+    slot.coverage = dataclasses.replace(slot.coverage, state_bytes=now.state_bytes)
+    state = transform.init(slot)
+    for key, value in slot.state.items():
+        fresh = state[key]
+        if not isinstance(fresh, Tensor) or not isinstance(value, Tensor):
+            state[key] = value
+        elif not value.is_meta:
+            fresh.copy_(value)
+    if slot.pending is not None:
+        known = not any(part.is_meta for part in slot.pending)
+        slot.pending = [part.to(weight.device) for part in slot.pending] if known else None
+    set_state(slot, state)
+
+
+def carried(transform: GradientTransform, slot: Slot, state: State) -> bool:
+    """Say whether the state of an earlier slot of the same weight is one of this slot, too.
+
+    Args:
+        transform: The transform.
+        slot: The slot, without a state.
+        state: The earlier one's.
+
+    Returns:
+        Whether it has the same keys and shapes.
+    """
+    fresh = transform.init(slot)
+    return fresh.keys() == state.keys() and all(
+        getattr(value, "shape", None) == getattr(state[key], "shape", None) for key, value in fresh.items()
+    )

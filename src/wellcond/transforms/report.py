@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 from wellcond.layouts import find_layers
-from wellcond.transforms.base import Slot
+from wellcond.transforms.base import GradientTransform, Slot, WellcondWarning
 
 
 class ParameterCoverage(NamedTuple):
@@ -39,26 +40,30 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         One row a parameter, in the model's order.
     """
     unknown = find_layers(model).unknown
-    found: dict[str, tuple[str, int | None]] = {}
+    done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
-        for use in slot.uses:
-            found[use.name] = (coverage.how, coverage.state_bytes if coverage.applies else None)
-            if coverage.applies and not slot.enabled:
-                found[use.name] = ("unchanged: switched off by its parameter group", None)
-        if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
-            found[slot.layer.bias_name] = (f"together with {slot.layer.name}", None)
+        if coverage.applies and not slot.enabled:
+            done[id(slot.layer.weight)] = ("unchanged: switched off by its parameter group", None)
+            continue
+        done[id(slot.layer.weight)] = (coverage.how, coverage.state_bytes if coverage.applies else None)
+        if slot.enabled and slot.bias is not None:
+            done[id(slot.bias)] = (f"together with {slot.layer.name}", None)
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if nn.parameter.is_lazy(parameter):
             rows.append(ParameterCoverage(name, (), "known after its first forward pass", None))
             continue
+        found: tuple[str, int | None] = ("unchanged", None)
         if id(parameter) not in held:
-            found.setdefault(name, ("not held by this optimizer", None))
+            found = ("not held by this optimizer", None)
+        elif not parameter.requires_grad and parameter.grad is None:
+            found = ("unchanged: frozen (requires_grad=False)", None)
+        elif id(parameter) in done:
+            found = done[id(parameter)]
         elif name in unknown:
-            how = f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)"
-            found.setdefault(name, (how, None))
-        rows.append(ParameterCoverage(name, tuple(parameter.shape), *found.get(name, ("unchanged", None))))
+            found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
+        rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))
     return rows
 
 
@@ -78,6 +83,28 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
     ]
+
+
+def warn_of_idle(transform: GradientTransform, slots: Sequence[Slot]) -> None:
+    """Say that a transform covers none of the weights, and why.
+
+    Args:
+        transform: The transform.
+        slots: Its slots.
+    """
+    reasons = list(dict.fromkeys(_why_idle(slot) for slot in slots))
+    why = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    warnings.warn(
+        f"{type(transform).__name__} covers none of the weights, so it will do nothing{why}",
+        WellcondWarning,
+        stacklevel=5,
+    )
+
+
+def _why_idle(slot: Slot) -> str:
+    if not slot.coverage.applies:
+        return slot.coverage.how
+    return "switched off by its parameter group"
 
 
 def _bytes(count: int) -> str:

@@ -268,8 +268,8 @@ class SketchedFactor(_LowRankFactor):
         """Start from a random orthonormal basis, the same on every rank and in every run."""
         if name != "basis":
             return super().first(name, dtype, device)
-        generator = torch.Generator().manual_seed(self.width)
-        start = torch.randn(self.width, self.rank, dtype=torch.float64, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self.width)
+        start = torch.randn(self.width, self.rank, dtype=torch.float64, generator=generator, device="cpu")
         basis: Tensor = torch.linalg.qr(start)[0]
         return basis.to(dtype).to(device).repeat(self.groups, 1, 1)
 

@@ -290,7 +290,7 @@ class FeaturePreconditioner(GradientTransform):
             if owner != ranks.rank or not bool(_tensor(slot, "mass") > 0):
                 continue  # nothing seen yet (every input so far was not finite): this solve stays due
             solved = _form(slot).solve(slot.state, _tensor(slot, "mass"), power)
-            outcome[index] = torch.tensor([1, solved is not None])
+            outcome[index] = torch.tensor([1, solved is not None], device="cpu")
             if solved is not None:
                 slot.state |= {key: value.to(_tensor(slot, key).dtype) for key, value in solved.items()}
         ranks.add([outcome])
