@@ -135,6 +135,17 @@ class Layout:
         first = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
         return (first,) if isinstance(first, Tensor) else None
 
+    def trailing(self, module: nn.Module) -> int | None:
+        """Say how many of an input's last axes make up one row, for layers that treat every row by itself.
+
+        Args:
+            module: The layer.
+
+        Returns:
+            The number; None where rows are made of several positions.
+        """
+        return None
+
     def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
         """Lay out the layer's input as the rows that its weight matrices multiply.
 

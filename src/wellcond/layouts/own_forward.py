@@ -16,7 +16,7 @@ from wellcond.layouts.layout import Layout, Rows
 from wellcond.layouts.linear import BilinearLayout, EmbeddingLayout, LinearLayout, TransposedLinearLayout
 from wellcond.layouts.norm import GroupNormLayout, LayerNormLayout
 from wellcond.layouts.twin import can_be_moved, compute_parametrizations, run_twin, twin_of
-from wellcond.layouts.watching import MATMULS, InputNotKnown, Product, Watch
+from wellcond.layouts.watching import MATMULS, Product, UnknownInputError, Watch
 from wellcond.patches import Window, patch_rows
 
 Inputs = tuple[Any, ...]
@@ -114,10 +114,10 @@ class _Watched(_Variant):
         as before.
 
         Raises:
-            InputNotKnown: If the forward uses the weight otherwise.
+            UnknownInputError: If the forward uses the weight otherwise.
         """
         if not can_be_moved(module):
-            raise InputNotKnown("its forward was replaced by a function")
+            raise UnknownInputError("its forward was replaced by a function")
         twin = twin_of(module)
         layer = twin if self.child is None else getattr(twin, self.child)
         compute_parametrizations(layer)
@@ -136,14 +136,16 @@ class _Watched(_Variant):
         watch = Watch(weight, bias, axis, functions, by_elements=self.one_hot)
         try:
             outputs = run_twin(twin, args, kwargs, weight.device, watch)
-        except InputNotKnown:
+        except UnknownInputError:
             raise
         except Exception as error:
-            raise InputNotKnown(f"its forward does not run a second time ({type(error).__name__}: {error})") from error
+            raise UnknownInputError(
+                f"its forward does not run a second time ({type(error).__name__}: {error})"
+            ) from error
         if watch.used_otherwise(outputs) or not watch.products:
             called = " or ".join(dict.fromkeys(_name(function) for function in functions))
             what = "weight or bias" if bias is not None else "weight"
-            raise InputNotKnown(f"its forward uses its {what} otherwise than in {called}")
+            raise UnknownInputError(f"its forward uses its {what} otherwise than in {called}")
         return read(self, layer, watch.products)
 
 
@@ -163,7 +165,7 @@ def _name(function: Any) -> str:
     return {"__getitem__": "an index", "__matmul__": "matmul"}.get(function.__name__, function.__name__)
 
 
-# readers: from the calls of a function to the arguments of `rows` ------------------------------------------------------
+# readers: from the calls of a function to the arguments of `rows` -----------------------------------------------------
 
 
 def _read_linear(layout: Layout, module: nn.Module, products: list[Product]) -> Inputs:
@@ -173,7 +175,7 @@ def _read_linear(layout: Layout, module: nn.Module, products: list[Product]) -> 
             transposed = not transposed
         # `input @ weight` has inputs on the weight's first axis.
         if transposed == isinstance(layout, TransposedLinearLayout):
-            raise InputNotKnown("its forward multiplies the weight from the other side")
+            raise UnknownInputError("its forward multiplies the weight from the other side")
     return (_joined([product.given["input"] for product in products], 1),)
 
 
@@ -185,7 +187,7 @@ def _read_conv(layout: Layout, module: nn.Module, products: list[Product]) -> In
         given, axes = product.given, len(window.size)
         stride, dilation = (_each(given.get(name, 1), axes) for name in ("stride", "dilation"))
         if (stride, dilation, given.get("groups", 1)) != (window.stride, window.dilation, window.groups):
-            raise InputNotKnown("its forward convolves with another stride, dilation or groups than the layer has")
+            raise UnknownInputError("its forward convolves with another stride, dilation or groups than the layer has")
         padding = given.get("padding", 0)
         batch = with_batch_axis(given["input"], axes)
         padding = padding if isinstance(padding, str) else _each(padding, axes)
@@ -204,7 +206,7 @@ def _read_conv_transpose(layout: Layout, module: nn.Module, products: list[Produ
             for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
         )
         if (dilation, given.get("groups", 1)) != (window.dilation, window.groups):
-            raise InputNotKnown("its forward convolves with another dilation or groups than the layer has")
+            raise UnknownInputError("its forward convolves with another dilation or groups than the layer has")
         batch = with_batch_axis(given["input"], axes)
         found.append(spread(batch, window.size, stride, padding, extra, dilation))
     return (_stacked(found),)
@@ -226,7 +228,7 @@ def _read_embedding(layout: Layout, module: nn.Module, products: list[Product]) 
         else:
             tokens, padding = _indexed(given["index"], table), None
         if padding != table.padding_idx:
-            raise InputNotKnown(f"its forward takes {padding} for its padding, the layer {table.padding_idx}")
+            raise UnknownInputError(f"its forward takes {padding} for its padding, the layer {table.padding_idx}")
         found.append(tokens)
     return (found[0] if len(found) == 1 else torch.cat([tokens.reshape(-1) for tokens in found]),)
 
@@ -236,7 +238,7 @@ def _indexed(index: Any, table: nn.Embedding) -> Tensor:
     if isinstance(index, tuple):
         index, *rest = index
         if any(part is not Ellipsis and part != slice(None) for part in rest) or index is Ellipsis:
-            raise InputNotKnown("its forward takes parts of vectors out of its table")
+            raise UnknownInputError("its forward takes parts of vectors out of its table")
     return torch.arange(table.num_embeddings, device=table.weight.device)[index]
 
 
@@ -247,9 +249,9 @@ def _read_layer_norm(layout: Layout, module: nn.Module, products: list[Product])
     for product in products:
         eps = product.given.get("eps", None if root else 1e-5)
         if (product.function is F.layer_norm) == root or tuple(product.given["normalized_shape"]) != shape:
-            raise InputNotKnown("its forward normalizes something else than the layer says")
+            raise UnknownInputError("its forward normalizes something else than the layer says")
         if eps != norm.eps:
-            raise InputNotKnown(f"its forward normalizes with eps={eps}, the layer has {norm.eps}")
+            raise UnknownInputError(f"its forward normalizes with eps={eps}, the layer has {norm.eps}")
     return (_joined([product.given["input"] for product in products], len(shape)),)
 
 
@@ -258,7 +260,7 @@ def _read_group_norm(layout: Layout, module: nn.Module, products: list[Product])
     for product in products:
         given = product.given
         if (given["num_groups"], given.get("eps", 1e-5)) != (norm.num_groups, norm.eps):
-            raise InputNotKnown("its forward normalizes with other groups or another eps than the layer has")
+            raise UnknownInputError("its forward normalizes with other groups or another eps than the layer has")
     return (_stacked([product.given["input"] for product in products]),)
 
 
@@ -272,7 +274,7 @@ def _joined(inputs: list[Tensor], axes: int) -> Tensor:
 def _stacked(inputs: list[Tensor]) -> Tensor:
     """Join the samples of several calls."""
     if len({value.shape[1:] for value in inputs}) > 1:
-        raise InputNotKnown("its forward uses its weight several times, on inputs of different sizes")
+        raise UnknownInputError("its forward uses its weight several times, on inputs of different sizes")
     return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
 
 
@@ -293,7 +295,7 @@ _READERS: tuple[tuple[type[Layout], tuple[Any, ...], Reader], ...] = (
 
 
 def _reader_of(kind: type[Layout]) -> tuple[tuple[Any, ...], Reader] | None:
-    """Return the functions that multiply such a rule's weight, and what reads their calls; None if that is not known."""
+    """Return the functions that multiply such a rule's weight, and what reads their calls; None if not known."""
     for known, functions, reader in _READERS:
         if issubclass(kind, known) and kind.family.rows is known.rows:
             return functions, reader

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 from wellcond.layouts.attention import AttentionLayout
+from wellcond.layouts.blocks import BLOCKS
 from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
 from wellcond.layouts.layout import Layout
 from wellcond.layouts.linear import (
@@ -38,6 +39,7 @@ _LAYOUTS: dict[type[nn.Module], Layout] = {
 }
 _OF_OTHER_LIBRARIES: dict[tuple[str, str], Layout] = {
     ("transformers.pytorch_utils", "Conv1D"): TransposedLinearLayout(),
+    **BLOCKS,
 }
 
 

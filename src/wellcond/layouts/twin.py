@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -121,7 +119,7 @@ def own_forward(module: nn.Module, known: type[nn.Module], uses: tuple[str, ...]
         uses: Further methods that its forward calls and that a subclass may override.
 
     Returns:
-        The name of the class that overrides one of them, or "" where the object itself has its own; None if nobody does.
+        The name of the class that overrides one of them; "" where the object itself has its own; None if nobody does.
 
     Example:
         >>> class Scaled(nn.Linear):

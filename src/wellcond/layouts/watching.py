@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 
-class InputNotKnown(Exception):
+class UnknownInputError(Exception):
     """What a weight multiplies cannot be told from a call; the message says why, to follow "because"."""
 
 
@@ -80,7 +80,16 @@ _SUMS = frozenset(("add", "sub", "subtract", "rsub"))
 _REDUCTIONS = {"mean": 1, "sum": 1, "std": 1, "var": 1, "amax": 1, "amin": 1, "norm": 2, "vector_norm": 2}
 _PAIRED_REDUCTIONS = {"var_mean": 1, "std_mean": 1}
 _OF_ELEMENTS = frozenset(
-    "abs square pow sqrt rsqrt reciprocal exp log tanh sigmoid sign clamp clamp_min clamp_max round relu neg".split()
+    (
+        *("abs", "square", "pow", "sqrt", "rsqrt", "reciprocal", "exp", "log", "tanh", "sigmoid", "sign"),
+        *("clamp", "clamp_min", "clamp_max", "round", "relu", "neg"),
+    )
+)
+_WRITING = frozenset(
+    (
+        *("__setitem__", "data.set", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"),
+        *("__iand__", "__ior__", "__ixor__", "__imod__", "__ifloordiv__", "__ilshift__", "__irshift__"),
+    )
 )
 _FAKE_QUANTIZATIONS = frozenset(
     ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "fused_moving_avg_obs_fake_quant")
@@ -324,7 +333,7 @@ class Watch(TorchFunctionMode):
 
     def _forbid_writing(self, target: Tensor) -> None:
         if _storage(target) in self._guarded:
-            raise InputNotKnown("its forward writes to its weight")
+            raise UnknownInputError("its forward writes to its weight")
 
     def _forget_views_of(self, target: Tensor) -> None:
         place = _storage(target)
@@ -346,11 +355,8 @@ def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     out = kwargs.get("out")
     if isinstance(out, Tensor):
         return out
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "data.set")
-    in_place = in_place or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__invert__", "__int__")
-    )
-    if not in_place or name in ("requires_grad_", "retain_grad_"):
+    method = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "retain_grad_")
+    if not (method or name in _WRITING):
         return None
     target = args[0] if args else next(iter(kwargs.values()), None)
     return target if isinstance(target, Tensor) else None

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from wellcond.layouts import Layer, find_layers
+from wellcond.layouts import Layer, UnknownInputError, find_layers
 from wellcond.ranks import Ranks
 from wellcond.transforms.base import (
     GradientTransform,
@@ -32,6 +32,9 @@ from wellcond.transforms.decay import WeightDecayKind, group_decay
 from wellcond.transforms.probe import Gate, Probe
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows
 from wellcond.transforms.state import read_state, state_key, take_out
+
+# What a rank adds, in the place of a 1, that refuses a weight: no number of others makes up for it.
+_REFUSED = -float(1 << 20)
 
 
 def attach(
@@ -331,7 +334,13 @@ class Attachment:
         for transform, slot, use in self._observers.get(module, []):
             if not (slot.enabled and transform.wants_inputs(slot) and use.weight.requires_grad):
                 continue
-            inputs = use.inputs(args, kwargs)
+            if slot.refusal is not None:
+                continue
+            try:
+                inputs = use.inputs(args, kwargs)
+            except UnknownInputError as error:
+                slot.refusal, slot.pending = str(error), None
+                continue
             if inputs is None or inputs[0].numel() == 0:
                 continue
             observation = transform.observe(slot, use, inputs)
@@ -349,15 +358,17 @@ class Attachment:
         due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
         if not due:
             return
-        saw = [float(slot.pending is not None) for _, slot in due]
+        saw = [float(slot.pending is not None) if slot.refusal is None else _REFUSED for _, slot in due]
         for transform, slot in due:
             slot.pending = slot.pending or transform.pending_like(slot)
         tensors = [tensor for _, slot in due for tensor in slot.pending or []]
         ranks_that_saw = torch.tensor(saw, dtype=tensors[0].dtype).to(tensors[0].device)
         ranks.add([ranks_that_saw, *tensors])
         for (_, slot), number in zip(due, ranks_that_saw.tolist(), strict=True):
-            if number == 0:
+            if number <= 0:
                 slot.pending = None  # its turn goes to the next step
+            if number < 0 and slot.refusal is None:
+                slot.refusal = "another rank cannot tell what it multiplies"
 
     # steps ----------------------------------------------------------------------------------------------------------
 

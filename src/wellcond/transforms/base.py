@@ -75,6 +75,8 @@ class Slot:
         grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
         found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
         shared: What a transform keeps between steps for all its weights together; not saved.
+        refusal: Why its inputs cannot be observed, if a forward pass showed that.
+        note: What to say in the place of ``coverage.how``, once more is known than when it was decided.
     """
 
     layer: Layer
@@ -88,6 +90,8 @@ class Slot:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+    note: str | None = None
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -130,7 +134,7 @@ class GradientTransform(ABC):
             theirs = self.cover(other)
             if not theirs.applies:
                 return replace(theirs, how=f"{theirs.how} (shared with {other.name})")
-            if type(other.layout) is not type(layer.layout):
+            if other.layout.family is not layer.layout.family:
                 return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
         return coverage
 

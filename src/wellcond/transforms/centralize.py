@@ -74,6 +74,8 @@ class GradientCentralization(GradientTransform):
             wanted, reason = self.layers == "all" or kind == "conv", "not a convolution"
         if not wanted:
             return Coverage(False, f"not centred: {reason}")
+        if layer.unfit:
+            return Coverage(False, f"not centred: {layer.unfit}")
         if not units_can_be_averaged(layer):
             return Coverage(False, "not centred: its groups are sharded across ranks")
         groups, out, *inputs = layer.matrix_shape

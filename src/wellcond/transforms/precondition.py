@@ -126,9 +126,9 @@ class FeaturePreconditioner(GradientTransform):
                 shared = f" (shared with {use.name})" if use is not uses[0] else ""
                 return Coverage(False, f"plain gradient: {reason}{shared}")
         layer = uses[0]
-        kinds = {type(use.layout): use for use in uses}
+        kinds = {use.layout.family for use in uses}
         if len(kinds) > 1 and not _is_embedding_and_linear(uses):
-            other = next(use for use in uses if type(use.layout) is not type(layer.layout))
+            other = next(use for use in uses if use.layout.family is not layer.layout.family)
             return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
         if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
             features = layer.weight.shape[1]
@@ -144,12 +144,12 @@ class FeaturePreconditioner(GradientTransform):
 
     def _refusal(self, layer: Layer) -> str | None:
         """Say why a layer's gradient stays as it is, or return None."""
+        if layer.unfit or layer.weight.is_complex():
+            return layer.unfit or f"its weight is complex ({layer.weight.dtype})"
         if layer.layout.kind == "norm" and not self.norm_layers:
             return "a norm layer (norm_layers=False)"
         if not layer.layout.has_rows:
             return layer.layout.missing_rows
-        if getattr(layer.module, "sparse", False):
-            return "sparse gradients (sparse=True)"
         if self.where is not None and not self.where(layer.module_name, layer.module):
             return "not chosen by `where`"
         if not is_sharded_by_first_axis(layer.weight):
@@ -206,6 +206,7 @@ class FeaturePreconditioner(GradientTransform):
 
     def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Take observations into M, and factorize the M of the layers whose turn it is."""
+        slots = self._without_refused(slots)
         unseen: list[str] = []
         due: list[Slot] = []
         for slot in slots:
@@ -219,7 +220,10 @@ class FeaturePreconditioner(GradientTransform):
                 unseen.append(slot.layer.module_name)
         self._solve(self._whose_turn(due, slots), ranks)
         for slot in slots:
-            slot.state["step"] = _count(slot, "step") + 1
+            step = slot.state["step"] = _count(slot, "step") + 1
+            steps = "the first step" if step == 1 else f"{step} steps"
+            unseen_note = f"plain gradient: no input was seen in {steps} (is it called as a module, in training mode?)"
+            slot.note = unseen_note if _count(slot, "updated_at") < 0 else None
         if unseen:
             warnings.warn(
                 f"for {len(unseen)} of {len(slots)} weights inputs were not seen, so their gradients stay as they are "
@@ -228,6 +232,21 @@ class FeaturePreconditioner(GradientTransform):
                 WellcondWarning,
                 stacklevel=2,
             )
+
+    def _without_refused(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Leave weights out, from now on, whose inputs a forward pass showed to be unknown; say so once."""
+        refused = [slot for slot in slots if slot.refusal is not None]
+        for slot in refused:
+            slot.coverage, slot.state = Coverage(False, f"plain gradient: {slot.refusal}"), {}
+        if refused:
+            reasons = "; ".join(f"{slot.layer.name}: {slot.refusal}" for slot in refused[:3])
+            warnings.warn(
+                f"{len(refused)} of {len(slots)} weights keep their plain gradients, since what they multiply is not "
+                f"known ({reasons}{'; …' if len(refused) > 3 else ''})",
+                WellcondWarning,
+                stacklevel=3,
+            )
+        return [slot for slot in slots if slot.refusal is None]
 
     def _update_moment(self, slot: Slot, pending: Sequence[Tensor]) -> None:
         """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
@@ -374,11 +393,14 @@ class FeaturePreconditioner(GradientTransform):
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
         """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
-        return {
+        counts = {
             "weights": len(slots),
             "failed_solves": sum(_count(slot, "failed") for slot in slots),
             "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
         }
+        if unseen := sum(_count(slot, "step") > 0 and _count(slot, "updated_at") < 0 for slot in slots):
+            counts["unseen"] = unseen
+        return counts
 
 
 def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:

@@ -43,7 +43,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     for slot in slots:
         coverage = slot.coverage
         for use in slot.uses:
-            found[use.name] = (coverage.how, coverage.state_bytes if coverage.applies else None)
+            found[use.name] = (slot.note or coverage.how, coverage.state_bytes if coverage.applies else None)
             if coverage.applies and not slot.enabled:
                 found[use.name] = ("unchanged: switched off by its parameter group", None)
         if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
