@@ -12,6 +12,7 @@ from torch.nn.parameter import Parameter
 from torch.nn.utils import parametrize
 
 from wellcond.layouts.layout import Layout, Rows
+from wellcond.layouts.own_forward import Watched
 from wellcond.layouts.registry import layout_of
 from wellcond.layouts.unusual import leaves_flat_pieces, plain_input, why_unfit
 from wellcond.layouts.watching import UnknownInputError
@@ -82,12 +83,30 @@ class Layer:
         Raises:
             UnknownInputError: If what the weight multiplies cannot be told: the message says why.
         """
+        seen = self.seen(args, kwargs)
+        return None if seen is None else seen[0]
+
+    def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Tensor] | None:
+        """Return `inputs`, and the weight that multiplies them: computed from ``weight``, where the layer does that.
+
+        Raises:
+            UnknownInputError: As `inputs`.
+        """
         if self._forward != _forward_of(self.called):
             raise UnknownInputError("its forward was replaced after its rule was looked up (attach again)")
-        picked = self.layout.inputs(self.called, args, kwargs)
-        if picked is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in picked):
+        if isinstance(self.layout, Watched):
+            found = self.layout.seen(self.called, args, kwargs)
+        else:
+            picked = self.layout.inputs(self.called, args, kwargs)
+            found = None if picked is None else (picked, self._computed_weight())
+        if found is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in found[0]):
             return None
-        return tuple(plain_input(value, self.layout.trailing(self.module)) for value in picked)
+        return tuple(plain_input(value, self.layout.trailing(self.module)) for value in found[0]), found[1]
+
+    def _computed_weight(self) -> Tensor:
+        *_, place, attribute, _ = (*["", "", ""], *self.name.split("."))
+        weight: Tensor = getattr(self.module, attribute) if place == "parametrizations" else self.weight
+        return weight
 
     def rows(self, *inputs: Any) -> Rows:
         """Lay out the module's input as rows [groups, n, d]."""

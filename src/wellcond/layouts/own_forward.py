@@ -53,7 +53,7 @@ def watched(layout: _Rule, child: str | None = None) -> _Rule:
     if not layout.has_rows:
         return layout
     if _reader_of(type(layout)) is not None:
-        mixin = _WatchedConv if isinstance(layout, (ConvLayout, ConvTransposeLayout)) else _Watched
+        mixin = _WatchedConv if isinstance(layout, (ConvLayout, ConvTransposeLayout)) else Watched
         return cast(_Rule, _derived(type(layout), mixin, vars(layout) | {"child": child}))
     return without_rows(layout, "its class overrides the forward that its rule is for (see register_layout)")
 
@@ -101,7 +101,7 @@ class _OwnAttention(_Rowless, AttentionLayout):
         return {name: without_rows(rule, self.missing_rows) for name, rule in super().adopted(module).items()}
 
 
-class _Watched(_Variant):
+class Watched(_Variant):
     """Finds its inputs in what the forward multiplies the weight with."""
 
     child: str | None
@@ -116,6 +116,11 @@ class _Watched(_Variant):
         Raises:
             UnknownInputError: If the forward uses the weight otherwise.
         """
+        seen = self.seen(module, args, kwargs)
+        return None if seen is None else seen[0]
+
+    def seen(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Inputs, Tensor] | None:
+        """Return `inputs`, and the weight that is multiplied with them, as the forward made it from the layer's."""
         if not can_be_moved(module):
             raise UnknownInputError("its forward was replaced by a function")
         twin = twin_of(module)
@@ -142,14 +147,18 @@ class _Watched(_Variant):
             raise UnknownInputError(
                 f"its forward does not run a second time ({type(error).__name__}: {error})"
             ) from error
-        if watch.used_otherwise(outputs) or not watch.products:
+        products = watch.trained(outputs)
+        if products is None or not watch.products:
             called = " or ".join(dict.fromkeys(_name(function) for function in functions))
             what = "weight or bias" if bias is not None else "weight"
             raise UnknownInputError(f"its forward uses its {what} otherwise than in {called}")
-        return read(self, layer, watch.products)
+        if not products:
+            return None
+        used = products[0]
+        return read(self, layer, products), used.copy.detach().mT if used.transposed else used.copy.detach()
 
 
-class _WatchedConv(_Watched):
+class _WatchedConv(Watched):
     """A convolution whose inputs come padded, and for a transposed one spread out."""
 
     def padded(self, module: nn.Module, *inputs: Any) -> Tensor:

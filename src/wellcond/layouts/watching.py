@@ -41,11 +41,13 @@ class Product:
     Attributes:
         function: The function.
         given: Its arguments by name.
+        copy: What it was given in the place of the weight.
         transposed: Whether the weight was handed over with its axes exchanged.
     """
 
     function: Callable[..., Any]
     given: Mapping[str, Any]
+    copy: Tensor
     transposed: bool = False
 
 
@@ -133,22 +135,30 @@ class Watch(TorchFunctionMode):
         self._set(weight, Mark.SAME)
         self._biases: dict[int, Tensor] = {} if bias is None else {id(bias): bias}
 
-    def used_otherwise(self, outputs: Any) -> bool:
-        """Whether outputs depend on the weight or the bias by anything else than the products that were noted."""
+    def trained(self, outputs: Any) -> list[Product] | None:
+        """Return the products through which outputs depend on the weight.
+
+        Args:
+            outputs: What the forward returned.
+
+        Returns:
+            The products whose gradient can arrive; None if outputs depend on the weight, or the bias, otherwise too.
+        """
         leaves = [leaf for leaf in (self._weight, self._bias) if leaf is not None]
-        nodes = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        if any(out is leaf for out in tree_leaves(outputs) for leaf in leaves):
-            return True
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        reached = {id(tensor) for tensor in tensors}
+        nodes = [tensor.grad_fn for tensor in tensors]
         seen = set()
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if any(getattr(node, "variable", None) is leaf for leaf in leaves):
-                return True
+            reached.add(id(getattr(node, "variable", None)))
             nodes += [following for following, _ in node.next_functions]
-        return False
+        if any(id(leaf) in reached for leaf in leaves):
+            return None
+        return [product for product in self.products if id(product.copy) in reached]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -186,8 +196,8 @@ class Watch(TorchFunctionMode):
         return gets_gradient and weight.shape == shape and apart
 
     def _multiply(self, func: Any, given: dict[str, Any], mark: Mark | None) -> Any:
-        self.products.append(Product(func, given, mark is Mark.TRANSPOSED))
         weight = given["weight"].detach().requires_grad_()
+        self.products.append(Product(func, given, weight, mark is Mark.TRANSPOSED))
         given = {**given, "weight": weight}
         bias = given.get("bias")
         if isinstance(bias, Tensor) and id(bias) in self._biases and bias.requires_grad:
