@@ -140,6 +140,8 @@ def weight_uses() -> dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Call
         "normalized rows": (lambda m, x: F.linear(x, F.normalize(m.weight)), same),
         "normalized by hand": (lambda m, x: F.linear(x, m.weight / m.weight.norm(dim=1, keepdim=True)), same),
         "centred rows": (lambda m, x: F.linear(x, m.weight - m.weight.mean(1, keepdim=True)), same),
+        "standardized by hand, in place": (_standardized, same),
+        "reduced axis by axis": (_axis_by_axis, same),
         "one factor": (lambda m, x: F.linear(x, m.weight * 0.3), same),
         "a factor for each unit": (lambda m, x: F.linear(x, torch.rand(6, 1) * m.weight), same),
         "an addition": (lambda m, x: F.linear(x, m.weight + torch.rand(6, 6)), same),
@@ -161,6 +163,9 @@ def weight_uses() -> dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Call
         "columns normalized": (lambda m, x: F.linear(x, F.normalize(m.weight, dim=0)), None),
         "a function of each element": (lambda m, x: F.linear(x, torch.tanh(m.weight)), None),
         "symmetrized": (lambda m, x: F.linear(x, m.weight + m.weight.t()), None),
+        "mirrored and added": (lambda m, x: F.linear(x, m.weight + m.weight.flip(1)), None),
+        "a custom function added": (lambda m, x: F.linear(x, m.weight + _Double.apply(m.weight)), None),
+        "scaled by what it is mixed into": (lambda m, x: F.linear(x, m.weight * (m.weight @ m.weight).mean()), None),
         "squared": (lambda m, x: F.linear(x, m.weight @ m.weight), None),
         "einsum": (lambda m, x: torch.einsum("ni,oi->no", x, m.weight), None),
         "einsum beside": (lambda m, x: F.linear(x, m.weight) + torch.einsum("ni,oi->no", x, m.weight), None),
@@ -172,6 +177,29 @@ def weight_uses() -> dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Call
         "the weight itself": (lambda m, x: m.weight, None),
         "bias by itself": (lambda m, x: F.linear(x, m.weight) + m.bias, None),
     }
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return torch.from_numpy(2 * weight.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0].flip(1)
+
+
+def _standardized(module: nn.Module, x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(module.weight, dim=1, keepdim=True)
+    weight = module.weight - mean
+    weight *= torch.rsqrt(variance + 1e-5)
+    return F.linear(x, weight)
+
+
+def _axis_by_axis(module: nn.Module, x: Tensor) -> Tensor:
+    weight = module.weight.view(6, 2, 3)
+    energy = weight.square().mean(1, keepdim=True).mean(2, keepdim=True)
+    return F.linear(x, (weight / energy).view(6, 6))
 
 
 class _Times(torch.autograd.Function):
@@ -317,8 +345,9 @@ def test_a_checkpointed_segment_counts_its_saved_tensors_right() -> None:
 def test_a_function_in_the_place_of_forward_is_named() -> None:
     layer = nn.Linear(4, 3, bias=False)
     layer.forward = lambda x: F.linear(torch.relu(x), layer.weight)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    handle = wellcond.attach(optimizer, nn.Sequential(layer, nn.Linear(3, 3)), FeatureWhitening())
+    model = nn.Sequential(layer, nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, FeatureWhitening())
     assert "plain gradient: a function was put in the place of its forward" in handle.report()
 
 
@@ -408,7 +437,6 @@ def test_rules_of_own_forwards_can_be_copied_and_pickled() -> None:
             return super().forward(2 * x)
 
     rule = layout_of(Own(3, 2))
-    assert rule is layout_of(Own(5, 4))
     for again in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
         assert type(again) is type(rule)
         assert again.family is rule.family is type(layout_of(nn.Linear(3, 2)))
@@ -552,7 +580,7 @@ def test_a_layer_that_is_never_called_is_said_to_be_so() -> None:
     assert "plain gradient" not in handle.report()
     for step in range(3):
         model(torch.randn(3, 4)).sum().backward()
-        if step == 0:
+        if step == 1:
             with pytest.warns(WellcondWarning, match="inputs were not seen"):
                 optimizer.step()
         else:

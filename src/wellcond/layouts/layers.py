@@ -47,6 +47,8 @@ class Layer:
     parent: nn.Module | None = None
     unfit: str | None = None
 
+    _forward: tuple[object, object] = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "_forward", _forward_of(self.called))
 
@@ -83,8 +85,8 @@ class Layer:
         Raises:
             UnknownInputError: If what the weight multiplies cannot be told: the message says why.
         """
-        seen = self.seen(args, kwargs)
-        return None if seen is None else seen[0]
+        found = self._look(args, kwargs)
+        return None if found is None else found[0]
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Tensor] | None:
         """Return `inputs`, and the weight that multiplies them: computed from ``weight``, where the layer does that.
@@ -92,21 +94,28 @@ class Layer:
         Raises:
             UnknownInputError: As `inputs`.
         """
+        found = self._look(args, kwargs)
+        if found is None:
+            return None
+        inputs, weight = found
+        *_, place, attribute, _ = ("", "", *self.name.split("."))
+        if weight is None:
+            weight = getattr(self.module, attribute) if place == "parametrizations" else self.weight
+        return inputs, weight
+
+    def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Tensor | None] | None:
+        """Return the arguments of `rows`, and the weight where the rule finds that out, too."""
         if self._forward != _forward_of(self.called):
             raise UnknownInputError("its forward was replaced after its rule was looked up (attach again)")
+        weight = None
         if isinstance(self.layout, Watched):
             found = self.layout.seen(self.called, args, kwargs)
+            picked, weight = (None, None) if found is None else found
         else:
             picked = self.layout.inputs(self.called, args, kwargs)
-            found = None if picked is None else (picked, self._computed_weight())
-        if found is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in found[0]):
+        if picked is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in picked):
             return None
-        return tuple(plain_input(value, self.layout.trailing(self.module)) for value in found[0]), found[1]
-
-    def _computed_weight(self) -> Tensor:
-        *_, place, attribute, _ = (*["", "", ""], *self.name.split("."))
-        weight: Tensor = getattr(self.module, attribute) if place == "parametrizations" else self.weight
-        return weight
+        return tuple(plain_input(value, self.layout.trailing(self.module)) for value in picked), weight
 
     def rows(self, *inputs: Any) -> Rows:
         """Lay out the module's input as rows [groups, n, d]."""

@@ -125,6 +125,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._functions = frozenset(functions)
         self.products: list[Product] = []
+        self.wrote = False
         self._weight, self._bias = weight, bias
         self._units = weight.shape[output_axis] if output_axis >= 0 else weight.numel()
         self._output_axis = output_axis
@@ -145,17 +146,9 @@ class Watch(TorchFunctionMode):
             The products whose gradient can arrive; None if outputs depend on the weight, or the bias, otherwise too.
         """
         leaves = [leaf for leaf in (self._weight, self._bias) if leaf is not None]
-        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        reached = {id(tensor) for tensor in tensors}
-        nodes = [tensor.grad_fn for tensor in tensors]
-        seen = set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            reached.add(id(getattr(node, "variable", None)))
-            nodes += [following for following, _ in node.next_functions]
+        if self.wrote:
+            return None
+        reached = _leaves_behind([leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)])
         if any(id(leaf) in reached for leaf in leaves):
             return None
         return [product for product in self.products if id(product.copy) in reached]
@@ -175,11 +168,13 @@ class Watch(TorchFunctionMode):
         if written is not None:
             self._forbid_writing(written)
         result = func(*args, **kwargs)
+        of_weight = any(self._mark_of(value) for value in (*args, *kwargs.values()))
+        made = self._marks_of_results(name.removesuffix("_"), args, kwargs, result) if of_weight else []
         if written is not None:
             self._forget_views_of(written)
-        if any(self._mark_of(value) for value in (*args, *kwargs.values())):
-            self._mark_results(name.removesuffix("_"), args, kwargs, result)
-        elif name in _CASTS and isinstance(result, Tensor) and args and id(args[0]) in self._biases:
+        for tensor, mark in made:
+            self._set(tensor, mark)
+        if name in _CASTS and isinstance(result, Tensor) and args and id(args[0]) in self._biases:
             self._biases[id(result)] = result
         return result
 
@@ -220,12 +215,20 @@ class Watch(TorchFunctionMode):
         else:
             self._marks[id(tensor)] = tensor, mark
 
-    def _mark_results(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        if name in _PAIRED_REDUCTIONS and isinstance(result, tuple):
-            for part in result:
-                self._set(part, self._reduced(_PAIRED_REDUCTIONS[name], args, kwargs, part))
-        elif isinstance(result, Tensor):
-            self._set(result, self._mark_made(name, args, kwargs, result))
+    def _marks_of_results(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+    ) -> list[tuple[Tensor, Mark | None]]:
+        """Say what the results of a call have to do with the weight; what has no gradient is a constant."""
+        parts = [part for part in (result if isinstance(result, tuple) else (result,)) if isinstance(part, Tensor)]
+        others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if any(self._mark_of(value) is None and self._depends_on_weight(value) for value in others):
+            return [(part, None) for part in parts]
+        if name in _PAIRED_REDUCTIONS:
+            return [(part, self._reduced(_PAIRED_REDUCTIONS[name], args, kwargs, part)) for part in parts]
+        return [(part, self._mark_made(name, args, kwargs, part) if part.requires_grad else None) for part in parts]
+
+    def _depends_on_weight(self, tensor: Tensor) -> bool:
+        return id(self._weight) in _leaves_behind([tensor])
 
     def _mark_made(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Mark | None:
         """Say what a function's result has to do with the weight; None: nothing that is understood."""
@@ -343,6 +346,7 @@ class Watch(TorchFunctionMode):
 
     def _forbid_writing(self, target: Tensor) -> None:
         if _storage(target) in self._guarded:
+            self.wrote = True
             raise UnknownInputError("its forward writes to its weight")
 
     def _forget_views_of(self, target: Tensor) -> None:
@@ -350,6 +354,21 @@ class Watch(TorchFunctionMode):
         for tensor, _ in list(self._marks.values()):
             if _storage(tensor) == place:
                 self._set(tensor, None)
+
+
+def _leaves_behind(tensors: Sequence[Tensor]) -> set[int]:
+    """Return the ``id`` of each tensor given, and of each leaf that one of them depends on."""
+    reached = {id(tensor) for tensor in tensors}
+    nodes = [tensor.grad_fn for tensor in tensors]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reached.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return reached
 
 
 def _name_of(func: Any) -> str:

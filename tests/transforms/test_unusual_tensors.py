@@ -1,0 +1,151 @@
+"""Inputs and weights that are no plain arrays: taken in where their rows are plain, else plain gradients, named."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import wellcond
+from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization, WellcondWarning
+
+
+def attached(model: nn.Module, **options: object) -> tuple[torch.optim.Optimizer, wellcond.transforms.Attachment]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    choice = {"stats_every": 1, "stats_decay": 0.0, "second_moment": "dense", "norm_layers": True} | options
+    return optimizer, wellcond.attach(optimizer, model, FeatureWhitening(**choice))
+
+
+def second_moment(handle: wellcond.transforms.Attachment) -> Tensor:
+    return handle._slots["whitening"][0].state["second_moment"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "layer_norm", "own"])
+def test_nested_inputs_count_row_by_row(layout: torch.layout, kind: str) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * 2)
+
+    torch.manual_seed(0)
+    make: dict[str, Callable[[], nn.Module]] = {
+        "linear": lambda: nn.Linear(4, 3, bias=False),
+        "layer_norm": lambda: nn.LayerNorm(4, bias=False),
+        "own": lambda: Own(4, 3, bias=False),
+    }
+    layer = make[kind]()
+    parts = [torch.randn(3, 4), torch.randn(5, 4)]
+    optimizer, handle = attached(layer)
+    output = layer(torch.nested.nested_tensor(parts, layout=layout))
+    torch.stack([part.square().sum() for part in output.unbind()]).sum().backward()
+    optimizer.step()
+    x = torch.cat(parts)
+    rows = {"linear": x, "layer_norm": F.layer_norm(x, (4,)), "own": 2 * x}[kind]
+    expected = rows.T @ rows / 8
+    found = second_moment(handle)
+    if kind == "layer_norm":
+        torch.testing.assert_close(found.flatten(), expected.diagonal(), rtol=1e-5, atol=1e-6)
+    else:
+        torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nested_tokens_are_counted() -> None:
+    table = nn.Embedding(6, 3)
+    parts = [torch.tensor([0, 1, 1]), torch.tensor([5])]
+    optimizer, handle = attached(table)
+    output = table(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    output.values().square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(second_moment(handle)[0], torch.tensor([0.25, 0.5, 0, 0, 0, 0.25]))
+
+
+def test_sparse_inputs_keep_plain_gradients() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    optimizer, handle = attached(layer)
+    layer(torch.eye(4).to_sparse()).square().sum().backward()
+    plain = layer.weight.grad.clone()
+    with pytest.warns(WellcondWarning, match="weight: its input is a sparse tensor"):
+        optimizer.step()
+    assert torch.equal(layer.weight.grad, plain)
+    assert "plain gradient: its input is a sparse tensor" in handle.report()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.eye(4)).sum().backward()
+        optimizer.step()  # said once; from now on it is left out
+
+
+@pytest.mark.parametrize("transform", [FeatureWhitening, FeatureDescent])
+def test_complex_weights_keep_plain_gradients(transform: Callable[..., wellcond.transforms.GradientTransform]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(WellcondWarning, match="its weight is complex"):
+        handle = wellcond.attach(optimizer, model, transform())
+    assert handle.report().count("plain gradient: its weight is complex (torch.complex64)") == 2
+    model(torch.randn(5, 3, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+
+
+def test_complex_gradients_are_centred() -> None:
+    layer = nn.Linear(3, 4, dtype=torch.complex64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    wellcond.attach(optimizer, layer, GradientCentralization())
+    layer(torch.randn(5, 3, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    assert float(layer.weight.grad.mean(1).abs().max()) < 1e-6
+
+
+def unfit_weights() -> dict[str, tuple[Tensor, str]]:
+    return {
+        "integers": (torch.zeros(3, 4, dtype=torch.int8), "dtype torch.int8"),
+        "float8": (torch.zeros(3, 4).to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+        "sparse": (torch.eye(3, 4).to_sparse(), "a sparse tensor"),
+        "sparse rows": (torch.eye(3, 4).to_sparse_csr(), "a sparse tensor"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("name", list(unfit_weights()))
+@pytest.mark.parametrize("transform", [FeatureWhitening, GradientCentralization])
+def test_weights_without_plain_numbers_are_named(name: str, transform: Callable[..., object]) -> None:
+    weight, reason = unfit_weights()[name]
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, transform())
+    rows = handle.coverage()[handle.transforms[0].name]
+    assert reason in rows[0].how
+    assert rows[0].state_bytes is None
+
+
+def test_tables_with_sparse_gradients_are_known_when_attaching() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(
+        optimizer, model, GradientCentralization(layers=lambda name, module: True), FeatureWhitening()
+    )
+    for rows in handle.coverage().values():
+        assert "sparse gradients (sparse=True)" in rows[0].how
+    model(torch.randint(0, 5, (3,))).sum().backward()
+    optimizer.step()
+
+
+def test_a_module_of_another_meaning_of_sparse_is_covered() -> None:
+    class Own(nn.Linear):
+        sparse = True
+
+    optimizer = torch.optim.SGD((layer := Own(4, 3)).parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, layer, FeatureWhitening())
+    assert "preconditioned" in handle.report()
+
+
+def test_inputs_without_values_say_nothing() -> None:
+    model = nn.Linear(4, 3, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, FeatureWhitening())
+    model(torch.zeros(5, 4, device="meta"))
+    assert handle._slots["whitening"][0].pending is None
