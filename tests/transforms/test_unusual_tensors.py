@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -149,3 +151,58 @@ def test_inputs_without_values_say_nothing() -> None:
     handle = wellcond.attach(optimizer, model, FeatureWhitening())
     model(torch.zeros(5, 4, device="meta"))
     assert handle._slots["whitening"][0].pending is None
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, and a mesh of it: what is sharded is known by its placement."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_tensor_parallel_weights_and_inputs_are_taken_in_or_named() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = wellcond.attach(
+        optimizer,
+        model,
+        GradientCentralization(),
+        FeatureWhitening(stats_every=1, stats_decay=0.0, second_moment="dense"),
+    )
+    centred, whitened = handle.coverage().values()
+    assert "gradient centred" in centred[0].how
+    assert "sharded across ranks" in centred[1].how
+    assert "preconditioned" in whitened[0].how
+    assert "sharded otherwise than along its first axis" in whitened[1].how
+    x = torch.randn(5, 4)
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(second_moment(handle)[0], x.T @ x / 5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_inputs_that_are_sharded_along_their_features_are_named() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for placement, known in ((Replicate(), True), (Shard(0), True), (Shard(1), False)):
+        layer = nn.Linear(4, 3, bias=False)
+        layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, [Replicate()]))
+        optimizer, handle = attached(layer)
+        layer(DTensor.from_local(torch.randn(5, 4), mesh, [placement])).square().sum().backward()
+        if known:
+            optimizer.step()
+            continue
+        with pytest.warns(WellcondWarning, match="its input is sharded over ranks otherwise than by whole rows"):
+            optimizer.step()
