@@ -199,7 +199,7 @@ def test_inputs_that_are_sharded_along_their_features_are_named() -> None:
     for placement, known in ((Replicate(), True), (Shard(0), True), (Shard(1), False)):
         layer = nn.Linear(4, 3, bias=False)
         layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, [Replicate()]))
-        optimizer, handle = attached(layer)
+        optimizer, _ = attached(layer)
         layer(DTensor.from_local(torch.randn(5, 4), mesh, [placement])).square().sum().backward()
         if known:
             optimizer.step()
