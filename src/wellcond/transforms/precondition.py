@@ -183,8 +183,14 @@ class FeaturePreconditioner(GradientTransform):
 
     def wants_inputs(self, slot: Slot) -> bool:
         """Ask for inputs from the step at which an update of M is due until one has come."""
+        if not slot.state:
+            return False
         step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
         return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
+
+    def waited(self, slot: Slot) -> int:
+        """Count the steps since an update of M was last due: from 0 again every ``stats_every`` steps."""
+        return _count(slot, "step") % self.stats_every
 
     def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
