@@ -7,11 +7,24 @@ break in later passes, where there is no probe. So graphs are compiled only wher
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 
 _wanting: set[int] = set()
-_ours: list[object] = []
+_ours: list[Any] = []
+
+
+class EagerWithGradients:
+    """A stance of ``torch.compiler.set_stance``: passes that a probe could observe run eagerly, all others compiled."""
+
+    skip_guard_eval_unsafe = False
+    backend = None
+
+    @property
+    def stance(self) -> str:
+        """What the compiler asks at each call of compiled code."""
+        return "force_eager" if torch.is_grad_enabled() else "default"
 
 
 def run_eagerly(owner: object, wanted: bool) -> None:
@@ -42,9 +55,9 @@ def _set() -> None:
 def _set_uncompiled() -> None:
     from torch._dynamo import eval_frame
 
-    now = eval_frame._stance
-    if _wanting and not _ours and now == type(now)():
-        torch.compiler.set_stance("force_eager")
-        _ours.append(eval_frame._stance)
+    now: Any = eval_frame._stance
+    if _wanting and not _ours and now == eval_frame.DynamoStance():
+        _ours.append(EagerWithGradients())
+        eval_frame._set_stance(_ours[0])
     elif not _wanting and _ours and now is _ours.pop():
         torch.compiler.set_stance("default")

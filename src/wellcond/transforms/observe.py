@@ -80,13 +80,13 @@ class Observer:
     Args:
         owner: Whom probes show calls to; it hands them on to `observe`.
         transforms: What is attached.
-        find: Looks for weights again, after a lazily initialised module has got its own.
+        find: A method that looks for weights again, after a lazily initialised module has got its own; held weakly.
     """
 
     def __init__(self, owner: Observing, transforms: Sequence[GradientTransform], find: Callable[[], None]) -> None:
         self.gate = Gate()
         self._owner = weakref.ref(owner)
-        self._find = find
+        self._find = weakref.WeakMethod(find)
         self._transforms = [t for t in transforms if type(t).observe is not GradientTransform.observe]
         self._watched: dict[nn.Module, list[Watched]] = {}
         self._lazy: set[nn.Module] = set()
@@ -166,7 +166,8 @@ class Observer:
         outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad and tensor.grad_fn is not None]
         if module in self._lazy:
             try:
-                self._find()  # its own hook has just initialised it
+                if (find := self._find()) is not None:
+                    find()  # its own hook has just initialised it
             except Exception:
                 return  # the step looks for weights again, and raises this there
         if not outputs or any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in outputs):
