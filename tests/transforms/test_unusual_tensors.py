@@ -71,10 +71,10 @@ def test_sparse_inputs_keep_plain_gradients() -> None:
     optimizer, handle = attached(layer)
     layer(torch.eye(4).to_sparse()).square().sum().backward()
     plain = layer.weight.grad.clone()
-    with pytest.warns(WellcondWarning, match="weight: its input is a sparse tensor"):
+    with pytest.warns(WellcondWarning, match="its input is a sparse tensor"):
         optimizer.step()
     assert torch.equal(layer.weight.grad, plain)
-    assert "plain gradient: its input is a sparse tensor" in handle.report()
+    assert "its input is a sparse tensor" in handle.report()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(torch.eye(4)).sum().backward()
@@ -150,7 +150,7 @@ def test_inputs_without_values_say_nothing() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = wellcond.attach(optimizer, model, FeatureWhitening())
     model(torch.zeros(5, 4, device="meta"))
-    assert handle._slots["whitening"][0].pending is None
+    assert "preconditioned" in handle.report()
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wellcond.layouts.watching import UnknownInputError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -85,10 +87,10 @@ def run_twin(
     device: torch.device,
     mode: contextlib.AbstractContextManager[object],
 ) -> Any:
-    """Call a twin's forward under a mode, with gradients, and with the random numbers that the module will draw.
+    """Call a twin's forward under a mode, with gradients; random numbers that it draws are there to be drawn again.
 
-    No tensor of the arguments' graph is touched, and saved tensors are seen by no one's hooks: activation checkpointing
-    does not count them.
+    It is given copies of the arguments, outside of their graph; saved tensors are seen by no one's hooks, so that
+    activation checkpointing does not count them.
 
     Args:
         twin: What `twin_of` returned.
@@ -99,11 +101,22 @@ def run_twin(
 
     Returns:
         What the forward returned.
+
+    Raises:
+        UnknownInputError: If it writes to what it was given: the module's own run has done so, too.
     """
-    args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, (args, dict(kwargs)))
+    args, kwargs = tree_map_only(Tensor, _copy, (args, dict(kwargs)))
+    given = [(value, value._version) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with fork, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same), mode:
-        return twin.forward(*args, **kwargs)
+        outputs = twin.forward(*args, **kwargs)
+    if any(value._version != version for value, version in given):
+        raise UnknownInputError("its forward changes its input in place")
+    return outputs
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _same(tensor: Tensor) -> Tensor:

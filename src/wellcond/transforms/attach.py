@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from wellcond.layouts import Layer, UnknownInputError, find_layers
+from wellcond.layouts import Layer, find_layers
 from wellcond.ranks import Ranks
 from wellcond.transforms.base import (
     GradientTransform,
@@ -29,12 +28,10 @@ from wellcond.transforms.base import (
     check_choice,
 )
 from wellcond.transforms.decay import WeightDecayKind, group_decay
-from wellcond.transforms.probe import Gate, Probe
+from wellcond.transforms.observe import Observer
+from wellcond.transforms.replicas import Replicas
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows
 from wellcond.transforms.state import read_state, state_key, take_out
-
-# What a rank adds, in the place of a 1, that refuses a weight: no number of others makes up for it.
-_REFUSED = -float(1 << 20)
 
 
 def attach(
@@ -58,7 +55,8 @@ def attach(
             (shrinks the weight), or ``"auto"``: known for torch's own optimizers and for those whose parameter groups
             say it (``decoupled_weight_decay``, ``weight_decouple``).
         synchronize: Whether statistics are averaged over ranks when ``torch.distributed`` is initialised: over the
-            default group (True), over the given group, or not at all.
+            group of the model's DDP or FSDP wrapper, or else the default group (True), over the given group, or not at
+            all.
 
     Returns:
         A handle with ``report()``, ``stats()`` and ``remove()``.
@@ -128,13 +126,12 @@ class Attachment:
         self._held: frozenset[int] = frozenset()
         self._model = model
         self._weight_decay: WeightDecayKind = weight_decay
-        self._synchronize = synchronize
+        self._replicas = Replicas(model, synchronize)
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
         self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
         self._group_sizes: list[int] = []
-        self._gate = Gate()
-        self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
-        self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
+        self._observer = Observer(self, self.transforms, self._find_new_weights)
+        self._gate = self._observer.gate
         self._loading: dict[int, State] = {}
         self._lazy: set[nn.Module] = set()
 
@@ -147,15 +144,17 @@ class Attachment:
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         optimizer.__dict__.setdefault("wellcond_attachments", []).append(self)
+        self._replicas.stand_in_when_joined(self._stand_in)
 
     # what the user asks ---------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Take the transforms off: the optimizer steps as before, and forgets their state. May be called twice."""
-        for hook in [*self._hooks, *(hook for _, hook in self._probes.values())]:
+        for hook in self._hooks:
             hook.remove()
-        self._hooks, self._probes = [], {}
-        self._gate.open = False
+        self._hooks = []
+        self._observer.remove()
+        self._replicas.leave(self._stand_in)
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -253,7 +252,13 @@ class Attachment:
         for transform in self.transforms:
             transform.check(self._covered(transform))
         self._publish(optimizer, lambda slot: bool(optimizer.state.get(slot.layer.weight)))
-        self._place_probes()
+        self._observer.watch(self._slots, self._lazy)
+
+    def _find_new_weights(self) -> None:
+        """Find the weights of a module that has just been initialised."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._find_weights(optimizer)
 
     def _warn_of_idle_transforms(self) -> None:
         for transform in self.transforms:
@@ -305,70 +310,26 @@ class Attachment:
 
     # forward passes -------------------------------------------------------------------------------------------------
 
-    def _place_probes(self) -> None:
-        """Watch the modules whose inputs some transform may want, and those that are still to be initialised."""
-        self._observers = {}
-        observing = [t for t in self.transforms if type(t).observe is not GradientTransform.observe]
-        for module in self._lazy if observing else ():
-            self._watch(module)
-        for transform, slot in ((t, slot) for t in observing for slot in self._slots[t.name] if slot.coverage.applies):
-            for use in slot.uses:
-                self._observers.setdefault(use.called, []).append((transform, slot, use))
-                self._watch(use.called)
-        self._set_gate()
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Take in one forward call of one module."""
+        self._observer.observe(module, args, kwargs, output)
 
-    def _watch(self, module: nn.Module) -> None:
-        """Place a probe on a module, unless it has one."""
-        if module not in self._probes:
-            probe = Probe(module, self, self._gate)
-            self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
-
-    def _set_gate(self) -> None:
-        self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
-
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward pass of one module; an empty batch says nothing, and leaves its turn to the next."""
-        optimizer = self._optimizer()
-        if module in self._lazy and optimizer is not None:
-            self._find_weights(optimizer)  # its own hook has just initialised it
-        for transform, slot, use in self._observers.get(module, []):
-            if not (slot.enabled and transform.wants_inputs(slot) and use.weight.requires_grad):
-                continue
-            if slot.refusal is not None:
-                continue
-            try:
-                inputs = use.inputs(args, kwargs)
-            except UnknownInputError as error:
-                slot.refusal, slot.pending = str(error), None
-                continue
-            if inputs is None or inputs[0].numel() == 0:
-                continue
-            observation = transform.observe(slot, use, inputs)
-            if slot.pending is None:
-                slot.pending = observation
-            else:
-                for total, part in zip(slot.pending, observation, strict=True):
-                    total.add_(part)
-
-    def _reduce(self, ranks: Ranks) -> None:
-        """Add pending observations over ranks."""
-        if ranks.size == 1:
-            return
-        # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
-        due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
-        if not due:
-            return
-        saw = [float(slot.pending is not None) if slot.refusal is None else _REFUSED for _, slot in due]
-        for transform, slot in due:
-            slot.pending = slot.pending or transform.pending_like(slot)
-        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
-        ranks_that_saw = torch.tensor(saw, dtype=tensors[0].dtype).to(tensors[0].device)
-        ranks.add([ranks_that_saw, *tensors])
-        for (_, slot), number in zip(due, ranks_that_saw.tolist(), strict=True):
-            if number <= 0:
-                slot.pending = None  # its turn goes to the next step
-            if number < 0 and slot.refusal is None:
-                slot.refusal = "another rank cannot tell what it multiplies"
+    def _collect(self, optimizer: Optimizer, ranks: Ranks) -> None:
+        """Take in what was observed, and leave weights alone for whose layers that failed."""
+        failed = self._observer.collect(ranks)
+        for transform in self.transforms:
+            for slot in failed:
+                if slot in self._slots[transform.name]:
+                    for key in slot.state:
+                        optimizer.state.get(slot.layer.weight, {}).pop(state_key(transform, key), None)
+                    slot.state = {}
+        for slot in failed:
+            warnings.warn(
+                f"the input of '{slot.layer.name}' could not be observed ({slot.failure}): its gradient stays as it is "
+                "from now on",
+                WellcondWarning,
+                stacklevel=2,
+            )
 
     # steps ----------------------------------------------------------------------------------------------------------
 
@@ -399,23 +360,32 @@ class Attachment:
     def _transform_in_full_precision(self, optimizer: Optimizer, step: _Step) -> None:
         if not step.refreshed:
             step.refreshed = True
-            grown = self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]
-            if grown or any(not _is_lazy(module) for module in self._lazy):
-                self._find_weights(optimizer)
-            self._read_groups(optimizer)
-            ranks = Ranks(self._synchronize)
-            self._reduce(ranks)
-            for transform in self.transforms:
-                slots = self._covered(transform)
-                transform.refresh(slots, ranks)
-                for slot in self._slots[transform.name]:
-                    slot.pending = None
-            # Further forward passes of this step's closure (line searches) are not observed again.
-            self._set_gate()
-            for probe, _ in self._probes.values():
-                probe.may_recur = 0
+            self._refresh(optimizer)
         for transform in self.transforms:
             transform.update(self._with_gradient(transform))
+
+    def _refresh(self, optimizer: Optimizer) -> None:
+        """Do what is done once a step, and together with other ranks."""
+        grown = self._group_sizes != [len(group["params"]) for group in optimizer.param_groups]
+        if grown or any(not _is_lazy(module) for module in self._lazy):
+            self._find_weights(optimizer)
+        self._read_groups(optimizer)
+        ranks = self._replicas.ranks(self.transforms, self._slots)
+        self._collect(optimizer, ranks)
+        for transform in self.transforms:
+            transform.refresh(self._covered(transform), ranks)
+            for slot in self._slots[transform.name]:
+                slot.pending = None
+        # Further forward passes of this step's closure (line searches) are not observed again.
+        self._observer.update(stepped=True)
+
+    @torch.no_grad()
+    def _stand_in(self) -> None:
+        """Take part in the other ranks' step, on a rank that has no batch for it."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._observer.forget()
+            self._refresh(optimizer)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -473,7 +443,8 @@ class Attachment:
         self._publish(
             optimizer, lambda slot: id(slot.layer.weight) in loading or bool(optimizer.state.get(slot.layer.weight))
         )
-        self._set_gate()
+        self._observer.forget()
+        self._observer.update()
         if without:
             names = " or ".join(transform.name for transform in self.transforms)
             warnings.warn(

@@ -183,8 +183,14 @@ class FeaturePreconditioner(GradientTransform):
 
     def wants_inputs(self, slot: Slot) -> bool:
         """Ask for inputs from the step at which an update of M is due until one has come."""
+        if not slot.state:
+            return False
         step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
         return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
+
+    def waited(self, slot: Slot) -> int:
+        """Count the steps since an update of M was last due: from 0 again every ``stats_every`` steps."""
+        return _count(slot, "step") % self.stats_every
 
     def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
@@ -206,7 +212,6 @@ class FeaturePreconditioner(GradientTransform):
 
     def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Take observations into M, and factorize the M of the layers whose turn it is."""
-        slots = self._without_refused(slots)
         unseen: list[str] = []
         due: list[Slot] = []
         for slot in slots:
@@ -220,10 +225,7 @@ class FeaturePreconditioner(GradientTransform):
                 unseen.append(slot.layer.module_name)
         self._solve(self._whose_turn(due, slots), ranks)
         for slot in slots:
-            step = slot.state["step"] = _count(slot, "step") + 1
-            steps = "the first step" if step == 1 else f"{step} steps"
-            unseen_note = f"plain gradient: no input was seen in {steps} (is it called as a module, in training mode?)"
-            slot.note = unseen_note if _count(slot, "updated_at") < 0 else None
+            slot.state["step"] = _count(slot, "step") + 1
         if unseen:
             warnings.warn(
                 f"for {len(unseen)} of {len(slots)} weights inputs were not seen, so their gradients stay as they are "
@@ -232,21 +234,6 @@ class FeaturePreconditioner(GradientTransform):
                 WellcondWarning,
                 stacklevel=2,
             )
-
-    def _without_refused(self, slots: Sequence[Slot]) -> list[Slot]:
-        """Leave weights out, from now on, whose inputs a forward pass showed to be unknown; say so once."""
-        refused = [slot for slot in slots if slot.refusal is not None]
-        for slot in refused:
-            slot.coverage, slot.state = Coverage(False, f"plain gradient: {slot.refusal}"), {}
-        if refused:
-            reasons = "; ".join(f"{slot.layer.name}: {slot.refusal}" for slot in refused[:3])
-            warnings.warn(
-                f"{len(refused)} of {len(slots)} weights keep their plain gradients, since what they multiply is not "
-                f"known ({reasons}{'; …' if len(refused) > 3 else ''})",
-                WellcondWarning,
-                stacklevel=3,
-            )
-        return [slot for slot in slots if slot.refusal is None]
 
     def _update_moment(self, slot: Slot, pending: Sequence[Tensor]) -> None:
         """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
@@ -392,13 +379,16 @@ class FeaturePreconditioner(GradientTransform):
         return latest * scale
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
-        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
+        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite.
+
+        ``"unseen"`` counts those of whose inputs nothing was seen when it was last due, if there are any.
+        """
         counts = {
             "weights": len(slots),
             "failed_solves": sum(_count(slot, "failed") for slot in slots),
             "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
         }
-        if unseen := sum(_count(slot, "step") > 0 and _count(slot, "updated_at") < 0 for slot in slots):
+        if unseen := sum(slot.unseen is not None for slot in slots):
             counts["unseen"] = unseen
         return counts
 

@@ -43,7 +43,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     for slot in slots:
         coverage = slot.coverage
         for use in slot.uses:
-            found[use.name] = (slot.note or coverage.how, coverage.state_bytes if coverage.applies else None)
+            found[use.name] = (_how(slot), coverage.state_bytes if coverage.applies else None)
             if coverage.applies and not slot.enabled:
                 found[use.name] = ("unchanged: switched off by its parameter group", None)
         if slot.enabled and slot.bias is not None and slot.layer.bias_name is not None:
@@ -60,6 +60,15 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
             found.setdefault(name, (how, None))
         rows.append(ParameterCoverage(name, tuple(parameter.shape), *found.get(name, ("unchanged", None))))
     return rows
+
+
+def _how(slot: Slot) -> str:
+    """Say what is done with a weight's gradient, as it has turned out."""
+    how = slot.coverage.how
+    if slot.unseen is None or not slot.coverage.applies:
+        return how
+    ever = slot.observed > 0 or slot.state.get("updated_at", -1) != -1
+    return f"{how}, but its statistics stand still: {slot.unseen}" if ever else f"plain gradient: {slot.unseen}"
 
 
 def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot]) -> list[str]:
