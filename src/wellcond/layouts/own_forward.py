@@ -144,9 +144,8 @@ class Watched(_Variant):
         except UnknownInputError:
             raise
         except Exception as error:
-            raise UnknownInputError(
-                f"its forward does not run a second time ({type(error).__name__}: {error})"
-            ) from error
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UnknownInputError(f"its forward does not run a second time ({found})") from error
         products = watch.trained(outputs)
         if products is None or not watch.products:
             called = " or ".join(dict.fromkeys(_name(function) for function in functions))

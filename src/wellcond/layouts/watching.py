@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class UnknownInputError(Exception):
-    """What a weight multiplies cannot be told from a call; the message says why, to follow "because"."""
+    """What a weight multiplies cannot be told from a call: a rule's `inputs` raises this, and the message says why.
+
+    Nothing is raised in the forward pass: the layer keeps its plain gradient, and the report quotes the message.
+    """
 
 
 class Mark(Enum):
