@@ -107,12 +107,12 @@ class Layer:
         """Return the arguments of `rows`, and the weight where the rule finds that out, too."""
         if self._forward != _forward_of(self.called):
             raise UnknownInputError("its forward was replaced after its rule was looked up (attach again)")
-        weight = None
-        if isinstance(self.layout, Watched):
-            found = self.layout.seen(self.called, args, kwargs)
-            picked, weight = (None, None) if found is None else found
-        else:
+        picked: tuple[Any, ...] | None = None
+        weight: Tensor | None = None
+        if not isinstance(self.layout, Watched):
             picked = self.layout.inputs(self.called, args, kwargs)
+        elif (found := self.layout.seen(self.called, args, kwargs)) is not None:
+            picked, weight = found
         if picked is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in picked):
             return None
         return tuple(plain_input(value, self.layout.trailing(self.module)) for value in picked), weight

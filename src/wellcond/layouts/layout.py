@@ -194,3 +194,6 @@ class Layout:
     def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Return the input over which `window` slides, shape (N, channels, *space)."""
         raise TypeError(f"{type(module).__name__}: not a convolution")
+
+
+Layout.family = Layout

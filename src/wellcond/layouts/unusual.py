@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wellcond.layouts.watching import UnknownInputError
 
@@ -15,8 +16,20 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
-    """Say whether a tensor is a DTensor, without importing what takes a second to import."""
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    """Say whether a tensor is a DTensor.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True for a DTensor, however it is placed.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    # The module takes a second to import, and no DTensor exists before someone has imported it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -36,7 +49,7 @@ def plain_input(value: Any, trailing: int | None) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    if is_dtensor(value):
+    if is_sharded(value):
         return _own_part(value, trailing)
     if value.is_nested:
         if trailing is None:
@@ -81,7 +94,7 @@ def why_unfit(weight: Tensor) -> str | None:
     if weight.is_quantized or not (weight.is_floating_point() or weight.is_complex()) or weight.dtype.itemsize < 2:
         return f"its weight has the dtype {weight.dtype}"
     inner = weight.data if type(weight) is nn.Parameter else weight
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(inner) and not is_dtensor(inner):
+    if is_traceable_wrapper_subclass(inner) and not is_sharded(inner):
         return f"its weight is a {type(inner).__name__}, a tensor of its own kind"
     return None
 
