@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -58,11 +57,14 @@ def watched(layout: _Rule, child: str | None = None) -> _Rule:
     return without_rows(layout, "its class overrides the forward that its rule is for (see register_layout)")
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[Layout], type[Layout]], type[Layout]] = {}
+
+
 def _class_of(kind: type[Layout], mixin: type[_Variant]) -> type[Layout]:
-    return type(
-        f"{mixin.__name__.strip('_')}{kind.__name__}", (mixin, kind), {"family": kind.family, "kept": (kind, mixin)}
-    )
+    if (kind, mixin) not in _CLASSES:
+        name = f"{mixin.__name__.strip('_')}{kind.__name__}"
+        _CLASSES[kind, mixin] = type(name, (mixin, kind), {"family": kind.family, "kept": (kind, mixin)})
+    return _CLASSES[kind, mixin]
 
 
 def _derived(kind: type[Layout], mixin: type[_Variant], attributes: dict[str, Any]) -> Layout:
@@ -127,10 +129,10 @@ class Watched(_Variant):
         layer = twin if self.child is None else getattr(twin, self.child)
         compute_parametrizations(layer)
         (name, bias_name), *_ = self.weights(layer)
-        weight = nn.Parameter(layer._parameters[name].detach())
+        weight = nn.Parameter(cast(Tensor, layer._parameters[name]).detach())
         layer._parameters[name] = weight
         bias = layer._parameters.get(bias_name) if bias_name else None
-        if bias is not None and bias.requires_grad:
+        if bias_name and bias is not None and bias.requires_grad:
             bias = layer._parameters[bias_name] = nn.Parameter(bias.detach())
         else:
             bias = None
@@ -170,7 +172,8 @@ class _WatchedConv(Watched):
 
 
 def _name(function: Any) -> str:
-    return {"__getitem__": "an index", "__matmul__": "matmul"}.get(function.__name__, function.__name__)
+    name: str = function.__name__
+    return {"__getitem__": "an index", "__matmul__": "matmul"}.get(name, name)
 
 
 # readers: from the calls of a function to the arguments of `rows` -----------------------------------------------------
