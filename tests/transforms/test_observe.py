@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import wellcond
 from wellcond import FeatureWhitening, WellcondWarning
@@ -95,6 +96,12 @@ class Program:
             checkpoint(self.net, x, use_reentrant=reentrant).square().sum().backward()
         self.counts(x)
 
+    def selectively_checkpointed(self) -> None:
+        x = self.inputs()
+        saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+        checkpoint(self.net, x, use_reentrant=False, context_fn=saved).square().sum().backward()
+        self.counts(x)
+
     def without_gradients(self) -> None:
         with torch.no_grad():
             self.net(self.inputs())
@@ -154,6 +161,7 @@ ACTIONS: dict[str, Callable[[Program], None]] = {
     "retained": Program.retained,
     "checkpoint": lambda program: program.checkpointed(False, False),
     "reentrant checkpoint": lambda program: program.checkpointed(True, False),
+    "selective checkpoint": Program.selectively_checkpointed,
     "offloaded checkpoint": lambda program: program.checkpointed(False, True),
     "offloaded reentrant checkpoint": lambda program: program.checkpointed(True, True),
     "no_grad": Program.without_gradients,
