@@ -36,7 +36,7 @@ class Replicas:
         self._model = model
         self._synchronize = synchronize
         self._group: bool | dist.ProcessGroup | None = None
-        self._checked: list[Slot] = []
+        self._checked: list[Slot] | None = None
         self._join_hooks: list[_JoinHooks] = []
 
     def ranks(self, transforms: Sequence[GradientTransform], slots: dict[str, list[Slot]]) -> Ranks:
