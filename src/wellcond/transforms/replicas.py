@@ -55,8 +55,8 @@ class Replicas:
         if self._group is None and dist.is_available() and dist.is_initialized():
             self._group = _group_of(self._model) if self._synchronize is True else self._synchronize
         ranks = Ranks(self._synchronize if self._group is None else self._group)
-        # What takes in nothing between forward passes and gradients shares nothing.
-        sharing = [t for t in transforms if type(t).refresh is not GradientTransform.refresh]
+        # What observes nothing has nothing to share.
+        sharing = [t for t in transforms if type(t).observe is not GradientTransform.observe]
         shared = [(transform, slot) for transform in sharing for slot in slots[transform.name]]
         if ranks.size > 1 and sharing and self._checked != [slot for _, slot in shared]:
             lines = [f"{t.name} of '{s.layer.name}' {tuple(s.layer.weight.shape)}: {s.coverage.how}" for t, s in shared]
