@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _wanting: set[int] = set()
+_new: set[int] = set()
 _ours: list[Any] = []
 
 
@@ -27,23 +28,32 @@ class EagerWithGradients:
         return "force_eager" if torch.is_grad_enabled() else "default"
 
 
-def run_eagerly(owner: object, wanted: bool) -> None:
+def run_eagerly(owner: object, wanted: bool, *, stepped: bool = False) -> None:
     """Say whether an owner wants compiled code to run eagerly from now on; a stance that the user chose goes first.
 
     Args:
         owner: Who wants it; nobody does once it no longer exists.
         wanted: Whether it does.
+        stepped: Whether it has just trained. Others that never have must not keep it waiting.
     """
+    if stepped:
+        _new.discard(id(owner))
+        _wanting.difference_update(_new)
+    elif wanted and id(owner) not in _wanting:
+        _new.add(id(owner))
     if wanted and id(owner) not in _wanting:
         _wanting.add(id(owner))
         weakref.finalize(owner, _leave, id(owner)).atexit = False
         _set()
     elif not wanted and id(owner) in _wanting:
         _leave(id(owner))
+    elif stepped:
+        _set()
 
 
 def _leave(owner: int) -> None:
     _wanting.discard(owner)
+    _new.discard(owner)
     _set()
 
 

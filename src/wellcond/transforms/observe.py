@@ -139,7 +139,7 @@ class Observer:
         self.gate.open = bool(self._lazy) or any(_is_due(t, slot) for t, slot in self._pairs())
         # Where inputs are wanted at every step, only cut graphs can be compiled.
         every_step = stepped and observed and self.gate.open
-        run_eagerly(self, self.gate.open and not every_step)
+        run_eagerly(self, self.gate.open and not every_step, stepped=stepped)
 
     def remove(self) -> None:
         """Take all probes off."""
