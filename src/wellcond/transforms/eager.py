@@ -38,7 +38,9 @@ def run_eagerly(owner: object, wanted: bool, *, stepped: bool = False) -> None:
     """
     if stepped:
         _new.discard(id(owner))
-        _wanting.difference_update(_new)
+        if stale := _wanting & _new:
+            _wanting.difference_update(stale)
+            _set()
     elif wanted and id(owner) not in _wanting:
         _new.add(id(owner))
     if wanted and id(owner) not in _wanting:
@@ -47,8 +49,6 @@ def run_eagerly(owner: object, wanted: bool, *, stepped: bool = False) -> None:
         _set()
     elif not wanted and id(owner) in _wanting:
         _leave(id(owner))
-    elif stepped:
-        _set()
 
 
 def _leave(owner: int) -> None:
