@@ -312,7 +312,7 @@ def _weight_in_use(use: Layer) -> Tensor:
 def _is_traced() -> bool:
     """Whether this pass trains nothing: under `torch.func`, `torch.jit.trace`, `make_fx` or fake tensors."""
     # Inside `torch.func` transforms tensors are wrapped and must not outlive them; such gradients are no `.grad`.
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return True
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))

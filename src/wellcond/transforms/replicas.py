@@ -151,8 +151,9 @@ class _JoinHooks:
     def __call__(self, **kwargs: Any) -> Any:
         from torch.distributed.algorithms.join import JoinHook
 
-        model, steps = self._model(), self.steps
-        assert model is not None
+        steps, found = self.steps, self._model()
+        assert found is not None
+        model: DistributedDataParallel = found
         inner = type(model).join_hook(model, **kwargs)
 
         class Joined(JoinHook):
@@ -170,7 +171,7 @@ class _JoinHooks:
         return Joined()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model()))
+        copied: Any = memo[id(self._model())]
         return types.MethodType(type(copied).join_hook, copied)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
