@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _wanting: set[int] = set()
+_new: set[int] = set()
 _ours: list[Any] = []
 
 
@@ -27,13 +28,21 @@ class EagerWithGradients:
         return "force_eager" if torch.is_grad_enabled() else "default"
 
 
-def run_eagerly(owner: object, wanted: bool) -> None:
+def run_eagerly(owner: object, wanted: bool, *, stepped: bool = False) -> None:
     """Say whether an owner wants compiled code to run eagerly from now on; a stance that the user chose goes first.
 
     Args:
         owner: Who wants it; nobody does once it no longer exists.
         wanted: Whether it does.
+        stepped: Whether it has just trained. Others that never have must not keep it waiting.
     """
+    if stepped:
+        _new.discard(id(owner))
+        if stale := _wanting & _new:
+            _wanting.difference_update(stale)
+            _set()
+    elif wanted and id(owner) not in _wanting:
+        _new.add(id(owner))
     if wanted and id(owner) not in _wanting:
         _wanting.add(id(owner))
         weakref.finalize(owner, _leave, id(owner)).atexit = False
@@ -44,6 +53,7 @@ def run_eagerly(owner: object, wanted: bool) -> None:
 
 def _leave(owner: int) -> None:
     _wanting.discard(owner)
+    _new.discard(owner)
     _set()
 
 

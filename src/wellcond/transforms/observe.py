@@ -6,6 +6,7 @@ counts once the weight's gradient has come from it (`arrivals`).
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, UnknownInputError
@@ -138,7 +139,7 @@ class Observer:
         self.gate.open = bool(self._lazy) or any(_is_due(t, slot) for t, slot in self._pairs())
         # Where inputs are wanted at every step, only cut graphs can be compiled.
         every_step = stepped and observed and self.gate.open
-        run_eagerly(self, self.gate.open and not every_step)
+        run_eagerly(self, self.gate.open and not every_step, stepped=stepped)
 
     def remove(self) -> None:
         """Take all probes off."""
@@ -197,7 +198,7 @@ class Observer:
         if inputs[0].numel() == 0:
             self._empty.add(slot)  # it says nothing, and leaves its turn to the next
             return
-        with torch.no_grad(), _disable_current_modes():
+        with torch.no_grad(), _aside_of_checkpoints():
             if _bytes(inputs) < slot.coverage.state_bytes // 2:
                 copies = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in inputs)
                 call = Call(index, None, copies)
@@ -311,10 +312,17 @@ def _weight_in_use(use: Layer) -> Tensor:
 def _is_traced() -> bool:
     """Whether this pass trains nothing: under `torch.func`, `torch.jit.trace`, `make_fx` or fake tensors."""
     # Inside `torch.func` transforms tensors are wrapped and must not outlive them; such gradients are no `.grad`.
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return True
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+def _aside_of_checkpoints() -> contextlib.AbstractContextManager[None]:
+    """Keep what is computed out of the lists of operators that selective checkpoints make and replay."""
+    modes = _get_current_dispatch_mode_stack()
+    selective = any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    return _disable_current_modes() if selective else contextlib.nullcontext()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class Replicas:
         self._model = model
         self._synchronize = synchronize
         self._group: bool | dist.ProcessGroup | None = None
-        self._checked: list[Slot] = []
+        self._checked: list[Slot] | None = None
         self._join_hooks: list[_JoinHooks] = []
 
     def ranks(self, transforms: Sequence[GradientTransform], slots: dict[str, list[Slot]]) -> Ranks:
@@ -55,8 +55,8 @@ class Replicas:
         if self._group is None and dist.is_available() and dist.is_initialized():
             self._group = _group_of(self._model) if self._synchronize is True else self._synchronize
         ranks = Ranks(self._synchronize if self._group is None else self._group)
-        # What takes in nothing between forward passes and gradients shares nothing.
-        sharing = [t for t in transforms if type(t).refresh is not GradientTransform.refresh]
+        # What observes nothing has nothing to share.
+        sharing = [t for t in transforms if type(t).observe is not GradientTransform.observe]
         shared = [(transform, slot) for transform in sharing for slot in slots[transform.name]]
         if ranks.size > 1 and sharing and self._checked != [slot for _, slot in shared]:
             lines = [f"{t.name} of '{s.layer.name}' {tuple(s.layer.weight.shape)}: {s.coverage.how}" for t, s in shared]
@@ -151,8 +151,9 @@ class _JoinHooks:
     def __call__(self, **kwargs: Any) -> Any:
         from torch.distributed.algorithms.join import JoinHook
 
-        model, steps = self._model(), self.steps
-        assert model is not None
+        steps, found = self.steps, self._model()
+        assert found is not None
+        model: DistributedDataParallel = found
         inner = type(model).join_hook(model, **kwargs)
 
         class Joined(JoinHook):
@@ -170,7 +171,7 @@ class _JoinHooks:
         return Joined()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model()))
+        copied: Any = memo[id(self._model())]
         return types.MethodType(type(copied).join_hook, copied)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
