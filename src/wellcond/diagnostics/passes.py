@@ -139,9 +139,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # Compiled code has the buffers built in, and no second derivatives.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
-            stack.callback(
-                _put_back, module, dict(vars(module)), dict(module._buffers), dict(module._forward_pre_hooks)
-            )
+            stack.callback(_put_back, module, dict(vars(module)), dict(module._buffers), dict(module._forward_hooks))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     # Modules that share a buffer share its copy.
@@ -150,9 +148,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             for name, value in vars(module).items():
                 if isinstance(value, PastStatistics):
                     vars(module)[name] = copy.copy(value)
-            for key, hook in module._forward_pre_hooks.items():
+            for key, hook in module._forward_hooks.items():
                 if isinstance(hook, Probe):
-                    module._forward_pre_hooks[key] = _no_hook
+                    module._forward_hooks[key] = _no_hook
         yield
 
 
@@ -160,12 +158,12 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, 
     for name in vars(module).keys() - attributes.keys():
         del vars(module)[name]
     vars(module).update(attributes)
-    for own, found in ((module._buffers, buffers), (module._forward_pre_hooks, hooks)):
+    for own, found in ((module._buffers, buffers), (module._forward_hooks, hooks)):
         own.clear()
         own.update(found)  # type: ignore[arg-type]
 
 
-def _no_hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _no_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Stand where an attached transform observes."""
 
 

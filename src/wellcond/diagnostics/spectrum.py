@@ -18,7 +18,7 @@ from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.passes import left_as_found
 from wellcond.diagnostics.plotting import axes_for
 from wellcond.diagnostics.tables import table
-from wellcond.layouts import Layer, Layout, find_layers
+from wellcond.layouts import Layer, Layout, UnknownInputError, find_layers
 from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
@@ -427,7 +427,11 @@ def feature_spectrum(
     if batches == 0:
         raise ValueError("the loader gave no batch")
     found = {name: own.result(name, centred) for name, own in moments.items() if own.seen}
-    missed = ", ".join(repr(name) for name in moments if name not in found)
+    missed = ", ".join(
+        f"{name!r}{f' (of whose inputs nothing is known: {own.unknown})' if own.unknown else ''}"
+        for name, own in moments.items()
+        if name not in found
+    )
     if not found:
         raise ValueError(f"no batch reached any of the layers {missed}")
     if missed:
@@ -476,23 +480,31 @@ class _Moments:
         self._input: SecondMoment | None = None
         self._output: SecondMoment | None = None
         self._rounding = 0.0
+        self.unknown: str | None = None
 
     @property
     def seen(self) -> bool:
         """Whether there was a row for each matrix."""
-        return all(own is not None and min(own.counts) > 0 for own in (self._input, self._output))
+        return self.unknown is None and all(
+            own is not None and min(own.counts) > 0 for own in (self._input, self._output)
+        )
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take in the input of a call."""
-        inputs = self.layer.inputs(args, kwargs)
-        if inputs is None:
+        try:
+            seen = self.layer.seen(args, kwargs)
+        except UnknownInputError as error:
+            self.unknown = str(error)
             return
+        if seen is None:
+            return
+        inputs, weight = seen
         for first, rows in input_pieces(self.layer, inputs):
             if self._input is None:
                 self._input = self._moment(self.layer.groups, rows)
             self._input.add(rows, first)
             if self._by_product:
-                products = self._products(first, rows)
+                products = self._products(first, rows, weight)
                 if self._output is None:
                     self._output = self._moment(self.layer.groups, products)
                 self._output.add(products, first)
@@ -519,10 +531,10 @@ class _Moments:
             raise ValueError(f"features that are not finite reached {name!r}")
         return LayerSpectrum(self._spectrum(self._input, centred), self._spectrum(self._output, centred))
 
-    def _products(self, first: int, rows: Tensor) -> Tensor:
+    def _products(self, first: int, rows: Tensor, weight: Tensor) -> Tensor:
         """Multiply rows [g, n, d] with the weights of their groups, and add the biases."""
         layer, groups = self.layer, slice(first, first + len(rows))
-        matrix = layer.matrix(layer.weight).flatten(2)[groups]
+        matrix = layer.matrix(weight).flatten(2)[groups]
         products = rows.to(matrix.dtype) @ matrix.mT
         return products if layer.bias is None else products + layer.bias_matrix(layer.bias)[groups].unsqueeze(1)
 

@@ -19,6 +19,7 @@ from wellcond.layouts.linear import (
 )
 from wellcond.layouts.norm import BatchNormLayout, NormLayout
 from wellcond.layouts.registry import layout_of, register_layout
+from wellcond.layouts.watching import UnknownInputError
 
 __all__ = [
     "AttentionLayout",
@@ -37,6 +38,7 @@ __all__ = [
     "RecurrentLayout",
     "Rows",
     "TransposedLinearLayout",
+    "UnknownInputError",
     "WhitenedConvLayout",
     "WhitenedLinearLayout",
     "find_layers",

@@ -17,6 +17,7 @@ class AttentionLayout(Layout):
     """``nn.MultiheadAttention``: each of its weights has a rule of its own."""
 
     has_rows = True
+    forward_uses = ("merge_masks",)
 
     def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
         """Name the packed projection, or the three separate ones; their bias is packed in either case."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ class ConvLayout(Layout):
 
     kind = "conv"
     has_rows = True
+    forward_uses = ("_conv_forward",)
 
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """View as [groups, out/groups, in/groups, *kernel]."""
@@ -51,8 +52,10 @@ class ConvLayout(Layout):
     def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Pad as the layer pads."""
         conv = cast(nn.Conv2d, module)
-        batch = _with_batch_axis(conv, inputs[0])
-        return F.pad(batch, _padding(conv), mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+        batch = with_batch_axis(inputs[0], len(conv.kernel_size))
+        padding = conv.padding if isinstance(conv.padding, str) else tuple(int(size) for size in conv.padding)
+        pads = pads_of(tuple(conv.kernel_size), tuple(conv.dilation), padding)
+        return F.pad(batch, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
 
 
 class WhitenedConvLayout(ConvLayout):
@@ -75,6 +78,7 @@ class ConvTransposeLayout(Layout):
     kind = "conv"
     output_axis = 1
     has_rows = True
+    forward_uses = ("_output_padding",)
 
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """View as [groups, out/groups, in/groups, *kernel]."""
@@ -123,49 +127,67 @@ class ConvTransposeLayout(Layout):
     def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Put zeros between and around the input's positions, and mirror them."""
         conv = cast(nn.ConvTranspose2d, module)
-        batch = _with_batch_axis(conv, inputs[0])
-        output_size = inputs[1] if len(inputs) > 1 else None
         axes = len(conv.kernel_size)
-        extra = conv._output_padding(
-            batch,
-            output_size,
-            list(conv.stride),
-            [int(size) for size in conv.padding],
-            list(conv.kernel_size),
-            axes,
-            list(conv.dilation),
-        )
-        shape = [stride * (size - 1) + 1 for stride, size in zip(conv.stride, batch.shape[2:], strict=True)]
-        spaced = batch.new_zeros(*batch.shape[:2], *shape)
-        places: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
-        spaced[places] = batch
-        pads: list[int] = []
-        for axis in reversed(range(axes)):
-            edge = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - int(conv.padding[axis])
-            pads += [edge, edge + extra[axis]]
-        return F.pad(spaced, pads).flip(list(range(2, 2 + axes)))
+        batch = with_batch_axis(inputs[0], axes)
+        size, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+        padding = tuple(int(size) for size in conv.padding)
+        output_size = inputs[1] if len(inputs) > 1 else None
+        extra = conv._output_padding(batch, output_size, list(stride), list(padding), list(size), axes, list(dilation))
+        return spread(batch, size, stride, padding, tuple(extra), dilation)
 
 
-def _with_batch_axis(conv: nn.Module, inputs: Tensor) -> Tensor:
-    axes = len(cast(nn.Conv2d, conv).kernel_size)
+def spread(
+    batch: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    extra: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Return the input of the convolution of stride 1, kernel mirrored, that a transposed convolution is.
+
+    Args:
+        batch: Shape (N, C, *space).
+        size: The kernel's, per axis, as what follows.
+        stride: Of the transposed convolution.
+        padding: Likewise.
+        extra: Its output padding.
+        dilation: Likewise.
+
+    Returns:
+        Shape (N, C, *larger), mirrored: zeros between and around the input's positions.
+    """
+    axes = len(size)
+    shape = [step * (length - 1) + 1 for step, length in zip(stride, batch.shape[2:], strict=True)]
+    spaced = batch.new_zeros(*batch.shape[:2], *shape)
+    places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+    spaced[places] = batch
+    pads: list[int] = []
+    for axis in reversed(range(axes)):
+        edge = dilation[axis] * (size[axis] - 1) - padding[axis]
+        pads += [edge, edge + extra[axis]]
+    return F.pad(spaced, pads).flip(list(range(2, 2 + axes)))
+
+
+def with_batch_axis(inputs: Tensor, axes: int) -> Tensor:
+    """Return an input of a convolution over ``axes`` axes with a batch axis, be it of one sample."""
     return inputs.unsqueeze(0) if inputs.dim() == axes + 1 else inputs
+
+
+def pads_of(size: Sequence[int], dilation: Sequence[int], padding: str | Sequence[int]) -> list[int]:
+    """Return a convolution's padding in the order of `F.pad`: last axis first, before and after."""
+    pads: list[int] = []
+    for axis in reversed(range(len(size))):
+        total = dilation[axis] * (size[axis] - 1)
+        if isinstance(padding, str):
+            pads += [total // 2, total - total // 2] if padding == "same" else [0, 0]
+        else:
+            pads += [padding[axis]] * 2
+    return pads
 
 
 def _channel_rows(conv: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(output, Tensor):
         return None
-    return _with_batch_axis(conv, output).movedim(1, -1).flatten(0, -2).unsqueeze(0)
-
-
-def _padding(conv: nn.Conv2d) -> list[int]:
-    """Return the padding in the order of `F.pad`: last axis first, before and after."""
-    if conv.padding == "valid":
-        return [0] * (2 * len(conv.kernel_size))
-    pads: list[int] = []
-    for axis in reversed(range(len(conv.kernel_size))):
-        if conv.padding == "same":
-            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-            pads += [total // 2, total - total // 2]
-        else:
-            pads += [int(conv.padding[axis])] * 2
-    return pads
+    batch = with_batch_axis(output, len(cast(nn.Conv2d, conv).kernel_size))
+    return batch.movedim(1, -1).flatten(0, -2).unsqueeze(0)

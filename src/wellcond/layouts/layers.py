@@ -12,8 +12,12 @@ from torch.nn.parameter import Parameter
 from torch.nn.utils import parametrize
 
 from wellcond.layouts.layout import Layout, Rows
+from wellcond.layouts.own_forward import Watched
 from wellcond.layouts.registry import layout_of
+from wellcond.layouts.unusual import leaves_flat_pieces, plain_input, why_unfit
+from wellcond.layouts.watching import UnknownInputError
 
+_FLAT = "sharded into flat pieces by FullyShardedDataParallel (FSDP1): fully_shard (FSDP2) keeps weights whole"
 _WEIGHT_NORM = torch.nn.utils.parametrizations._WeightNorm
 
 
@@ -30,6 +34,7 @@ class Layer:
         bias: The bias, or None.
         bias_name: Qualified name of the bias, or None.
         parent: The module whose forward uses the weight, where the layer itself is never called.
+        unfit: Why the weight's gradient cannot be transformed, whatever the rule; None if it can.
     """
 
     name: str
@@ -40,6 +45,12 @@ class Layer:
     bias: Parameter | None = None
     bias_name: str | None = None
     parent: nn.Module | None = None
+    unfit: str | None = None
+
+    _forward: tuple[object, object] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_forward", _forward_of(self.called))
 
     @property
     def called(self) -> nn.Module:
@@ -69,8 +80,42 @@ class Layer:
         return self.layout.unit_mean(self.module, tensor)
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """Pick from a call of `called` the arguments of `rows`; None if there are none."""
-        return self.layout.inputs(self.called, args, kwargs)
+        """Pick from a call of `called` the arguments of `rows`, as plain tensors; None if there are none.
+
+        Raises:
+            UnknownInputError: If what the weight multiplies cannot be told: the message says why.
+        """
+        found = self._look(args, kwargs)
+        return None if found is None else found[0]
+
+    def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Tensor] | None:
+        """Return `inputs`, and the weight that multiplies them: computed from ``weight``, where the layer does that.
+
+        Raises:
+            UnknownInputError: As `inputs`.
+        """
+        found = self._look(args, kwargs)
+        if found is None:
+            return None
+        inputs, weight = found
+        *_, place, attribute, _ = ("", "", *self.name.split("."))
+        if weight is None:
+            weight = getattr(self.module, attribute) if place == "parametrizations" else self.weight
+        return inputs, weight
+
+    def _look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Tensor | None] | None:
+        """Return the arguments of `rows`, and the weight where the rule finds that out, too."""
+        if self._forward != _forward_of(self.called):
+            raise UnknownInputError("its forward was replaced after its rule was looked up (attach again)")
+        picked: tuple[Any, ...] | None = None
+        weight: Tensor | None = None
+        if not isinstance(self.layout, Watched):
+            picked = self.layout.inputs(self.called, args, kwargs)
+        elif (found := self.layout.seen(self.called, args, kwargs)) is not None:
+            picked, weight = found
+        if picked is None or any(isinstance(value, Tensor) and value.device.type == "meta" for value in picked):
+            return None
+        return tuple(plain_input(value, self.layout.trailing(self.module)) for value in picked), weight
 
     def rows(self, *inputs: Any) -> Rows:
         """Lay out the module's input as rows [groups, n, d]."""
@@ -96,6 +141,15 @@ class Layers:
         return iter(self.known)
 
 
+def _sparse(module: nn.Module, layout: Layout) -> str | None:
+    return "sparse gradients (sparse=True)" if layout.kind == "embedding" and getattr(module, "sparse", False) else None
+
+
+def _forward_of(module: nn.Module) -> tuple[object, object]:
+    """Return a class's forward, and the object's own."""
+    return type(module).forward, vars(module).get("forward")
+
+
 def find_layers(model: nn.Module) -> Layers:
     """List a model's weights by the layers that own them; what no rule speaks of is named, not guessed.
 
@@ -113,9 +167,12 @@ def find_layers(model: nn.Module) -> Layers:
     found = Layers()
     parents: dict[nn.Module, tuple[nn.Module, Layout]] = {}
     starting_points: set[nn.Module] = set()
+    flat: set[nn.Module] = set()
     for module_name, module in model.named_modules():
         if module in starting_points:
             continue
+        if leaves_flat_pieces(module):
+            flat.update(module.modules())
         own = dict(module.named_parameters(recurse=False))
         if any(nn.parameter.is_lazy(parameter) for parameter in own.values()):
             found.lazy[module_name] = module
@@ -128,7 +185,7 @@ def find_layers(model: nn.Module) -> Layers:
         if layout is not None:
             for child_name, child_layout in layout.adopted(module).items():
                 parents[getattr(module, child_name)] = module, child_layout
-        _list_layers(found, module_name, module, layout, own, names, parent)
+        _list_layers(found, module_name, module, layout, own, names, parent, _FLAT if module in flat else None)
     return found
 
 
@@ -167,6 +224,7 @@ def _list_layers(
     own: dict[str, Parameter],
     names: dict[str, str],
     parent: nn.Module | None,
+    unfit: str | None,
 ) -> None:
     """Add a module's weights to what was found."""
     prefix = f"{module_name}." if module_name else ""
@@ -187,6 +245,7 @@ def _list_layers(
                 bias=bias,
                 bias_name=f"{prefix}{names[str(bias_name)]}" if bias is not None else None,
                 parent=parent,
+                unfit=unfit or why_unfit(weight) or _sparse(module, layout),
             )
         )
     for attribute, parameter in own.items():

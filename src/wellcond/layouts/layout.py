@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Layout:
         has_rows: Whether `rows` is defined, that is, whether a second moment of the layer's input can be observed.
         missing_rows: Why not, for reports, where ``has_rows`` is False.
         one_hot: Whether every row has a single 1, so that the second moment is diagonal (`counts`).
+        forward_uses: Methods that the layer's forward calls, beside which a subclass may put its own.
+        family: The class of the rule, also where the rule is a variant for layers with a forward of their own.
 
     Example:
         >>> from wellcond.layouts import layout_of
@@ -39,6 +41,12 @@ class Layout:
     has_rows: bool = False
     missing_rows: str = "its input rows are not defined"
     one_hot: bool = False
+    forward_uses: tuple[str, ...] = ()
+    family: ClassVar[type[Layout]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.family = cls.__dict__.get("family", cls)
 
     def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
         """Name the attributes of ``module`` that hold weights, each with the attribute that holds its bias.
@@ -127,6 +135,17 @@ class Layout:
         first = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
         return (first,) if isinstance(first, Tensor) else None
 
+    def trailing(self, module: nn.Module) -> int | None:
+        """Say how many of an input's last axes make up one row, for layers that treat every row by itself.
+
+        Args:
+            module: The layer.
+
+        Returns:
+            The number; None where rows are made of several positions.
+        """
+        return None
+
     def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
         """Lay out the layer's input as the rows that its weight matrices multiply.
 
@@ -175,3 +194,6 @@ class Layout:
     def padded(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Return the input over which `window` slides, shape (N, channels, *space)."""
         raise TypeError(f"{type(module).__name__}: not a convolution")
+
+
+Layout.family = Layout

@@ -17,6 +17,10 @@ class LinearLayout(Layout):
 
     has_rows = True
 
+    def trailing(self, module: nn.Module) -> int | None:
+        """Return one."""
+        return 1
+
     def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
         """Flatten all axes but the last into rows."""
         return inputs.reshape(1, -1, inputs.shape[-1])
@@ -56,6 +60,10 @@ class BilinearLayout(Layout):
         both = (*args, *(kwargs[name] for name in ("input1", "input2") if name in kwargs))
         return both if len(both) == 2 and all(isinstance(value, Tensor) for value in both) else None
 
+    def trailing(self, module: nn.Module) -> int | None:
+        """Return one, of either input."""
+        return 1
+
     def rows(self, module: nn.Module, inputs: Tensor, second: Tensor | None = None) -> Rows:
         """Multiply every feature of the first input by every feature of the second.
 
@@ -93,6 +101,10 @@ class EmbeddingLayout(Layout):
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """View as [1, out, tokens]."""
         return weight.transpose(0, 1).unsqueeze(0)
+
+    def trailing(self, module: nn.Module) -> int | None:
+        """Return none: each token is a row."""
+        return 0
 
     def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
         """Write the tokens as one-hot rows (`counts` holds their second moment at a fraction of the cost)."""

@@ -41,6 +41,10 @@ class LayerNormLayout(NormLayout):
 
     has_rows = True
 
+    def trailing(self, module: nn.Module) -> int | None:
+        """Return the number of axes that are normalized."""
+        return len(cast(nn.LayerNorm, module).normalized_shape)
+
     def rows(self, module: nn.Module, inputs: Tensor) -> Rows:
         """Normalize without the affine parameters.
 

@@ -7,6 +7,7 @@ import sys
 from torch import nn
 
 from wellcond.layouts.attention import AttentionLayout
+from wellcond.layouts.blocks import BLOCKS
 from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout
 from wellcond.layouts.layout import Layout
 from wellcond.layouts.linear import (
@@ -18,6 +19,8 @@ from wellcond.layouts.linear import (
     TransposedLinearLayout,
 )
 from wellcond.layouts.norm import BatchNormLayout, GroupNormLayout, LayerNormLayout
+from wellcond.layouts.own_forward import watched, without_rows
+from wellcond.layouts.twin import can_be_moved, own_forward
 
 _LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.Linear: LinearLayout(),
@@ -36,6 +39,7 @@ _LAYOUTS: dict[type[nn.Module], Layout] = {
 }
 _OF_OTHER_LIBRARIES: dict[tuple[str, str], Layout] = {
     ("transformers.pytorch_utils", "Conv1D"): TransposedLinearLayout(),
+    **BLOCKS,
 }
 
 
@@ -70,6 +74,10 @@ def register_layout(module_type: type[nn.Module], layout: Layout) -> None:
 def layout_of(module: nn.Module) -> Layout | None:
     """Find the rule for a layer by its class, or by the nearest base class that has one.
 
+    A rule knows the forward of the class that it is registered for. Where a subclass, or the object itself, has a
+    forward of its own, a variant is returned: it looks at what that forward multiplies the weight with, or, where such
+    calls cannot be read, knows the weight alone (``has_rows`` is False, ``missing_rows`` says why).
+
     Args:
         module: Any module.
 
@@ -83,16 +91,19 @@ def layout_of(module: nn.Module) -> Layout | None:
         True
     """
     for cls in type(module).__mro__:
-        if cls in _LAYOUTS:
-            return _LAYOUTS[cls]
-        if (layout := _of_other_libraries(cls)) is not None:
+        layout = _LAYOUTS.get(cls) or _of_other_libraries(cls)
+        if layout is None:
+            continue
+        if not layout.has_rows or own_forward(module, cls, layout.forward_uses) is None:
             return layout
+        if not can_be_moved(module):
+            return without_rows(layout, "a function was put in the place of its forward (see register_layout)")
+        return watched(layout)
     return None
 
 
 def _of_other_libraries(cls: type) -> Layout | None:
     """Return the rule for a layer type of a library that may be missing; if there is such a layer, it was imported."""
-    for (module_name, class_name), layout in _OF_OTHER_LIBRARIES.items():
-        if cls.__name__ == class_name and cls is getattr(sys.modules.get(module_name), class_name, None):
-            return layout
-    return None
+    layout = _OF_OTHER_LIBRARIES.get((cls.__module__, cls.__qualname__))
+    known = layout is not None and cls is getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+    return layout if known else None

@@ -80,6 +80,14 @@ class Ranks:
         gather(gathered, tensor.reshape(-1).contiguous(), group=self._group)
         return gathered.view(self.size, *tensor.shape)
 
+    def gather_objects(self, value: object) -> list[Any]:
+        """Return what each rank gives, anything that can be pickled, in the order of the ranks."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
     def send(self, tensors: Sequence[Tensor], owner: int) -> None:
         """Replace each tensor by that of one rank, in one flattened collective per dtype and device.
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from wellcond.layouts import Layer, find_layers
+from wellcond.layouts import find_layers
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
 from wellcond.transforms.autocast import autocast_off
@@ -27,8 +26,9 @@ from wellcond.transforms.base import (
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
-from wellcond.transforms.observe import Gate, Probe
+from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
+from wellcond.transforms.replicas import Replicas
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
 from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
 from wellcond.transforms.weight_decay import WeightDecayKind, group_decay, mixed_with
@@ -131,14 +131,13 @@ class Attachment:
         self._optimizer_name = type(optimizer).__name__
         self._model = model
         self._weight_decay: WeightDecayKind = weight_decay
-        self._synchronize = synchronize
+        self._replicas = Replicas(model, synchronize)
         self._groups = Groups()
         self._places = Places(model, [])
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
         self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
-        self._gate = Gate()
-        self._probes: dict[nn.Module, tuple[Probe, RemovableHandle]] = {}
-        self._observers: dict[nn.Module, list[tuple[GradientTransform, Slot, Layer]]] = {}
+        self._observer = Observer(self, self.transforms, self._find_new_weights)
+        self._gate = self._observer.gate
         self._published = Published()
         self._lazy: set[nn.Module] = set()
         self._hooks = StepHooks(optimizer, self)
@@ -167,6 +166,7 @@ class Attachment:
             if not (self._covered(transform) or self._lazy or frozen):
                 warn_of_idle(transform, self._slots[transform.name])
         self._hooks.install()
+        self._replicas.stand_in_when_joined(self._stand_in)
 
     # what the user asks ---------------------------------------------------------------------------------------------
 
@@ -187,10 +187,8 @@ class Attachment:
         """Take off all hooks."""
         self._hooks.remove()
         self._frozen.remove()
-        for _, hook in self._probes.values():
-            hook.remove()
-        self._probes = {}
-        self._gate.open = False
+        self._observer.remove()
+        self._replicas.leave(self._stand_in)
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Count what happened so far, per transform; reading the counts may synchronize the device.
@@ -279,8 +277,7 @@ class Attachment:
         self._lazy = lazy
         self._places = Places(self._model, [slot for slots in self._slots.values() for slot in slots])
         self._published.show(optimizer, self._all_slots())
-        self._place_probes()
-        self._remove_idle_probes()
+        self._observer.watch(self._slots, self._lazy)
 
     def _let_go(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> None:
         """Forget a slot's state, or hand it on if the weight is used otherwise now (parametrized, tied)."""
@@ -335,73 +332,34 @@ class Attachment:
         if self._groups.look(optimizer):
             self._find_weights(optimizer)
         self._read_groups(optimizer)
-        self._set_gate()
+        self._observer.update()
+
+    def _find_new_weights(self) -> None:
+        """Find the weights of a module that has just been initialised."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._find_weights(optimizer)
 
     # forward passes -------------------------------------------------------------------------------------------------
 
-    def _place_probes(self) -> None:
-        """Watch the modules whose inputs some transform may want, and those that are still to be initialised."""
-        self._observers = {}
-        observing = [t for t in self.transforms if type(t).observe is not GradientTransform.observe]
-        for module in self._lazy if observing else ():
-            self._watch(module)
-        for transform, slot in ((t, slot) for t in observing for slot in self._slots[t.name] if slot.coverage.applies):
-            for use in slot.uses:
-                self._observers.setdefault(use.called, []).append((transform, slot, use))
-                self._watch(use.called)
-        self._set_gate()
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Take in one forward call of one module."""
+        self._observer.observe(module, args, kwargs, output)
 
-    def _watch(self, module: nn.Module) -> None:
-        """Place a probe on a module, unless it has one."""
-        if module not in self._probes:
-            probe = Probe(module, self, self._gate)
-            self._probes[module] = probe, module.register_forward_pre_hook(probe, with_kwargs=True)
-
-    def _remove_idle_probes(self) -> None:
-        """Take the probes off the modules that nobody watches any more."""
-        for module in [module for module in self._probes if module not in self._observers.keys() | self._lazy]:
-            _, hook = self._probes.pop(module)
-            hook.remove()
-
-    def _set_gate(self) -> None:
-        self._gate.open = bool(self._lazy) or any(t.wants_inputs(slot) for t, slot in self._all_slots())
-
-    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take in one forward pass of one module; an empty batch says nothing, and leaves its turn to the next."""
-        optimizer = self._optimizer()
-        if module in self._lazy and optimizer is not None:
-            self._find_weights(optimizer)  # its own hook has just initialised it
-        for transform, slot, use in self._observers.get(module, []):
-            if not (slot.enabled and transform.wants_inputs(slot) and use.weight.requires_grad):
-                continue
-            inputs = use.inputs(args, kwargs)
-            if inputs is None or inputs[0].numel() == 0:
-                continue
-            follow(transform, slot)
-            observation = transform.observe(slot, use, inputs)
-            if slot.pending is None:
-                slot.pending = observation
-            else:
-                for total, part in zip(slot.pending, observation, strict=True):
-                    total.add_(part)
-
-    def _reduce(self, ranks: Ranks) -> None:
-        """Add pending observations over ranks."""
-        if ranks.size == 1:
-            return
-        # Every rank takes part for every layer that is due, whether or not its own batch reached the layer.
-        due = [(transform, slot) for transform, slot in self._all_slots() if transform.wants_inputs(slot)]
-        if not due:
-            return
-        saw = [float(slot.pending is not None) for _, slot in due]
-        for transform, slot in due:
-            slot.pending = slot.pending or transform.pending_like(slot)
-        tensors = [tensor for _, slot in due for tensor in slot.pending or []]
-        ranks_that_saw = torch.tensor(saw, dtype=tensors[0].dtype).to(tensors[0].device)
-        ranks.add([ranks_that_saw, *tensors])
-        for (_, slot), number in zip(due, ranks_that_saw.tolist(), strict=True):
-            if number == 0:
-                slot.pending = None  # its turn goes to the next step
+    def _collect(self, optimizer: Optimizer, ranks: Ranks) -> None:
+        """Take in what was observed, and leave weights alone for whose layers that failed."""
+        failed = self._observer.collect(ranks)
+        for transform, slot in self._slots_by_transform():
+            if slot in failed and slot.state:
+                slot.state = {}
+                forget(optimizer, [slot.layer.weight], [transform.name])
+        for slot in failed:
+            warnings.warn(
+                f"the input of '{slot.layer.name}' could not be observed ({slot.failure}): its gradient stays as it is "
+                "from now on",
+                WellcondWarning,
+                stacklevel=2,
+            )
 
     # steps ----------------------------------------------------------------------------------------------------------
 
@@ -414,21 +372,30 @@ class Attachment:
     def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
         if not step.refreshed:
             step.refreshed = True
-            self._look(optimizer)
-            self._read_groups(optimizer)
-            ranks = Ranks(self._synchronize)
-            self._reduce(ranks)
-            for transform in self.transforms:
-                slots = self._covered(transform)
-                transform.refresh(slots, ranks)
-                for slot in self._slots[transform.name]:
-                    slot.pending = None
-            # Further forward passes of this step's closure (line searches) are not observed again.
-            self._set_gate()
-            for probe, _ in self._probes.values():
-                probe.may_recur = 0
+            self._refresh(optimizer)
         for transform in self.transforms:
             transform.update(self._with_gradient(transform))
+
+    def _refresh(self, optimizer: Optimizer) -> None:
+        """Do what is done once a step, and together with other ranks."""
+        self._look(optimizer)
+        self._read_groups(optimizer)
+        ranks = self._replicas.ranks(self.transforms, self._slots)
+        self._collect(optimizer, ranks)
+        for transform in self.transforms:
+            transform.refresh(self._covered(transform), ranks)
+            for slot in self._slots[transform.name]:
+                slot.pending = None
+        # Further forward passes of this step's closure (line searches) are not observed again.
+        self._observer.update(stepped=True)
+
+    @torch.no_grad()
+    def _stand_in(self) -> None:
+        """Take part in the other ranks' step, on a rank that has no batch for it."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._observer.forget()
+            self._refresh(optimizer)
 
     @torch.no_grad()
     def step_is_done(self, optimizer: Optimizer) -> None:
@@ -459,7 +426,8 @@ class Attachment:
             self._find_weights(optimizer)
         self._read_groups(optimizer)
         self._published.give(optimizer, self._slots_by_transform())
-        self._set_gate()
+        self._observer.forget()
+        self._observer.update()
 
     def _slots_by_transform(self) -> list[tuple[GradientTransform, Slot]]:
         return [(transform, slot) for transform in self.transforms for slot in self._slots[transform.name]]

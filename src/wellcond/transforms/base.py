@@ -86,6 +86,9 @@ class Slot:
         grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
         found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
         shared: What a transform keeps between steps for all its weights together; not saved.
+        observed: In how many steps rows of the layer's input were taken in, since attaching.
+        unseen: Why nothing was seen of the layer's input when it was last due, though its weight had a gradient.
+        failure: The error because of which its input is no longer observed.
     """
 
     layer: Layer
@@ -102,6 +105,9 @@ class Slot:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    observed: int = 0
+    unseen: str | None = None
+    failure: str | None = None
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -144,7 +150,7 @@ class GradientTransform(ABC):
             theirs = self.cover(other)
             if not theirs.applies:
                 return replace(theirs, how=f"{theirs.how} (shared with {other.name})")
-            if type(other.layout) is not type(layer.layout):
+            if other.layout.family is not layer.layout.family:
                 return Coverage(False, f"unchanged: shared with {other.name}, a layer of another kind")
         return coverage
 
@@ -179,8 +185,15 @@ class GradientTransform(ABC):
         return
 
     def wants_inputs(self, slot: Slot) -> bool:
-        """Say whether the layer's inputs should be observed in the forward passes before the next step."""
+        """Say whether the layer's inputs should be observed in the forward passes before the next step.
+
+        The answer follows from ``slot.state``, so that all ranks give the same.
+        """
         return False
+
+    def waited(self, slot: Slot) -> int:
+        """Say for how many steps `wants_inputs` has asked in vain: the same on all ranks, and after a resume."""
+        return 0
 
     def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Summarise one forward pass's input; summaries of several passes and ranks are added.

@@ -78,8 +78,10 @@ class GradientCentralization(GradientTransform):
             wanted, reason = self.layers == "all" or kind == "conv", "not a convolution"
         if not wanted:
             return Coverage(False, f"not centred: {reason}")
+        if layer.unfit:
+            return Coverage(False, f"not centred: {layer.unfit}")
         if not units_can_be_averaged(layer):
-            return Coverage(False, "not centred: its groups are sharded across ranks")
+            return Coverage(False, "not centred: sharded across ranks inside its output units or groups")
         groups, out, *inputs = layer.matrix_shape
         width = math.prod(inputs)
         if width == 1:

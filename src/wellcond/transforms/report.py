@@ -46,7 +46,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         if coverage.applies and not slot.enabled:
             done[id(slot.layer.weight)] = ("unchanged: switched off by its parameter group", None)
             continue
-        done[id(slot.layer.weight)] = (coverage.how, coverage.state_bytes if coverage.applies else None)
+        done[id(slot.layer.weight)] = (_how(slot), coverage.state_bytes if coverage.applies else None)
         if slot.enabled and slot.bias is not None:
             done[id(slot.bias)] = (f"together with {slot.layer.name}", None)
     rows = []
@@ -105,6 +105,15 @@ def _why_idle(slot: Slot) -> str:
     if not slot.coverage.applies:
         return slot.coverage.how
     return "switched off by its parameter group"
+
+
+def _how(slot: Slot) -> str:
+    """Say what is done with a weight's gradient, as it has turned out."""
+    how = slot.coverage.how
+    if slot.unseen is None or not slot.coverage.applies:
+        return how
+    ever = slot.observed > 0 or slot.state.get("updated_at", -1) != -1
+    return f"{how}, but its statistics stand still: {slot.unseen}" if ever else f"plain gradient: {slot.unseen}"
 
 
 def _bytes(count: int) -> str:

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
-
-
-def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
-    """Say whether a tensor is a DTensor.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        True for a DTensor, however it is placed.
-
-    Example:
-        >>> is_sharded(torch.ones(2))
-        False
-    """
-    # The module takes a second to import, and no DTensor exists before someone has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+from wellcond.layouts.unusual import is_sharded as is_sharded
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class FeaturePreconditioner(GradientTransform):
                 shared = f" (shared with {use.name})" if use is not uses[0] else ""
                 return Coverage(False, f"plain gradient: {reason}{shared}")
         layer = uses[0]
-        kinds = {type(use.layout): use for use in uses}
+        kinds = {use.layout.family for use in uses}
         if len(kinds) > 1 and not _is_embedding_and_linear(uses):
-            other = next(use for use in uses if type(use.layout) is not type(layer.layout))
+            other = next(use for use in uses if use.layout.family is not layer.layout.family)
             return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
         if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
             features = layer.weight.shape[1]
@@ -151,12 +151,12 @@ class FeaturePreconditioner(GradientTransform):
 
     def _refusal(self, layer: Layer) -> str | None:
         """Say why a layer's gradient stays as it is, or return None."""
+        if layer.unfit or layer.weight.is_complex():
+            return layer.unfit or f"its weight is complex ({layer.weight.dtype})"
         if layer.layout.kind == "norm" and not self.norm_layers:
             return "a norm layer (norm_layers=False)"
         if not layer.layout.has_rows:
             return layer.layout.missing_rows
-        if getattr(layer.module, "sparse", False):
-            return "sparse gradients (sparse=True)"
         if self.where is not None and not self.where(layer.module_name, layer.module):
             return "not chosen by `where`"
         if not is_sharded_by_first_axis(layer.weight):
@@ -190,8 +190,14 @@ class FeaturePreconditioner(GradientTransform):
 
     def wants_inputs(self, slot: Slot) -> bool:
         """Ask for inputs from the step at which an update of M is due until one has come."""
+        if not slot.state:
+            return False
         step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
         return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
+
+    def waited(self, slot: Slot) -> int:
+        """Count the steps since an update of M was last due: from 0 again every ``stats_every`` steps."""
+        return _count(slot, "step") % self.stats_every
 
     def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
@@ -380,12 +386,18 @@ class FeaturePreconditioner(GradientTransform):
         return latest * scale
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
-        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite."""
-        return {
+        """Count the layers, failed factorizations, and updates skipped for inputs that were not finite.
+
+        ``"unseen"`` counts those of whose inputs nothing was seen when it was last due, if there are any.
+        """
+        counts = {
             "weights": len(slots),
             "failed_solves": sum(_count(slot, "failed") for slot in slots),
             "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
         }
+        if unseen := sum(slot.unseen is not None for slot in slots):
+            counts["unseen"] = unseen
+        return counts
 
 
 def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:

@@ -1,0 +1,215 @@
+"""Which calls of a layer led to the gradient that its weight has: only their rows count.
+
+A call is noted in the forward pass. It counts once the gradient of its output has come and the gradient of the weight
+was computed in the same backward pass. A call whose output is dropped frees what it holds together with its graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from wellcond.transforms.sharding import is_sharded
+
+Sums = list[Tensor]
+_serial = itertools.count()
+
+
+class Call:
+    """One forward call of a layer: the sums over its input's rows, or the input itself where that is smaller.
+
+    Args:
+        use: Which of the slot's uses of the weight was called.
+        sums: What the transform made of the input, or None.
+        inputs: A copy of the input, of which the sums are made once the call counts, or None.
+    """
+
+    def __init__(self, use: int, sums: Sums | None, inputs: tuple[Any, ...] | None) -> None:
+        self.serial = next(_serial)
+        self.use, self.sums, self.inputs = use, sums, inputs
+
+
+class Signal(IntEnum):
+    """What a backward pass has shown so far."""
+
+    REACHED = 0
+    """The gradient of a call's output has come."""
+    COMPUTED = 1
+    """So has the gradient of the weight; ``torch.autograd.grad`` may have returned it."""
+    ACCUMULATED = 2
+    """It has been added to ``weight.grad``."""
+
+
+class _Total:
+    """The sums of calls in the order in which they counted, each call once."""
+
+    def __init__(self) -> None:
+        self.sums: Sums | None = None
+        self._waiting: list[Call | Tensor] = []
+        self._counted: set[int] = set()
+        self._own = False
+
+    def add(self, calls: Sequence[Call]) -> None:
+        self._waiting += calls
+
+    def keep_if(self, condition: Tensor) -> None:
+        """Drop what was added so far unless a condition holds, which only the device knows."""
+        if self._waiting or self.sums is not None:
+            self._waiting.append(condition)
+
+    def fold(self, sums_of: Callable[[Call], Sums]) -> Sums | None:
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            if isinstance(item, Tensor):
+                self._counted.clear()
+                self.sums, self._own = [total * item.to(total) for total in self.sums or []], True
+            elif item.serial not in self._counted:
+                self._counted.add(item.serial)
+                self._add(sums_of(item))
+        return self.sums
+
+    def _add(self, parts: Sums) -> None:
+        if not self.sums:
+            self.sums, self._own = parts, False
+        elif self._own:
+            for total, part in zip(self.sums, parts, strict=True):
+                total.add_(part)
+        else:
+            # The first call's sums stay as they are: its graph may be walked again.
+            self.sums = [total + part for total, part in zip(self.sums, parts, strict=True)]
+            self._own = True
+
+
+class Arrivals:
+    """The calls of the layers that use one weight, sorted by what backward passes have shown of them.
+
+    Hooks only take notes; tensors are added on the thread that runs the forward passes.
+
+    Args:
+        weight: The weight, as the optimizer holds it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.failure: Exception | None = None
+        self._weight = weight
+        self._totals = {signal: _Total() for signal in Signal}
+        self._passes: dict[int, _Pass] = {}
+        self._accumulated = False
+        self._grad_was: tuple[int, int] | None = None
+        self._hooks: dict[Tensor, list[RemovableHandle]] = {}
+
+    def expect(self, call: Call, outputs: Sequence[Tensor], leaf: Tensor, fold: Callable[[Call], Sums]) -> None:
+        """Note a call, whose rows count if the gradient of one of its outputs comes.
+
+        Args:
+            call: The call.
+            outputs: Tensors that it returned and that have a graph.
+            leaf: The tensor that its layer used as the weight: another one than the weight where that is sharded.
+            fold: Makes the sums of a call.
+        """
+        if _current_pass() == NO_PASS:
+            self._close_all()
+        for total in self._totals.values():
+            total.fold(fold)
+        mine = weakref.ref(self)
+        for output in outputs:
+            # The graph owns the call; it must not own the slot, which leads to the module and maybe to the graph.
+            output.register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._reached(call)))
+        for tensor in (self._weight, leaf):
+            if tensor not in self._hooks and tensor.requires_grad and tensor.is_leaf:
+                self._hooks[tensor] = [
+                    tensor.register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._computed())),
+                    tensor.register_post_accumulate_grad_hook(
+                        lambda _: _tell(mine, lambda arrivals: arrivals._was_accumulated())
+                    ),
+                ]
+
+    def take(self, fold: Callable[[Call], Sums]) -> Sums | None:
+        """Return the sums over the rows behind the weight's gradient, or None without such rows; start anew."""
+        self._close_all()
+        try:
+            if self._weight.grad is None:
+                return None
+            if self._accumulated:
+                return self._totals[Signal.ACCUMULATED].fold(fold)
+            # The gradient was put there by hand: of rows whose gradient torch.autograd.grad returned, or, where no
+            # hook of the weight was ever called, of those whose outputs were reached.
+            return self._totals[Signal.COMPUTED].fold(fold) or self._totals[Signal.REACHED].fold(fold)
+        finally:
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget all calls, and take the hooks off the weight."""
+        for hook in itertools.chain.from_iterable(self._hooks.values()):
+            hook.remove()
+        self._totals = {signal: _Total() for signal in Signal}
+        self._passes, self._hooks = {}, {}
+        self._accumulated, self._grad_was = False, None
+
+    # during a backward pass -----------------------------------------------------------------------------------------
+
+    def _reached(self, call: Call) -> None:
+        self._this_pass().calls[call] = None
+
+    def _computed(self) -> None:
+        """Before the gradient is added to ``.grad``: what is no longer in there does not count."""
+        here = self._this_pass()
+        here.signal = max(here.signal, Signal.COMPUTED)
+        before = self._weight.grad
+        if before is None:
+            if all(tensor.grad is None for tensor in self._hooks):
+                self._totals[Signal.ACCUMULATED] = _Total()
+        elif (id(before), before._version) != self._grad_was and not (is_sharded(before) or before.is_sparse):
+            # Somebody wrote to it: `zero_grad(set_to_none=False)`, or a reduction over ranks.
+            self._totals[Signal.ACCUMULATED].keep_if((before != 0).any())
+
+    def _was_accumulated(self) -> None:
+        self._this_pass().signal, self._accumulated = Signal.ACCUMULATED, True
+        grad = self._weight.grad
+        self._grad_was = None if grad is None else (id(grad), grad._version)
+        self._close(_current_pass())
+
+    def _this_pass(self) -> _Pass:
+        return self._passes.setdefault(_current_pass(), _Pass())
+
+    def _close(self, number: int) -> None:
+        """Sort a backward pass's calls under what it has shown, in the order in which they were made."""
+        ended = self._passes.pop(number)
+        self._totals[ended.signal].add(sorted(ended.calls, key=lambda call: call.serial))
+
+    def _close_all(self) -> None:
+        for number in list(self._passes):
+            self._close(number)
+
+
+class _Pass:
+    """What one backward pass has shown; a reentrant checkpoint runs others inside it."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Call, None] = {}
+        self.signal = Signal.REACHED
+
+
+NO_PASS = -1
+
+
+def _current_pass() -> int:
+    """Return the number of the backward pass that this thread is in, or `NO_PASS`."""
+    return int(torch._C._current_graph_task_id())
+
+
+def _tell(arrivals: weakref.ref[Arrivals], note: Callable[[Arrivals], None]) -> None:
+    """Let a hook take its note, unless nobody wants it any more; it never raises in a backward pass."""
+    found = arrivals()
+    if found is not None:
+        try:
+            note(found)
+        except Exception as error:
+            found.failure = error
