@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import re
 import sys
 import time
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, each on one thread")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one family")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes there, after each family")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="a random order: for a part of the night")
     parser.add_argument("--list", action="store_true", help="only say which families there are")
     chosen = parser.parse_args(arguments)
     if chosen.jobs < 1 or chosen.timeout <= 0:
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if not families:
         parser.error(f"no family matches {chosen.only!r}")
+    if chosen.shuffle is not None:
+        random.Random(chosen.shuffle).shuffle(families)
     if chosen.list:
         print("\n".join(f"{each.title}: {', '.join(each.names[:3])}" for each in families))
         return 0

@@ -250,7 +250,7 @@ def _timm(name: str) -> Iterator[Callable[[], tuple[nn.Module, list[Call]]]]:
 
 # transformers -------------------------------------------------------------------------------------------------------
 
-VOCABULARY = 96
+VOCABULARY = 128
 # The first pattern that matches a setting's whole name says to what it shrinks; what is smaller already stays.
 _SETTINGS: tuple[tuple[str, int], ...] = (
     (r"num_feat_extract_layers", 99),  # as many as there are entries in lists
@@ -294,10 +294,12 @@ def _transformers(name: str) -> Iterator[Callable[[], tuple[nn.Module, list[Call
             found = getattr(modeling_auto, mapping)[kind]
             classes.append(found[0] if isinstance(found, (tuple, list)) else found)
     for model_type in classes:
-        for sparing in (False, True):
+        for sparing, pairs in ((False, 2), (False, 4), (True, 2)):
 
-            def make(model_type: Any = model_type, sparing: bool = sparing) -> tuple[nn.Module, list[Call]]:
-                settings = shrink(kind().to_dict(), sparing)
+            def make(
+                model_type: Any = model_type, sparing: bool = sparing, pairs: int = pairs
+            ) -> tuple[nn.Module, list[Call]]:
+                settings = shrink(kind().to_dict(), sparing, pairs)
                 config = kind.from_dict(settings)
                 config._attn_implementation = "eager"
                 model = model_type(config)
@@ -309,12 +311,13 @@ def _transformers(name: str) -> Iterator[Callable[[], tuple[nn.Module, list[Call
             yield make
 
 
-def shrink(settings: dict[str, Any], sparing: bool = False) -> dict[str, Any]:
+def shrink(settings: dict[str, Any], sparing: bool = False, pairs: int = 2) -> dict[str, Any]:
     """Make a configuration small, whatever its model type calls width, depth and heads.
 
     Args:
         settings: A configuration as a dictionary; sub-configurations are dictionaries in it.
-        sparing: Change widths, depths and vocabularies alone, and no lists.
+        sparing: Leave lists as they are.
+        pairs: Heads of keys and values, of 4 heads; some kinds need as many.
 
     Returns:
         A new dictionary.
@@ -324,11 +327,13 @@ def shrink(settings: dict[str, Any], sparing: bool = False) -> dict[str, Any]:
         if isinstance(value, dict) and "rope" in key:
             small[key] = {k: ([1, 1, 2] if k == "mrope_section" else v) for k, v in value.items()}
         elif isinstance(value, dict):
-            small[key] = shrink(value, sparing)
+            small[key] = shrink(value, sparing, pairs)
+        elif key in ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices"):
+            continue  # follow from the number of stages
         elif isinstance(value, bool) or value is None:
             small[key] = False if key == "use_cache" else value
         elif isinstance(value, int):
-            small[key] = _shrunk(key, value)
+            small[key] = pairs if re.fullmatch(_SETTINGS[2][0], key) else _shrunk(key, value)
         elif isinstance(value, (list, tuple)) and value and all(type(each) is int for each in value) and not sparing:
             rule = next((rule for pattern, rule in _LISTS if re.fullmatch(pattern, key)), None)
             small[key] = value if rule is None else [min(each, rule(i)) for i, each in enumerate(value)]
