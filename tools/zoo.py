@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--library", action="append", choices=LIBRARIES, help="may be repeated; default: all three")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression searched in 'library/family'")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="a regular expression searched in 'library/family'"
+    )
     parser.add_argument("--action", action="append", choices=ACTIONS, help="may be repeated; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, each on one thread")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one family")
