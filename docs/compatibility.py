@@ -23,10 +23,11 @@ PAGE = ROOT / "docs" / "compatibility.md"
 HINT = "docs/compatibility.md is out of date: python docs/compatibility.py --write"
 INTRODUCTION = """# What works with what
 
-Each line is tried by a test, and a test compares this page with what it finds. "Works" is said of numbers that were compared, as the last
-column says; "plain gradient" means that the weight trains as without transforms, and that the report (or a warning) says why; "refused" means
-that `wellcond.attach` raises an error, or the step that comes after the change, with nothing left behind. The message is what you are told.
-Where nothing else is said, the transform is [FeatureWhitening](feature-preconditioning.md), on two linear layers in float64.
+Each line is tried by a test, and a test compares this page with what it finds. "Works" is said of numbers that were
+compared, as the last column says; "plain gradient" means that the weight trains as without transforms, and that the
+report (or a warning) says why; "refused" means that `wellcond.attach` raises an error with nothing left behind, or that
+the first step after the change does. The message is what you are told. Where nothing else is said, the transform is
+[FeatureWhitening](feature-preconditioning.md), on two linear layers in float64.
 """
 
 

@@ -179,7 +179,10 @@ def check_training(
                     hand.begin_step()
                 step(model, optimizer, index, hand.change_gradients if hand else lambda: None)
             starts = net(bias).parameters()
-            moved = [p.detach() - start.detach() for p, start in zip(after(model, optimizer).parameters(), starts)]
+            moved = [
+                p.detach() - start.detach()
+                for p, start in zip(after(model, optimizer).parameters(), starts, strict=True)
+            ]
             results.append(moved)
         ours, theirs, untouched = results
         assert_equal(ours, theirs, tolerance, technique)

@@ -9,6 +9,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ import wellcond
 Outcome = Literal["works", "plain gradient", "refused", "fails"]
 # Says nothing where it works, or why a gradient stays plain: the report's own words, or a warning's.
 Program = Callable[[], "str | None"]
+PACKAGE = str(Path(wellcond.__file__).parent)
 MODULES = (
     "cells_optimizers",
     "cells_wrappers",
@@ -140,9 +142,10 @@ def attach(optimizer: Any, model: nn.Module, *transforms: Any, **options: Any) -
         while last is not None and last.tb_next is not None:
             last = last.tb_next
         assert last is not None
-        if "wellcond" not in last.tb_frame.f_code.co_filename:
+        if not last.tb_frame.f_code.co_filename.startswith(PACKAGE):
             raise
-        assert _hooks(optimizer, model) == hooks, f"hooks are left behind by the refusal: {error}"
+        if _hooks(optimizer, model) != hooks:
+            raise AssertionError(f"hooks are left behind by the refusal: {error}") from error
         raise RefusedError(str(error)) from error
 
 

@@ -17,7 +17,10 @@ import wellcond
 
 TORCH = "Optimizers of torch"
 OTHERS = "Other optimizers"
-SAME = "weights after 3 steps, under FeatureWhitening and under GradientCentralization, against the plain optimizer on gradients changed by hand"
+SAME = (
+    "weights after 3 steps, under FeatureWhitening and under GradientCentralization, against the plain optimizer on "
+    "gradients changed by hand"
+)
 
 
 def of(optimizer_type: Any, **options: Any) -> Callable[[nn.Module], Any]:
@@ -76,8 +79,25 @@ def sparse_adam() -> str:
 # Not tried: they take a gradient's gradient, a model, a group or a step of their own kind, compute in float32 alone, or
 # in a basis that is not unique (SOAP), or change a random part of the weights (SaRA).
 OF_THEIR_OWN = frozenset(
-    "adahessian adalomo lomo sophiah muonclip alig bsam distributedmuon demo adago adamuon normuon adammini fadam "
-    "lorarite soap sara".split()
+    [
+        "adahessian",
+        "adalomo",
+        "lomo",
+        "sophiah",
+        "muonclip",
+        "alig",
+        "bsam",
+        "distributedmuon",
+        "demo",
+        "adago",
+        "adamuon",
+        "normuon",
+        "adammini",
+        "fadam",
+        "lorarite",
+        "soap",
+        "sara",
+    ]
 )
 NEEDS: dict[str, dict[str, Any]] = {"ranger21": {"num_iterations": 100}}
 # The first steps of some change nothing; others centralize gradients themselves.

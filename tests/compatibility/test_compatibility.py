@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import compatibility
 import pytest
 from cells import Cell, all_cells, run
 from cells_layers import KINDS, PLAIN_LAYERS, layers_of_torch
+
+import compatibility
 
 CELLS = all_cells()
 
