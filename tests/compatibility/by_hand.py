@@ -178,12 +178,8 @@ def check_training(
                 if hand is not None:
                     hand.begin_step()
                 step(model, optimizer, index, hand.change_gradients if hand else lambda: None)
-            starts = net(bias).parameters()
-            moved = [
-                p.detach() - start.detach()
-                for p, start in zip(after(model, optimizer).parameters(), starts, strict=True)
-            ]
-            results.append(moved)
+            pairs = zip(after(model, optimizer).parameters(), net(bias).parameters(), strict=True)
+            results.append([parameter.detach() - start.detach() for parameter, start in pairs])
         ours, theirs, untouched = results
         assert_equal(ours, theirs, tolerance, technique)
         scale = max(float(moved.abs().max()) for moved in untouched)

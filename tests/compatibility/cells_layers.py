@@ -360,7 +360,7 @@ class Functional(nn.Module):
     "F.linear(x, layer.weight): the layer is never called",
     "works",
     "plain gradient",
-    verified="the gradient against the formula; or bit for bit as without transforms, and the report or a warning says so",
+    verified="the gradient against the formula; or as without transforms, and the report or a warning says so",
 )
 def functional() -> str | None:
     model = Functional().double()

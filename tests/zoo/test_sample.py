@@ -144,8 +144,8 @@ def test_a_conversion_that_loses_something_is_found(monkeypatch: pytest.MonkeyPa
 def test_a_loss_that_is_not_finite_is_found() -> None:
     class Exploding(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
-            # From the second step on.
-            return super().forward(input) / (self.bias == self.first).all().logical_not().logical_not().float()
+            # Divides by zero once it has been trained.
+            return super().forward(input) / float(torch.equal(self.bias, self.first))
 
     model = Exploding(4, 3)
     model.first = model.bias.detach().clone()
@@ -163,10 +163,8 @@ def test_the_command_prints_a_line_for_each_and_writes_them(tmp_path: Path, caps
     arguments = ["--only", "timm/vision_transformer$", "--action", "GradientCentralization", "--action", "norm bsr"]
     assert zoo.main([*arguments, "--json", str(file)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm/")]
-    assert [line.split()[1:4] for line in lines] == [
-        ["GradientCentralization", "ok", lines[0].split()[3]],
-        lines[1].split()[1:4],
-    ]
+    assert [line.split()[1] for line in lines] == ["GradientCentralization", "norm"]
+    assert "% of the parameters" in lines[0]
     assert [outcome["result"] for outcome in json.loads(file.read_text())] == ["ok", "refused"]
 
 
