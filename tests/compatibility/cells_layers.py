@@ -449,9 +449,8 @@ def layers_of_torch() -> set[str]:
         kind = getattr(nn, name)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or name in others:
             continue
-        source = kind.__init__.__code__.co_names + tuple(
-            each for base in kind.__mro__ if "__init__" in vars(base) for each in base.__init__.__code__.co_names
-        )
-        if "Parameter" in source or "UninitializedParameter" in source:
+        codes = [getattr(vars(base).get("__init__"), "__code__", None) for base in kind.__mro__]
+        used = {word for code in codes if code is not None for word in code.co_names}
+        if used & {"Parameter", "UninitializedParameter"}:
             names.add(name)
     return names
