@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from wellcond.__main__ import main
-from wellcond.lab.cli.main import main as cli
+from wellcond.lab.cli import main as cli
 from wellcond.lab.cli.paths import OutputFile, OutputFolder
 
 
@@ -27,7 +27,7 @@ def no_work(monkeypatch, tmp_path):
 
     monkeypatch.setattr("wellcond.lab.comparison.compare.execute", refuse)
     monkeypatch.setattr("wellcond.lab.training.runner.Runner.run", refuse)
-    monkeypatch.setattr("wellcond.lab.cli.bench.measure_steps", refuse)
+    monkeypatch.setattr("wellcond.lab.benchmark.steps._measure", refuse)
     monkeypatch.setattr("wellcond.lab.cli.diagnose.diagnose", refuse)
     monkeypatch.setattr("wellcond.lab.cli.diagnose.trained_briefly", refuse)
     monkeypatch.setattr("wellcond.calibrate", refuse)

@@ -77,9 +77,16 @@ def _replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return damage
 
 
+def _cut(file: Path) -> None:
+    content = file.read_bytes()
+    half = content[: len(content) // 2]
+    # A list that ends with a line is whole, as far as anyone can tell.
+    file.write_bytes(half.rstrip(b"\n")[:-1] if half.endswith(b"\n") else half)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "cut": _cut,
     "noise": lambda file: file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size)),
     "folder": _replaced(Path.mkdir),
     "missing": Path.unlink,
@@ -111,7 +118,8 @@ def test_every_file_of_every_kind(capsys, tmp_path, write_images, kind):
     shutil.rmtree(whole / "out")
     files = [file.relative_to(whole) for file in sorted(whole.rglob("*")) if file.is_file()]
     images = [file for file in files if file.suffix.lower() in IMAGES]
-    for file in [file for file in files if file not in images] + images[:1] + images[-1:]:
+    read = [file for file in images if not (kind == "reid" and file.name.startswith("-1"))]  # junk is never opened
+    for file in [file for file in files if file not in images] + read[:1] + read[-1:]:
         for name, damage in DAMAGES.items():
             if file in images and kind in NOT_LISTED and name in ("missing", "folder"):
                 continue  # it is no image of the set then
@@ -128,7 +136,7 @@ def test_every_file_of_every_kind(capsys, tmp_path, write_images, kind):
 def test_a_broken_image_in_the_middle_is_named_before_training(capsys, tmp_path):
     root = write_class_folders(tmp_path)
     broken = sorted((root / "train").rglob("*.png"))[2]
-    broken.write_bytes(broken.read_bytes()[:-20])
+    broken.write_bytes(broken.read_bytes()[: -broken.stat().st_size // 3])
     assert f"{broken} cannot be decoded" in said(capsys, "class folders", root)
 
 
