@@ -26,6 +26,8 @@ from wellcond.lab.runs.records import EpochRecord, RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.progress import RunProgress
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "1", "--methods", "SGDM,W-SGDM", "--quiet"]
 RUNS = 2 * 3  # methods, lrs
 
