@@ -153,7 +153,8 @@ def test_a_broken_image_in_the_middle_is_named_before_training(capsys, tmp_path)
         "--out",
         str(tmp_path / "new"),
     ]
-    for arguments in (calibrate, ["diagnose", "convnet", str(root), "--image-size", "32", "--out", str(tmp_path)]):
+    diagnose = ["diagnose", "convnet", str(root), "--image-size", "32", "--batch-size", "4", "--out", str(tmp_path)]
+    for arguments in (calibrate, diagnose):
         assert main(arguments) == 2
         assert re.fullmatch(rf"wellcond: error: --data: {broken} cannot be decoded[^\n]*\n", capsys.readouterr().err)
 

@@ -107,7 +107,7 @@ CHANGES = {
     "a network's docstring": ("lab/networks/residual.py", '"""', '"""Also: ', True),
     "the core's docstring": ("transforms/centralize.py", '"""', '"""Also: ', True),
     "a comment": ("transforms/attachment.py", "\nfrom __future__", "\n# Said.\nfrom __future__", True),
-    "how far a run is": ("lab/training/run_display.py", "return ", "return +", True),
+    "how far a run is": ("lab/training/run_display.py", "transient=True", "transient=False", True),
     "a report": ("lab/report/page.py", "return ", "return +", True),
     "a command": ("lab/cli/compare.py", "return ", "return +", True),
 }
