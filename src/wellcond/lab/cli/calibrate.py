@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     images = plan.task.train_images
     loaded = m * max(1, images // -(-images // _LOADED) // m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
+    plan.task.check_files()
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
     before = _evaluate(model, data, device)
     batches = data.batches()

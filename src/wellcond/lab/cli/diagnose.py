@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     method = plan.methods[0]
     spec = plan.spec(method, method.lrs[0], arguments.seed)
     model = plan.task.initial_model(plan.model, arguments.seed, arguments.checkpoint).to(device)
+    plan.task.check_files()
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
 
     def call(network: nn.Module, batch: Any) -> Tensor:
@@ -137,6 +138,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     if not arguments.steps and arguments.checkpoint is None:
         state = "as it is initialized"
     title = f"{plan.model} {state}, on {len(batches)} batches of {plan.batch_size} of {plan.task.name}"
+    folder.mkdir(parents=True, exist_ok=True)
     files = write_diagnosis(found, folder, title=title, settings=settings, command=command_line)
     print(title)
     for line in findings(found):
@@ -153,6 +155,4 @@ def _epochs(batches: EpochBatches) -> Iterator[Any]:
 
 def _folder(out: str | None, name: str) -> Path:
     folder = Path(out) if out is not None else Path("runs") / f"diagnose-{name.replace(':', '-')}"
-    check_output_folder("--out", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return check_output_folder("--out", folder)

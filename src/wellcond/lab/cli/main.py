@@ -96,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(line: str, anywhere: bool = False) -> None:
     """Say why the command ended; of several processes only the first does, unless it matters where it was."""
-    if launched().rank == 0 or anywhere:
+    try:
+        here = anywhere or launched().rank == 0
+    except LabError:  # this may be what is said
+        here = True
+    if here:
         print(f"wellcond: {line}", file=sys.stderr)
 
 

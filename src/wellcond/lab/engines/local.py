@@ -11,7 +11,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from wellcond.lab.engines.select import Finished, RunFailedError
+from wellcond.lab.engines.select import Finished, RunFailedError, told_by_worker
 from wellcond.lab.errors import DataError
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.plan import Plan
@@ -71,14 +71,10 @@ class WorkerProcesses:
                     assert isinstance(connection, Connection)
                     process, spec = running.pop(connection)
                     try:
-                        result = connection.recv()
+                        finished = told_by_worker(spec, connection.recv())
                     except EOFError:
                         process.join()
                         raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
-                    if isinstance(result, DataError):
-                        raise result
-                    if isinstance(result, str):
-                        raise RunFailedError(spec, result)
                     if waiting:
                         following = waiting.pop()
                         connection.send(following)
@@ -86,7 +82,7 @@ class WorkerProcesses:
                     else:
                         connection.close()
                         process.join()
-                    yield spec, result
+                    yield finished
         finally:
             for process, _ in running.values():
                 process.terminate()

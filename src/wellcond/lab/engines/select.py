@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from wellcond.lab.errors import DataError
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 
@@ -23,6 +24,24 @@ class RunFailedError(RuntimeError):
         super().__init__(f"the run {spec.name} failed:\n{reason.rstrip()}")
 
 
+def told_by_worker(spec: RunSpec, answer: RunRecord | DataError | str) -> Finished:
+    """Return a run with the record that another process answered.
+
+    Args:
+        spec: The run.
+        answer: Its record, what is wrong with a file of the data, or why it failed.
+
+    Raises:
+        DataError: If a file of the data is broken.
+        RunFailedError: If the run failed.
+    """
+    if isinstance(answer, DataError):
+        raise answer
+    if isinstance(answer, str):
+        raise RunFailedError(spec, answer)
+    return spec, answer
+
+
 class Engine(Protocol):
     """Executes runs, which do not depend on each other, somewhere; keeping their records is the caller's part."""
 
@@ -38,6 +57,7 @@ class Engine(Protocol):
             Each run with its record, in the order in which they finish.
 
         Raises:
+            DataError: If a file of the data is broken.
             RunFailedError: If one fails; those that were running with it are given up.
         """
 

@@ -44,16 +44,34 @@ class Launched:
 
 
 def launched() -> Launched:
-    """Return which process this is; one that was started alone is the first of one."""
+    """Return which process this is; one that was started alone is the first of one.
+
+    Raises:
+        LabError: If a launcher's environment variable is missing or is not what it must be.
+    """
     given = os.environ
     if dist.is_available() and dist.is_torchelastic_launched():
-        size = int(given["WORLD_SIZE"])
-        nodes = size // int(given["LOCAL_WORLD_SIZE"])
-        return Launched(int(given["RANK"]), size, int(given["LOCAL_RANK"]), nodes, "torchrun")
-    if int(given.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in given and given.get("SLURM_JOB_NAME") != "bash":
-        size, nodes = int(given["SLURM_NTASKS"]), int(given.get("SLURM_NNODES", 1))
-        return Launched(int(given["SLURM_PROCID"]), size, int(given["SLURM_LOCALID"]), nodes, "slurm")
+        size = _number("WORLD_SIZE", least=1)
+        nodes = size // _number("LOCAL_WORLD_SIZE", least=1, most=size)
+        return Launched(_number("RANK", most=size - 1), size, _number("LOCAL_RANK", most=size - 1), nodes, "torchrun")
+    if "SLURM_PROCID" in given and "SLURM_NTASKS" in given and given.get("SLURM_JOB_NAME") != "bash":
+        size = _number("SLURM_NTASKS", least=1)
+        if size > 1:
+            nodes = _number("SLURM_NNODES", least=1, most=size) if "SLURM_NNODES" in given else 1
+            rank, local_rank = (_number(name, most=size - 1) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+            return Launched(rank, size, local_rank, nodes, "slurm")
     return Launched()
+
+
+def _number(name: str, least: int = 0, most: int = 2**31) -> int:
+    given = os.environ.get(name, "")
+    number = int(given) if given.isascii() and given.isdigit() and len(given) < 12 else -1
+    if not least <= number <= most:
+        raise LabError(
+            f"the environment variable {name} must be a whole number from {least} to {most}, as the launcher sets it, "
+            f"got {given!r}"
+        )
+    return number
 
 
 @contextmanager

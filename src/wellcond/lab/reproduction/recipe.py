@@ -262,7 +262,7 @@ def load_recipe(file: Path) -> Recipe:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise LabError(f"recipe {file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"recipe {file.name}: not TOML: {error}") from error
     try:
         return Recipe.model_validate(content)

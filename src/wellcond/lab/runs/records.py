@@ -189,7 +189,7 @@ class RunStore:
                 memory=None if memory is None else Memory(**memory),
                 **result,
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None
 
