@@ -14,8 +14,9 @@ from PIL import Image
 
 import wellcond
 from wellcond.lab.cli import _parser as command_line
-from wellcond.lab.recipe import Scale, load_recipe
+from wellcond.lab.recipe import load_recipe
 from wellcond.lab.recipe_panels import scaled_panels
+from wellcond.lab.settings import Scale
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -1,18 +1,21 @@
 """Make neural networks train better from the statistics of their features and gradients."""
 
-from wellcond import diagnostics, nn, optim, theory
-from wellcond.calibrate import calibrate, calibrated
-from wellcond.layouts import Layout, register_layout
-from wellcond.transforms import (
-    Attachment,
-    FeatureDescent,
-    FeatureWhitening,
-    GradientCentralization,
-    GradientTransform,
-    WellcondWarning,
-    attach,
-)
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from wellcond.version import __version__
+
+if TYPE_CHECKING:
+    from wellcond import diagnostics, nn, optim, theory
+    from wellcond.calibrate import calibrate, calibrated
+    from wellcond.layouts import Layout, register_layout
+    from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization
+    from wellcond.transforms.attach import Attachment, attach
+    from wellcond.transforms.base import GradientTransform, WellcondWarning
 
 __all__ = [
     "Attachment",
@@ -32,3 +35,49 @@ __all__ = [
     "register_layout",
     "theory",
 ]
+
+# Names are looked up when they are first used (PEP 562): the command line says its version, its help and its lists
+# without waiting for torch. See docs/decisions/0021-names-are-imported-when-used.md.
+_SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "theory")
+_FROM = {
+    "wellcond.calibrate": ("calibrate", "calibrated"),
+    "wellcond.layouts": ("Layout", "register_layout"),
+    "wellcond.transforms": (
+        "Attachment",
+        "FeatureDescent",
+        "FeatureWhitening",
+        "GradientCentralization",
+        "GradientTransform",
+        "WellcondWarning",
+        "attach",
+    ),
+}
+_PLACES = {name: module for module, names in _FROM.items() for name in names}
+
+
+class _Package(ModuleType):
+    """The package, whose function `calibrate` is not hidden by the module that defines it once that is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if _PLACES.get(name) == f"{__name__}.{name}" and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import what a public name stands for, once."""
+        if name in _SUBPACKAGES:
+            return import_module(f"{__name__}.{name}")
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

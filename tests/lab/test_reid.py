@@ -28,13 +28,13 @@ from wellcond.lab.tasks.reid_images import (
     read_persons,
 )
 from wellcond.lab.tasks.reid_networks import (
-    REID_NETWORKS,
     Judged,
     build_reid,
     hardest_triplets,
     move_centers,
     reid_loss,
 )
+from wellcond.lab.tasks.reid_specs import REID_NETWORKS
 from wellcond.ranks import Ranks
 
 CPU = torch.device("cpu")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from wellcond.lab.errors import unknown_name
+from wellcond.lab.settings import AUGMENTATIONS
 from wellcond.lab.splits import derived_seed
-
-AUGMENTATIONS = ("none", "flip", "crop-flip")
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.settings import DIGITS
 from wellcond.lab.splits import Indices, derived_seed, stratified_draw, without
 
-DIGITS = "digits"
 # Chosen once: every comparison on the same data tests on the same images.
 _TEST_SPLIT_SEED = derived_seed("test", 0)
 

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods import METHODS
 from wellcond.lab.probes import PROBES
-from wellcond.lab.settings import Settings
+from wellcond.lab.settings import Scale, Settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +32,6 @@ else:
     import tomli as tomllib
 
 Score = Literal["accuracy", "error", "AP", "mAP", "disparity", "condition"]
-Scale = Literal["smoke", "small", "full"]
 
 EVERY = "*"
 """In a table of changes: all methods that it does not name."""

@@ -10,8 +10,8 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods import METHODS
 from wellcond.lab.named_data import NAMED_DATA
 from wellcond.lab.overrides import MethodOverride
-from wellcond.lab.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, Scale, ScaleTable
-from wellcond.lab.settings import Settings
+from wellcond.lab.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, ScaleTable
+from wellcond.lab.settings import Scale, Settings
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from wellcond.lab.memory import Memory
-from wellcond.lab.methods import Method
+from wellcond.lab.settings import Precision
+
+if TYPE_CHECKING:
+    from wellcond.lab.memory import Memory
+    from wellcond.lab.methods import Method
 
 Coverage: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
-
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-"""How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ class RunStore:
 
     def load(self, spec: RunSpec) -> RunRecord | None:
         """Return the kept record of a run; None if it is not there, cut off, or of another run."""
+        from wellcond.lab.memory import Memory
+
         try:
             content = json.loads(self.path(spec).read_text(encoding="utf-8"))
             if content["key"] != spec.key():

@@ -15,11 +15,11 @@ from wellcond.lab.machine import machine, versions
 from wellcond.lab.methods import Method
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.progress import RunProgress
-from wellcond.lab.recipe import PanelTable, Recipe, Scale
+from wellcond.lab.recipe import PanelTable, Recipe
 from wellcond.lab.recipe_panels import ScaledPanel
 from wellcond.lab.records import RunStore
 from wellcond.lab.results import collect_results, rounded
-from wellcond.lab.settings import Settings
+from wellcond.lab.settings import Scale, Settings
 from wellcond.lab.statistics import Difference, Spread, paired_difference, spread
 from wellcond.lab.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.tasks.base import Task

@@ -5,15 +5,25 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS
 from wellcond.lab.overrides import MethodOverride
 from wellcond.lab.probes import PROBES
-from wellcond.lab.records import Precision
 from wellcond.lab.schedule import parse_schedule
+
+DIGITS = "digits"
+"""The name of the data that comes with the lab."""
+
+AUGMENTATIONS = ("none", "flip", "crop-flip")
+"""What training images may go through."""
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+"""How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
+
+Scale = Literal["smoke", "small", "full"]
+"""How much a recipe trains."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

@@ -6,19 +6,19 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from wellcond.lab.bench import StepCost, Workload, measure_steps
 from wellcond.lab.errors import LabError
-from wellcond.lab.formats import NOTHING, bytes_text
-from wellcond.lab.machine import machine, training_device, versions
 from wellcond.lab.methods import Refresh, select_methods
 from wellcond.lab.records import write_atomically
-from wellcond.lab.results import rounded
+
+if TYPE_CHECKING:
+    import torch
+
+    from wellcond.lab.bench import StepCost
 
 _DESCRIPTION = """\
 Time a whole training step of each method on one network, with noise for images. The methods take turns, so that a
@@ -74,6 +74,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If an option is out of its range, or a name unknown.
     """
+    import torch
+
+    from wellcond.lab.bench import Workload, measure_steps
+    from wellcond.lab.machine import machine, training_device, versions
+    from wellcond.lab.results import rounded
+
     names = ("batch_size", "image_size", "rounds", "stats_every", "solve_every")
     for name in names:
         value, least = getattr(arguments, name), 2 if name == "batch_size" else 1
@@ -106,6 +112,10 @@ def _named_quartiles(cost: StepCost) -> dict[str, dict[str, float]]:
 
 
 def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device) -> None:
+    import torch
+
+    from wellcond.lab.formats import NOTHING, bytes_text
+
     console = Console(width=None if Console().is_terminal else 120)
     size, threads = settings["image_size"], torch.get_num_threads()
     where = f"{device.type}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import wellcond
 from wellcond.lab.commands.options import add_data_options, given_settings
 from wellcond.lab.errors import LabError
-from wellcond.lab.formats import score_text
-from wellcond.lab.machine import training_device
-from wellcond.lab.plan import make_plan
-from wellcond.lab.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Evaluation, SeedData
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from wellcond.lab.tasks.base import Evaluation, SeedData
 
 _DESCRIPTION = """\
 Take a trained network's normalization statistics anew, in one pass over training images in batches of the size that it
@@ -86,6 +86,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If a file, the network, the data or a number is not what it must be.
     """
+    from wellcond.lab.machine import training_device
+    from wellcond.lab.plan import make_plan
+
     m, out = arguments.samples, arguments.out
     if m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
@@ -125,6 +128,11 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tuple[Evaluation, float]]:
     """Return the network's evaluation on the images of each role, with the seconds that an image took."""
+    import torch
+
+    from wellcond.lab.stopwatch import Stopwatch
+    from wellcond.lab.tasks.base import ROLES
+
     model.eval()
     found = []
     for role in ROLES:
@@ -137,6 +145,8 @@ def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tu
 
 def _save(model: nn.Module, file: Path) -> None:
     """Write the state dict by way of a file beside it, so that what is there is always whole."""
+    import torch
+
     partial = file.with_name(f".{file.name}.partial")
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
     partial.replace(file)
@@ -145,6 +155,9 @@ def _save(model: nn.Module, file: Path) -> None:
 def _print(
     title: str, score: str, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
 ) -> None:
+    from wellcond.lab.formats import score_text
+    from wellcond.lab.tasks.base import ROLES
+
     console = Console(width=None if Console().is_terminal else 120)
     console.print(f"\n{title}\n", style="bold", highlight=False)
     table = Table(box=None, padding=(0, 1), pad_edge=False)

@@ -15,16 +15,10 @@ from wellcond.lab.commands.options import (
     given_settings,
 )
 from wellcond.lab.commands.processes import in_processes
-from wellcond.lab.compare import run_comparison
-from wellcond.lab.epochs_csv import write_epochs
 from wellcond.lab.methods import DEFAULT_METHODS, parse_lrs
-from wellcond.lab.plan import make_plan, output_folder
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunStore
-from wellcond.lab.results import collect_results, write_results
 from wellcond.lab.settings import ENGINES, Settings
-from wellcond.lab.summary import summarize
-from wellcond.lab.table import print_summary
 
 _DESCRIPTION = """\
 Train one network on one data set with several methods, several paired seeds and a small lr grid, and show what each
@@ -127,6 +121,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 
 def _compare(arguments: argparse.Namespace, settings: Settings, command_line: str, first: bool) -> int:
+    from wellcond.lab.compare import run_comparison
+    from wellcond.lab.epochs_csv import write_epochs
+    from wellcond.lab.plan import make_plan, output_folder
+    from wellcond.lab.results import collect_results, write_results
+    from wellcond.lab.summary import summarize
+    from wellcond.lab.table import print_summary
+
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)

@@ -6,20 +6,16 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.commands.options import given_settings
-from wellcond.lab.diagnosis import diagnose, trained_briefly
-from wellcond.lab.diagnosis_findings import findings
-from wellcond.lab.diagnosis_page import write_diagnosis
 from wellcond.lab.errors import LabError
-from wellcond.lab.images import DIGITS
-from wellcond.lab.machine import training_device
-from wellcond.lab.plan import make_plan
-from wellcond.lab.tasks.base import EpochBatches
+from wellcond.lab.settings import AUGMENTATIONS, DIGITS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from wellcond.lab.tasks.base import EpochBatches
 
 _DESCRIPTION = """\
 Look at one network with every probe of wellcond.diagnostics: the spectra of its features, its gradients with and
@@ -79,6 +75,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.diagnosis import diagnose, trained_briefly
+    from wellcond.lab.diagnosis_findings import findings
+    from wellcond.lab.diagnosis_page import write_diagnosis
+    from wellcond.lab.machine import training_device
+    from wellcond.lab.plan import make_plan
+
     for name, least in (("batches", 2), ("steps", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise LabError(f"--{name} must be an integer of at least {least}, got {getattr(arguments, name)}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from wellcond.lab.images import DIGITS
 from wellcond.lab.methods import DEFAULT_METHODS, METHODS
 from wellcond.lab.models import MODELS
-from wellcond.lab.recipe import bundled_recipes
+from wellcond.lab.settings import DIGITS
+from wellcond.lab.tasks.detectors import DETECTORS
 from wellcond.lab.tasks.open import LAYOUTS
+from wellcond.lab.tasks.reid_specs import REID_NETWORKS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,9 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
     """Print what was asked for, one line each, and return the exit code."""
-    # Here: torchvision's detectors take seconds to import, and the other commands may not need them.
-    from wellcond.lab.tasks.detectors import DETECTORS
-    from wellcond.lab.tasks.reid_networks import REID_NETWORKS
+    # Here: it checks every recipe by pydantic, for which the other commands need not wait.
+    from wellcond.lab.recipe import bundled_recipes
 
     what = arguments.what
     # Plain lines rather than a table: they can be searched and cut by other programs at any width.

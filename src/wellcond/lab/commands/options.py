@@ -6,9 +6,8 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from wellcond.lab.batches import AUGMENTATIONS
 from wellcond.lab.models import MODELS
-from wellcond.lab.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
+from wellcond.lab.settings import ACCELERATORS, AUGMENTATIONS, PRECISIONS, STRATEGIES, Settings
 
 _DEFAULTS = Settings()
 

@@ -11,13 +11,9 @@ from rich.console import Console
 
 from wellcond.lab.commands.kept_runs import keeping_runs
 from wellcond.lab.named_data import VARIABLE, bind_data
-from wellcond.lab.plan import writable_folder
 from wellcond.lab.progress import RunProgress
-from wellcond.lab.recipe import Scale, find_recipe
-from wellcond.lab.recipe_panels import needed_data, scaled_panels
 from wellcond.lab.records import RunStore
-from wellcond.lab.reproduce import collect, reproduce
-from wellcond.lab.reproduce_report import print_reproduction, write_reproduction
+from wellcond.lab.settings import Scale
 
 _DESCRIPTION = """\
 Run a table or figure of a source as a recipe says, and show its figures beside those measured: mean and standard
@@ -74,6 +70,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.plan import writable_folder
+    from wellcond.lab.recipe import find_recipe
+    from wellcond.lab.recipe_panels import needed_data, scaled_panels
+    from wellcond.lab.reproduce import collect, reproduce
+    from wellcond.lab.reproduce_report import print_reproduction, write_reproduction
+
     recipe = find_recipe(arguments.table)
     scale: Scale = arguments.scale
     panels = scaled_panels(recipe, scale, _names(arguments.panels), _names(arguments.methods))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,12 +27,12 @@ from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import CommandEndedError, LabError
 from wellcond.lab.interrupts import Interrupted, interruptible
 from wellcond.lab.launch import from_first, launched
-from wellcond.lab.machine import machine, training_device, versions
 from wellcond.lab.methods import select_methods
-from wellcond.lab.plan import Plan, make_plan, writable_folder
 from wellcond.lab.records import RunRecord, RunSpec, RunStore, write_atomically
-from wellcond.lab.results import rounded
 from wellcond.lab.settings import Settings
+
+if TYPE_CHECKING:
+    from wellcond.lab.plan import Plan
 
 _DESCRIPTION = """\
 Train one network with one method, and write how it goes: the loss every few steps, scores after each epoch, the lr and
@@ -113,6 +113,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 
 def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command_line: str, first: bool) -> int:
+    from wellcond.lab.plan import make_plan, writable_folder
+    from wellcond.lab.results import rounded
+
     plan = make_plan(settings)
     spec = plan.spec(plan.methods[0], lr, arguments.seed)
     out = Path("runs") / f"train-{plan.task.name}" if arguments.out is None else Path(arguments.out)
@@ -142,6 +145,7 @@ def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command
 def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunStore, weights: Path) -> RunRecord:
     from wellcond.lab.checkpoint import Checkpointing
     from wellcond.lab.logs import RunLog
+    from wellcond.lab.machine import training_device
     from wellcond.lab.run import Runner
     from wellcond.lab.run_display import RunDisplay
 
@@ -170,15 +174,17 @@ def _keeping_the_run(spec: RunSpec, folder: Path) -> Iterator[None]:
     try:
         with interruptible():
             yield
-    except Interrupted:
+    except Interrupted as ended:
         raise CommandEndedError(
-            f"interrupted; what was last kept of the run is in {folder}; the same command continues.", code=130
+            f"{ended}; what was last kept of the run is in {folder}; the same command continues.", ended.code
         ) from None
     except RunFailedError as error:
         raise CommandEndedError(f"error: {error}", code=1) from error
 
 
 def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) -> dict[str, Any]:
+    from wellcond.lab.machine import machine, versions
+
     result = asdict(record)
     return {
         "command": command_line,

@@ -18,17 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.named_data import GET_COCO
 from wellcond.lab.splits import Indices
 from wellcond.lab.tasks.epoch_loader import Key
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-
-GET_COCO = (
-    "download train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org, unpack them "
-    "into one folder (annotations/instances_train2017.json, train2017/, ...), and name it"
-)
-"""Where the data comes from."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.named_data import GET_COCO
 from wellcond.lab.records import RunSpec
 from wellcond.lab.settings import Settings
 from wellcond.lab.splits import Indices, derived_seed
 from wellcond.lab.stopwatch import Stopwatch
 from wellcond.lab.streams import loading_processes
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.tasks.coco import GET_COCO, CocoImages, EvaluationViews, TrainingViews, find_coco
+from wellcond.lab.tasks.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection_scores import as_results, average_precision
 from wellcond.lab.tasks.detectors import build_detector, select_detector
 from wellcond.lab.tasks.epoch_loader import EpochLoader, Key, read_samples

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from wellcond.lab import models
 from wellcond.lab.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
-from wellcond.lab.images import DIGITS, ImageData, load_data
+from wellcond.lab.images import ImageData, load_data
 from wellcond.lab.records import RunSpec
-from wellcond.lab.settings import Settings
+from wellcond.lab.settings import DIGITS, Settings
 from wellcond.lab.splits import derived_seed, draw_split
 from wellcond.lab.stopwatch import Stopwatch
 from wellcond.lab.tasks.accuracy import evaluate_classifier

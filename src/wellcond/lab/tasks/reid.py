@@ -31,8 +31,9 @@ from wellcond.lab.tasks.reid_images import (
     held_out_surplus,
     read_persons,
 )
-from wellcond.lab.tasks.reid_networks import build_reid, reid_loss, select_reid
+from wellcond.lab.tasks.reid_networks import build_reid, reid_loss
 from wellcond.lab.tasks.reid_scores import guessing_precision, search_scores
+from wellcond.lab.tasks.reid_specs import select_reid
 from wellcond.ranks import Ranks
 from wellcond.training_pass import unwrapped
 
