@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -175,11 +176,13 @@ class RunStore:
         return self.path(spec).with_suffix(".ckpt")
 
     def load(self, spec: RunSpec) -> RunRecord | None:
-        """Return the kept record of a run; None if it is not there, cut off, or of another run."""
+        """Return the kept record of a run; None if it is not there, or, with a note, if it is none of this run."""
         from wellcond.lab.memory import Memory
+        from wellcond.lab.record_checks import check_record
 
+        path = self.path(spec)
         try:
-            content = json.loads(self.path(spec).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             if content["key"] != spec.key():
                 return None
             result = dict(content["result"])
@@ -191,9 +194,17 @@ class RunStore:
                 memory=None if memory is None else Memory(**memory),
                 **result,
             )
-        except (OSError, ValueError, KeyError, TypeError):
+            check_record(record, spec.steps)
+        except FileNotFoundError:
             return None
-        return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = " ".join(str(error).split()) if isinstance(error, (OSError, ValueError)) else "its parts are others"
+            print(
+                f"wellcond: note: {path} is not what a run keeps ({why}): the run {spec.name} begins anew",
+                file=sys.stderr,
+            )
+            return None
+        return record
 
     def save(self, spec: RunSpec, record: RunRecord) -> None:
         """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.interrupts import interruptible
 from wellcond.lab.methods import Refresh, select_methods
+from wellcond.lab.progress import StepProgress
 from wellcond.lab.records import write_atomically
 
 if TYPE_CHECKING:
@@ -91,8 +93,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     device = training_device()
     refresh = Refresh(arguments.stats_every, arguments.solve_every)
     workload = Workload(arguments.model, arguments.batch_size, arguments.image_size, refresh, device)
-    with Console(stderr=True).status(f"timing {len(methods)} methods"):
-        costs = measure_steps(methods, workload, arguments.rounds)
+    progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {arguments.model}")
+    with interruptible(), progress:
+        costs = measure_steps(methods, workload, arguments.rounds, progress)
     settings = {name: getattr(arguments, name) for name in ("model", *names)}
     _print(costs, settings, device)
     if arguments.json is not None:

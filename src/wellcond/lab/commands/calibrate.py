@@ -13,6 +13,7 @@ from rich.table import Table
 import wellcond
 from wellcond.lab.commands.options import add_data_options, given_settings
 from wellcond.lab.errors import LabError
+from wellcond.lab.interrupts import interruptible
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +112,15 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     loaded = m * max(1, images // -(-images // _LOADED) // m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
-    before = _evaluate(model, data, device)
-    batches = data.batches()
-    try:
-        wellcond.calibrate(model, batches, batch_size=m, what=arguments.what)
-    except ValueError as error:
-        raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
-    after = _evaluate(model, data, device)
-    _save(model, out)
+    with interruptible():
+        before = _evaluate(model, data, device)
+        batches = data.batches()
+        try:
+            wellcond.calibrate(model, batches, batch_size=m, what=arguments.what)
+        except ValueError as error:
+            raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
+        after = _evaluate(model, data, device)
+        _save(model, out)
     passed = f"{len(batches) * loaded} training images in batches of {m}"
     title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
     _print(title, plan.task.score, before, after)
@@ -148,8 +150,11 @@ def _save(model: nn.Module, file: Path) -> None:
     import torch
 
     partial = file.with_name(f".{file.name}.partial")
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(file)
+    try:
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _print(

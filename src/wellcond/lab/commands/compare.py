@@ -15,6 +15,7 @@ from wellcond.lab.commands.options import (
     given_settings,
 )
 from wellcond.lab.commands.processes import in_processes
+from wellcond.lab.locks import locked
 from wellcond.lab.methods import DEFAULT_METHODS, parse_lrs
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunStore
@@ -131,14 +132,15 @@ def _compare(arguments: argparse.Namespace, settings: Settings, command_line: st
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)
-    with keeping_runs(progress, folder):
-        comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
-    if not first:
-        return 0
-    summary = summarize(comparison)
-    results = collect_results(comparison, summary, command_line)
-    files = [*write_results(results, folder), folder / "epochs.csv"]
-    write_epochs(comparison.records, files[-1])
+    with locked(folder, here=first):
+        with keeping_runs(progress, folder):
+            comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
+        if not first:
+            return 0
+        summary = summarize(comparison)
+        results = collect_results(comparison, summary, command_line)
+        files = [*write_results(results, folder), folder / "epochs.csv"]
+        write_epochs(comparison.records, files[-1])
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

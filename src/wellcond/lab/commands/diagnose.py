@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wellcond.lab.commands.options import given_settings
 from wellcond.lab.errors import LabError
+from wellcond.lab.interrupts import interruptible
 from wellcond.lab.settings import AUGMENTATIONS, DIGITS
 
 if TYPE_CHECKING:
@@ -104,12 +105,15 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     stream = data.batches()
     batches = list(itertools.islice(_epochs(stream), arguments.batches))
     training = None
-    if arguments.steps:
-        try:
-            training = trained_briefly(model, _epochs(stream), loss, steps=arguments.steps, lr=arguments.lr, call=call)
-        except ValueError as error:
-            raise LabError(f"--lr {arguments.lr:g}: {error}") from error
-    found = diagnose(model, batches, loss, batch_size=plan.batch_size, call=call, training=training)
+    with interruptible():
+        if arguments.steps:
+            try:
+                training = trained_briefly(
+                    model, _epochs(stream), loss, steps=arguments.steps, lr=arguments.lr, call=call
+                )
+            except ValueError as error:
+                raise LabError(f"--lr {arguments.lr:g}: {error}") from error
+        found = diagnose(model, batches, loss, batch_size=plan.batch_size, call=call, training=training)
     settings = {
         "model": plan.model,
         "data": plan.settings.data,

@@ -10,6 +10,7 @@ from typing import get_args
 from rich.console import Console
 
 from wellcond.lab.commands.kept_runs import keeping_runs
+from wellcond.lab.locks import locked
 from wellcond.lab.named_data import VARIABLE, bind_data
 from wellcond.lab.progress import RunProgress
 from wellcond.lab.records import RunStore
@@ -85,10 +86,11 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     out = arguments.out if arguments.out is not None else Path("runs") / default
     folder = writable_folder(Path(out))
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
-    with keeping_runs(progress, folder):
-        results = reproduce(recipe, panels, settings, RunStore(folder / "runs"), progress)
-    reproduction = collect(recipe, scale, paths, command_line, results)
-    files = write_reproduction(reproduction, folder)
+    with locked(folder):
+        with keeping_runs(progress, folder):
+            results = reproduce(recipe, panels, settings, RunStore(folder / "runs"), progress)
+        reproduction = collect(recipe, scale, paths, command_line, results)
+        files = write_reproduction(reproduction, folder)
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

@@ -27,6 +27,7 @@ from wellcond.lab.engine import RunFailedError
 from wellcond.lab.errors import CommandEndedError, LabError
 from wellcond.lab.interrupts import Interrupted, interruptible
 from wellcond.lab.launch import from_first, launched
+from wellcond.lab.locks import locked
 from wellcond.lab.methods import select_methods
 from wellcond.lab.records import RunRecord, RunSpec, RunStore, write_atomically
 from wellcond.lab.settings import Settings
@@ -122,19 +123,20 @@ def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command
     folder = writable_folder(out)
     store = RunStore(folder / "runs")
     weights = store.path(spec).with_suffix(".pt")
-    record = from_first(lambda: store.load(spec) if weights.exists() else None)
-    if record is None:
-        with _keeping_the_run(spec, folder):
-            record = _run(arguments, plan, spec, store, weights)
-        if first:
-            store.save(spec, record)
-    if not first:
-        return 0
-    files = [folder / "run.json", folder / "logs" / weights.stem, weights]
-    write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
-    if arguments.save is not None:
-        files[2] = arguments.save
-        shutil.copyfile(weights, arguments.save)
+    with locked(folder, here=first):
+        record = from_first(lambda: store.load(spec) if weights.exists() else None)
+        if record is None:
+            with _keeping_the_run(spec, folder):
+                record = _run(arguments, plan, spec, store, weights)
+            if first:
+                store.save(spec, record)
+        if not first:
+            return 0
+        files = [folder / "run.json", folder / "logs" / weights.stem, weights]
+        write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
+        if arguments.save is not None:
+            files[2] = arguments.save
+            shutil.copyfile(weights, arguments.save)
     console = Console()
     if not arguments.quiet:
         console.print(_result(plan, spec, record), highlight=False, soft_wrap=True)
