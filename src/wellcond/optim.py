@@ -57,11 +57,12 @@ def _with_options_of(base: type[torch.optim.Optimizer]) -> Callable[[Named], Nam
         hints = get_type_hints(kind.__init__)
         parameters = [each.replace(annotation=hints.get(name, each.annotation)) for name, each in shown.items()]
 
-        def __init__(self: Any, *args: Any, **options: Any) -> None:
+        def begin(self: Any, *args: Any, **options: Any) -> None:
             super(kind, self).__init__(*args, **options)
 
-        __init__.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # inspect looks there
-        kind.__init__ = __init__  # type: ignore[method-assign]
+        # Where inspect looks, and what it is asked by.
+        begin.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        kind.__init__ = begin  # type: ignore[method-assign]
         return kind
 
     return show
@@ -70,8 +71,8 @@ def _with_options_of(base: type[torch.optim.Optimizer]) -> Callable[[Named], Nam
 def _parameters(model: nn.Module, params: ParamsT | None) -> ParamsT:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: parameters or groups of them go to params= (where "
-            "a config gives parameters alone: attach by a callback, see wellcond.integrations)"
+            f"model must be a torch.nn.Module, got {type(model).__name__}: parameters or groups of them go to params= "
+            "(where a config gives parameters alone: attach by a callback, see wellcond.integrations)"
         )
     return model.parameters() if params is None else params
 

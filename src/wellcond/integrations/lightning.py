@@ -24,7 +24,7 @@ except ImportError as error:
 
 
 class WellcondCallback(Callback):
-    """Attaches transforms, steps a layer schedule, calibrates before validation, and logs what `Attachment.stats` counts.
+    """Attaches transforms, steps a layer schedule, calibrates before validation, and logs what is counted.
 
     *Attaching* is a line of `configure_optimizers`, ``wellcond.attach(optimizer, self, ...)``; or the callback does it
     with the ``transforms`` that it is given, to every optimizer of the module, before training and before a checkpoint

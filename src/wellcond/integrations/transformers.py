@@ -20,9 +20,9 @@ class WellcondTrainerCallback(TrainerCallback):
 
     *Attaching* is a line before the Trainer is made, ``wellcond.attach(optimizer, model, ...)`` and
     ``Trainer(optimizers=(optimizer, scheduler), ...)``; or the callback does it when training begins, with the
-    ``transforms`` that it is given, to the optimizer that the Trainer has made. A named optimizer is made by the Trainer
-    with ``optimizer_cls_and_kwargs=(wellcond.optim.WAdam, {"model": model, "lr": 1e-3})``; all parameters are one group
-    then. A callback that finds nothing to do when training begins raises.
+    ``transforms`` that it is given, to the optimizer that the Trainer has made. The Trainer makes
+    a named optimizer with ``optimizer_cls_and_kwargs=(wellcond.optim.WAdam, {"model": model, "lr": 1e-3})``; all
+    parameters are one group then. A callback that finds nothing to do when training begins raises.
 
     *The schedule* is where it would be if one called its `step()` after every epoch, or every optimizer step, also
     after a resume. The Trainer restores no callback's state by default, so the schedule must be a function of its count
