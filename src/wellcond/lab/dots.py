@@ -12,6 +12,8 @@ from wellcond.lab.curves import BASELINE, Style, method_style
 from wellcond.lab.summary import MethodSummary, Summary
 from wellcond.lab.svg import BOTTOM, HEIGHT, LEFT, MARKERS, RIGHT, TOP, WIDTH, css_class, ticks
 
+_NAMED = 5
+
 Place = Callable[[float, float], tuple[float, float]]
 
 
@@ -70,10 +72,11 @@ def seed_panels(summary: Summary) -> list[DotPanel]:
             for place, (method, style) in enumerate(_styled(methods))
         )
         label = f"seeds, from left to right (test {summary.score} in %)"
-        marks = tuple((float(place), method.name) for place, method in enumerate(methods))
-        panels.append(
-            DotPanel(f"{baseline} and methods on it: every seed after epoch {summary.epochs}", label, marks, dots)
-        )
+        # More names than these would run into each other; the legend has them all.
+        named = len(methods) <= _NAMED
+        marks = tuple((float(place), method.name if named else "") for place, method in enumerate(methods))
+        title = f"{baseline} and methods on it: every seed after epoch {summary.epochs}"
+        panels.append(DotPanel(title, label, marks, dots))
     return [panel for panel in panels if panel.all_points]
 
 
