@@ -77,7 +77,8 @@ def read_state(
                 f"the loaded {state_key(transform, key)} of layer '{slot.layer.module_name or slot.layer.name}' must "
                 f"have the shape {tuple(like.shape)}, got {given}"
             )
-        rounded |= value.is_floating_point() and value.dtype.itemsize < like.dtype.itemsize
+        # torch makes counts floating-point numbers, too; that loses nothing.
+        rounded |= like.is_floating_point() and value.dtype.itemsize < like.dtype.itemsize
         state[key] = like.copy_(value)
     if rounded and warn_if_rounded:
         warnings.warn(
