@@ -73,7 +73,7 @@ def test_lrs_are_on_a_logarithmic_axis_with_a_ring_around_the_chosen() -> None:
     (first, second, third) = points(picture)["SGDM"]
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
     assert picture.count("<circle") == 2
-    x, y = re.findall(r'<circle class="interval" cx="([\d.]+)" cy="([\d.]+)"', picture)[0]
+    x, y = re.findall(r'<circle class="ring" cx="([\d.]+)" cy="([\d.]+)"', picture)[0]
     assert (float(x), float(y)) == first
     assert panel.dots[0].points[0][0] == math.log(0.01)
 

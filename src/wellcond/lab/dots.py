@@ -165,7 +165,7 @@ def _draw(dots: Dots, place: Place) -> list[str]:
         parts.append(f'<path class="line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in placed)}"/>')
     for index, ((x, y), (_, _, said)) in enumerate(zip(placed, dots.points, strict=True)):
         if index == dots.chosen:
-            parts.append(f'<circle class="interval" cx="{x:.1f}" cy="{y:.1f}" r="8"/>')
+            parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>')
         parts.append(
             f'<path class="marker" transform="translate({x:.1f} {y:.1f})" d="{MARKERS[dots.style.marker]}">'
             f"<title>{escape(dots.name)}, {escape(said)}</title></path>"
