@@ -47,18 +47,19 @@ def _with_options_of(base: type[torch.optim.Optimizer]) -> Callable[[Named], Nam
     """Return a class decorator that shows the options of the torch optimizer and of the transform in the signature."""
 
     def show(kind: Named) -> Named:
-        own = inspect.signature(kind.__init__)
+        inherited: Callable[..., None] = kind.__init__
+        own = inspect.signature(inherited)
         shown = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
         for source in (kind.transform_type, base):
             hints = get_type_hints(source.__init__)
             for name, each in inspect.signature(source).parameters.items():
                 if name not in shown and name != "params":
                     shown[name] = each.replace(kind=each.KEYWORD_ONLY, annotation=hints.get(name, Any))
-        hints = get_type_hints(kind.__init__)
+        hints = get_type_hints(inherited)
         parameters = [each.replace(annotation=hints.get(name, each.annotation)) for name, each in shown.items()]
 
         def begin(self: Any, *args: Any, **options: Any) -> None:
-            super(kind, self).__init__(*args, **options)
+            inherited(self, *args, **options)
 
         # Where inspect looks, and what it is asked by.
         begin.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
