@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from wellcond.lab.launch import launched
 
 _SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
 _STDERR = 2
+_MOMENT = 1.0
 _CONTINUES = "; the same command continues with what was last kept"
 
 # What the innermost block wants done, by signal: for who takes a handler away and gives it back (Lightning does).
@@ -116,10 +118,11 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _end_of_launch(number: int, frame: FrameType | None) -> NoReturn:
-    _say_and_exit(number, _CONTINUES)
+    # The others get the signal a moment later. Were this one gone by then, they would fail at it, and say so.
+    _say_and_exit(number, _CONTINUES, _MOMENT)
 
 
-def _say_and_exit(number: int, more: str) -> NoReturn:
+def _say_and_exit(number: int, more: str, wait: float = 0.0) -> NoReturn:
     ended = Interrupted(number)
     if launched().rank == 0:
         # Not print, which cannot be entered twice: the signal may have come within one. A bar had hidden the cursor.
@@ -127,4 +130,5 @@ def _say_and_exit(number: int, more: str) -> NoReturn:
         os.write(_STDERR, f"{shown}wellcond: {ended}{more}.\n".encode())
     for child in multiprocessing.active_children():
         child.kill()
+    time.sleep(wait)
     os._exit(ended.code)

@@ -147,7 +147,7 @@ def launch(devices: int, command_line: str) -> int:
     # As torchrun does, so that processes do not fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The first process says why it ends; torch would add a page of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", "wellcond", *arguments)
     except ChildFailedError as error:
