@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from wellcond.__main__ import main
 from wellcond.lab.hardware.interrupts import Interrupted, ending_at_once, interruptible, take_back
 from wellcond.lab.networks.registry import initial_model
+from wellcond.lab.training.progress import RunProgress, StepProgress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
@@ -44,27 +49,17 @@ def ended(process: subprocess.Popen[str], ready: Callable[[], bool], number: int
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert out == ""
-    lines = [line for line in errors.splitlines() if not line.startswith("timing ")]
+    lines = errors.splitlines()
     assert len(lines) == 1, errors
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("number", "jobs", "group"),
-    [
-        (signal.SIGTERM, 1, False),
-        (signal.SIGTERM, 2, False),
-        (signal.SIGHUP, 2, True),
-    ],
-)
-def test_a_comparison_keeps_its_runs(tmp_path: Path, number: signal.Signals, jobs: int, group: bool) -> None:
-    command = ["compare", *LONG, "--methods", "SGDM", "--seeds", "2", "--jobs", str(jobs), "--out", str(tmp_path)]
+def test_a_comparison_and_its_workers_end_with_their_terminal(tmp_path: Path) -> None:
+    command = ["compare", *LONG, "--methods", "SGDM", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
     kept = tmp_path / "runs"
-    line = ended(start(*command), lambda: len(list(kept.glob("*.ckpt"))) >= jobs, number, group)
-    assert line == (
-        f"wellcond: {SAID[number.name]}; 0 finished runs are kept in {tmp_path}; the same command continues."
-    )
-    assert len(list(kept.glob("*.ckpt"))) >= jobs
+    line = ended(start(*command), lambda: len(list(kept.glob("*.ckpt"))) >= 2, signal.SIGHUP, group=True)
+    assert line == (f"wellcond: {SAID['SIGHUP']}; 0 finished runs are kept in {tmp_path}; the same command continues.")
+    assert len(list(kept.glob("*.ckpt"))) >= 2
 
 
 def kept_since(folder: Path, moment: float) -> bool:
@@ -81,38 +76,74 @@ def test_a_training_keeps_its_run_and_goes_on(tmp_path: Path) -> None:
         assert line == f"wellcond: {SAID[number.name]}; {kept}; the same command continues."
 
 
-def test_several_processes_of_one_run_end_together(tmp_path: Path) -> None:
-    process = start("train", *LONG, "--devices", "2", "--accelerator", "cpu", "--out", str(tmp_path))
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*.ckpt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    # A process that has not yet had the signal may add that another one is gone.
-    assert errors.startswith("wellcond: asked to end (SIGTERM); the same command continues with what was last kept.\n")
+def seconds(folder: Path) -> list[str]:
+    """Return the seconds that a run's first epochs took, which no other run has."""
+    files = list(folder.glob("logs/*/metrics.csv"))
+    if not files:
+        return []
+    with files[0].open(newline="") as lines:
+        return [row["seconds"] for row in csv.DictReader(lines) if row.get("seconds")]
 
 
-def test_commands_that_keep_nothing(tmp_path: Path) -> None:
-    torch.save(initial_model("convnet", 1, 10, seed=0).state_dict(), tmp_path / "net.pt")
+def test_several_processes_of_one_run_end_together_and_go_on(tmp_path: Path) -> None:
+    command = ["train", "--train-images", "512", "--epochs", "40", "--checkpoint-every", "0.1", "--quiet"]
+    command += ["--devices", "2", "--accelerator", "cpu", "--out", str(tmp_path)]
+    line = ended(start(*command), lambda: bool(seconds(tmp_path)), signal.SIGTERM)
+    assert line == "wellcond: asked to end (SIGTERM); the same command continues with what was last kept."
+    before = seconds(tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    process = start(*command)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    after = seconds(tmp_path)
+    assert len(after) == len(json.loads((tmp_path / "run.json").read_text())["epochs"]) == 40
+    assert after[0] == before[0]
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
+    """Have this process get a signal in the first call of a method, after what that does."""
+    method = getattr(owner, name)
+
+    def act(*arguments: Any, **options: Any) -> Any:
+        method(*arguments, **options)
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(owner, name, act)
+
+
+@pytest.mark.parametrize("name", ["bench", "diagnose", "calibrate"])
+def test_commands_that_keep_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    net = tmp_path / "net.pt"
+    torch.save(initial_model("convnet", 1, 10, seed=0).state_dict(), net)
+    out = ("--out", str(tmp_path / "new.pt"))
     commands = {
-        "bench": ["bench", "--rounds", "100000", "--model", "convnet", "--image-size", "8"],
-        "diagnose": ["diagnose", "--steps", "10000000", "--out", str(tmp_path / "page")],
+        "bench": ["bench", "--rounds", "3", "--model", "convnet", "--image-size", "8"],
+        "diagnose": ["diagnose", "--steps", "3", "--out", str(tmp_path / "page")],
+        "calibrate": ["calibrate", str(net), "--model", "convnet", "--what", "bn", "--batch-size", "8", *out],
     }
-    for name, command in commands.items():
-        process = start(*command)
-        ready = threading.Event()
-        threading.Timer(8, ready.set).start()  # it is at work by then, or else imports: both must end so
-        assert ended(process, ready.is_set, signal.SIGTERM) == "wellcond: asked to end (SIGTERM).", name
+    signalled(monkeypatch, StepProgress, "advance", signal.SIGTERM)
+    assert main(commands[name]) == 143
+    said = capsys.readouterr()
+    assert said.out == ""
+    begun, line = said.err.splitlines()
+    assert begun.split()[0] in ("timing", "diagnosing", "calibrating")
+    assert line == "wellcond: asked to end (SIGTERM)."
+    assert not (tmp_path / "new.pt").exists()
 
 
-def test_a_reproduction_says_where_its_runs_are(tmp_path: Path) -> None:
-    process = start("reproduce", "4.1", "--scale", "smoke", "--quiet", "--out", str(tmp_path))
-    line = ended(process, lambda: bool(list(tmp_path.glob("runs/*.json"))), signal.SIGTERM)
+def test_a_reproduction_says_where_its_runs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signalled(monkeypatch, RunProgress, "advance", signal.SIGTERM)
+    assert main(["reproduce", "4.1", "--scale", "smoke", "--quiet", "--out", str(tmp_path)]) == 143
     kept = len(list(tmp_path.glob("runs/*.json")))
-    assert line.startswith(f"wellcond: asked to end (SIGTERM); {kept} finished runs are kept in {tmp_path}")
+    assert kept >= 1
+    assert capsys.readouterr().err == (
+        f"wellcond: asked to end (SIGTERM); {kept} finished runs are kept in {tmp_path}; the same command continues.\n"
+    )
 
 
 def send(number: int) -> None:

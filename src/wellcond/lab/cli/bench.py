@@ -128,6 +128,11 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     import torch
 
     from wellcond.lab.report.formats import NOTHING, bytes_text
+    from wellcond.lab.report.results import rounded
+
+    def text(value: float, digits: int) -> str:
+        # As the file has it: rounded from more digits, 1.0225 could be another figure here than there.
+        return f"{rounded(value):.{digits}f}"
 
     console = Console(width=None if Console().is_terminal else 120)
     size, threads = settings["image_size"], torch.get_num_threads()
@@ -153,23 +158,23 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     ):
         table.add_column(head, justify="right", no_wrap=True)
     for cost in costs:
-        spread = f"{cost.ratio.median:.3f} ({cost.ratio.low:.3f}-{cost.ratio.high:.3f})"
+        spread = f"{text(cost.ratio.median, 3)} ({text(cost.ratio.low, 3)}-{text(cost.ratio.high, 3)})"
         cells = [
-            f"{cost.milliseconds.median:.1f}",
+            text(cost.milliseconds.median, 1),
             "1" if cost.method == first else spread,
-            f"{cost.forward_backward_ms:.1f}",
-            f"{cost.optimizer_ms:.1f}",
+            text(cost.forward_backward_ms, 1),
+            text(cost.optimizer_ms, 1),
         ]
         if refreshed and cost.refresh is None:
             cells += [NOTHING, NOTHING]
         elif cost.refresh is not None:
             cells += [
-                f"{cost.refresh.statistics_ms:.1f}, {cost.refresh.solve_ms:.1f}",
-                f"{cost.refresh.amortised_ratio:.3f}",
+                f"{text(cost.refresh.statistics_ms, 1)}, {text(cost.refresh.solve_ms, 1)}",
+                text(cost.refresh.amortised_ratio, 3),
             ]
         cells += [
             bytes_text(cost.memory.peak),
-            f"{cost.memory_ratio:.3f}",
+            text(cost.memory_ratio, 3),
             bytes_text(cost.memory.optimizer_state),
         ]
         table.add_row(cost.method, *cells)

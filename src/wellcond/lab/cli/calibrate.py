@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import is_there
 from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.runs.settings import check_seed
+from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +95,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     from wellcond.lab.hardware.machine import training_device
     from wellcond.lab.networks.weights import check_weights
     from wellcond.lab.plan import make_plan
+    from wellcond.lab.tasks.base import ROLES
 
     m, out = arguments.samples, arguments.out
     if m < 2:
@@ -114,14 +117,16 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     loaded = m * max(1, images // -(-images // _LOADED) // m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
-    with interruptible():
-        before = _evaluate(model, data, device)
-        batches = data.batches()
+    batches = data.batches()
+    progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
+    with interruptible(), progress:
+        progress.expect(len(batches) + 2 * len(ROLES))
+        before = _evaluate(model, data, device, progress)
         try:
-            wellcond.calibrate(model, batches, batch_size=m, what=arguments.what)
+            wellcond.calibrate(model, _counted(batches, progress), batch_size=m, what=arguments.what)
         except ValueError as error:
             raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
-        after = _evaluate(model, data, device)
+        after = _evaluate(model, data, device, progress)
         _save(model, out)
     passed = f"{len(batches) * loaded} training images in batches of {m}"
     title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
@@ -130,7 +135,15 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     return 0
 
 
-def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tuple[Evaluation, float]]:
+def _counted(batches: Iterable[Any], progress: StepProgress) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        progress.advance("passing over training images")
+
+
+def _evaluate(
+    model: nn.Module, data: SeedData, device: torch.device, progress: StepProgress
+) -> list[tuple[Evaluation, float]]:
     """Return the network's evaluation on the images of each role, with the seconds that an image took."""
     import torch
 
@@ -144,6 +157,7 @@ def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tu
         with torch.no_grad():
             evaluation = data.evaluate(model, role, stopwatch)
         found.append((evaluation, stopwatch.seconds / evaluation.images))
+        progress.advance(f"evaluating {role} images")
     return found
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from wellcond.lab.cli.options import given_settings
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
@@ -16,6 +18,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.runs.settings import MOST, check_seed, check_whole
+from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
-    from wellcond.lab.diagnosis.diagnose import diagnose, trained_briefly
+    from wellcond.lab.diagnosis.diagnose import PROBES, diagnose, trained_briefly
     from wellcond.lab.diagnosis.findings import findings
     from wellcond.lab.diagnosis.page import write_diagnosis
     from wellcond.lab.hardware.machine import training_device
@@ -118,15 +121,18 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     stream = data.batches()
     batches = list(itertools.islice(_epochs(stream), arguments.batches))
     training = None
-    with interruptible():
+    progress = StepProgress(Console(stderr=True), f"diagnosing {plan.model}")
+    with interruptible(), progress:
+        progress.expect(arguments.steps + len(PROBES))
         if arguments.steps:
+            recorded = {"steps": arguments.steps, "lr": arguments.lr, "call": call, "told": progress.advance}
             try:
-                training = trained_briefly(
-                    model, _epochs(stream), loss, steps=arguments.steps, lr=arguments.lr, call=call
-                )
+                training = trained_briefly(model, _epochs(stream), loss, **recorded)
             except ValueError as error:
                 raise LabError(f"--lr {arguments.lr:g}: {error}") from error
-        found = diagnose(model, batches, loss, batch_size=plan.batch_size, call=call, training=training)
+        found = diagnose(
+            model, batches, loss, batch_size=plan.batch_size, call=call, training=training, told=progress.advance
+        )
     settings = {
         "model": plan.model,
         "data": plan.settings.data,

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from wellcond.lab.hardware.launch import launched
 
 _SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
 _MOMENT = 1.0
 _CONTINUES = "; the same command continues with what was last kept"
 
@@ -53,7 +53,7 @@ def ending_at_once() -> Iterator[None]:
 
     Nothing is unwound: files appear complete or not at all, and processes of our own are killed.
     """
-    with _handling(_end):
+    with _handling(_end) if launched().size == 1 else _ending_together():
         yield
 
 
@@ -61,18 +61,12 @@ def ending_at_once() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Let a signal raise `Interrupted` within the block; a second one ends the process at once.
 
-    Of several processes of a launch each ends at once instead, and the first says so: one that waits for another cannot
-    be told in any other way.
+    Of several processes of a launch each ends at once instead, and the first says so.
 
     Raises:
         Interrupted: For the first signal.
     """
-    here = launched()
-    if here.size == 1:
-        handler: Any = _interrupt
-    else:
-        handler = _end_of_launch if here.rank == 0 else signal.SIG_DFL
-    with _handling(handler):
+    with _handling(_interrupt) if launched().size == 1 else _ending_together():
         yield
 
 
@@ -117,18 +111,79 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     _say_and_exit(number, "")
 
 
-def _end_of_launch(number: int, frame: FrameType | None) -> NoReturn:
-    # The others get the signal a moment later. Were this one gone by then, they would fail at it, and say so.
-    _say_and_exit(number, _CONTINUES, _MOMENT)
-
-
-def _say_and_exit(number: int, more: str, wait: float = 0.0) -> NoReturn:
+def _say_and_exit(number: int, more: str) -> NoReturn:
     ended = Interrupted(number)
-    if launched().rank == 0:
-        # Not print, which cannot be entered twice: the signal may have come within one. A bar had hidden the cursor.
-        shown = "\x1b[?25h" if os.isatty(_STDERR) else ""
-        os.write(_STDERR, f"{shown}wellcond: {ended}{more}.\n".encode())
+    _say(ended, more)
     for child in multiprocessing.active_children():
         child.kill()
-    time.sleep(wait)
     os._exit(ended.code)
+
+
+def _say(ended: Interrupted, more: str) -> None:
+    # Not print, which cannot be entered twice: the signal may have come within one. A bar had hidden the cursor.
+    shown = "\x1b[?25h" if os.isatty(_STDERR) else ""
+    os.write(_STDERR, f"{shown}wellcond: {ended}{more}.\n".encode())
+
+
+# several processes ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ending_together() -> Iterator[None]:
+    """End this process of a launch by a signal even while it waits for another one.
+
+    A handler runs between two steps of the interpreter, and so not before a collective has failed because the other
+    process is gone. The system tells of a signal at once by a pipe, to which a thread listens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    listened, told = os.pipe()
+    os.set_blocking(told, False)
+    threading.Thread(target=_end_when_told, args=(listened,), daemon=True).start()
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    try:
+        with _handling(_stay):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
+def _stay(number: int, frame: FrameType | None) -> None:
+    # Whatever was going on is not gone on with, and fails at nothing; the thread ends the process meanwhile.
+    time.sleep(10 * _MOMENT)
+
+
+def _end_when_told(listened: int) -> None:
+    ends = set(signals())
+    while told := os.read(listened, 1):
+        if told[0] in ends:
+            break
+    os.close(listened)
+    if not told:
+        return
+    ended = Interrupted(told[0])
+    if launched().rank == 0:
+        _say(ended, _CONTINUES)
+    # The others may get the signal a moment later, and one that is gone may make another fail: nobody is to read of it.
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, _STDOUT)
+    os.dup2(nothing, _STDERR)
+    time.sleep(_MOMENT)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(ended.code)
+
+
+def _forget_in_a_copy() -> None:
+    """Let a process that this one forks, to decode images, end by signals of its own alone."""
+    if any(handler is _stay for handler in _wanted.values()):
+        signal.set_wakeup_fd(-1)
+        for number in signals():
+            signal.signal(number, signal.SIG_DFL)
+        _wanted.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_a_copy)
