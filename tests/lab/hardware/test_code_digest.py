@@ -22,8 +22,10 @@ TELLS_ALONE = {
     "lab.errors",
     "lab.given_paths",
     "lab.hardware.code_digest",
+    "lab.hardware.interrupts",
     "lab.hardware.launch",
     "lab.hardware.machine",
+    "lab.runs.figures",
     "lab.runs.records",
     "lab.runs.settings",
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from wellcond.lab.errors import DataError
-from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 
-Finished = tuple[RunSpec, RunRecord]
+if TYPE_CHECKING:
+    from wellcond.lab.plan import Plan
+
+Finished: TypeAlias = tuple[RunSpec, RunRecord]
 
 
 class RunFailedError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -9,12 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from wellcond.lab.errors import LabError
+
+if TYPE_CHECKING:
+    import torch
 
 Found = TypeVar("Found")
 
@@ -50,7 +51,7 @@ def launched() -> Launched:
         LabError: If a launcher's environment variable is missing or is not what it must be.
     """
     given = os.environ
-    if dist.is_available() and dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in given:
         size = _number("WORLD_SIZE", least=1)
         nodes = size // _number("LOCAL_WORLD_SIZE", least=1, most=size)
         return Launched(_number("RANK", most=size - 1), size, _number("LOCAL_RANK", most=size - 1), nodes, "torchrun")
@@ -83,6 +84,9 @@ def joined(device: torch.device) -> Iterator[Launched]:
     Args:
         device: This process's device: gloo connects CPUs, nccl CUDA devices.
     """
+    import torch
+    import torch.distributed as dist
+
     here = launched()
     if here.size == 1 or dist.is_initialized():
         yield here
@@ -115,6 +119,10 @@ def from_first(make: Callable[[], Found]) -> Found:
     Raises:
         LabError: On every process, if it does on the first.
     """
+    if "torch.distributed" not in sys.modules:
+        return make()
+    import torch.distributed as dist
+
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
     made: list[tuple[Found | None, str | None]] = [(None, None)]
@@ -156,12 +164,14 @@ def launch(devices: int, command_line: str) -> int:
     )
     # As torchrun does, so that processes do not fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The first process says why it ends; torch would add a page of its own.
+    logging.disable(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", "wellcond", *arguments)
     except ChildFailedError as error:
         # What the process has said itself is not said again.
         code: int = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 1
+        return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
