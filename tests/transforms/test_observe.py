@@ -207,7 +207,7 @@ def test_gradients_put_there_by_hand_are_those_of_the_rows_that_autograd_was_ask
         program.step()
 
 
-def test_calls_that_lead_nowhere_hold_nothing() -> None:
+def test_calls_that_lead_nowhere_hold_nothing_but_the_latest() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     wellcond.attach(optimizer, net, FeatureWhitening())
@@ -215,6 +215,9 @@ def test_calls_that_lead_nowhere_hold_nothing() -> None:
     before = sum(type(found) is Call for found in gc.get_objects())
     for _ in range(5):
         net(torch.randn(6, 4))
+    assert sum(type(found) is Call for found in gc.get_objects()) == before + 2  # one a layer, to look at
+    del net, optimizer
+    gc.collect()
     assert sum(type(found) is Call for found in gc.get_objects()) == before
 
 
@@ -426,4 +429,48 @@ def test_compiled_graphs_are_never_cut(order: str, kind: str) -> None:
         call(torch.randn(5, 4))  # although inputs are due
     assert len(ran) == 1
     seen[0].remove()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+class Trainer:
+    """An object whose method is compiled."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.net(x).square().sum()
+
+
+CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "module": lambda net: net,
+    "inner module": lambda net: nn.Sequential(net, nn.Tanh()),
+    "bound forward": lambda net: net.forward,
+    "function": lambda net: lambda x: net(x).sum(),
+    "default": lambda net: lambda x, net=net: net(x).sum(),
+    "method": lambda net: Trainer(net).loss,
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_only_code_that_calls_observed_modules_runs_eagerly(kind: str) -> None:
+    """Whatever else is attached and waits for a pass, be it for ever."""
+    torch._dynamo.reset()
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: (ran.append(1), graph(*args))[1]
+
+    waiting, other = (nn.Sequential(nn.Linear(4, 3), nn.Tanh()) for _ in range(2))
+    optimizer = torch.optim.SGD(waiting.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, waiting, FeatureWhitening(stats_every=2, solve_every=2))
+    for _ in range(2):  # the second step opens a window again
+        optimizer.zero_grad()
+        waiting(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    for net, compiled in ((waiting, 0), (other, 1)):
+        ran.clear()
+        torch.compile(CALLS[kind](net), backend=backend)(torch.randn(5, 4))
+        assert len(ran) == compiled
+    handle.remove()
     assert torch._dynamo.eval_frame._stance.stance == "default"
