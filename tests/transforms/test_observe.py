@@ -7,6 +7,7 @@ import functools
 import gc
 import io
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -365,6 +366,28 @@ def test_probes_rest_where_nothing_is_due_or_can_come() -> None:
     assert observed == {"used.weight": 1, "frozen.weight": 0, "unused.weight": 0, "inlined.weight": 0}
 
 
+def test_between_windows_a_pass_runs_no_code_of_ours() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wellcond.attach(optimizer, net, FeatureWhitening(stats_every=10), wellcond.GradientCentralization())
+    ours: list[str] = []
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        if frame.f_globals.get("__name__", "").startswith("wellcond"):
+            ours.append(frame.f_code.co_name)
+
+    for step in range(12):
+        optimizer.zero_grad()
+        ours.clear()
+        sys.setprofile(called)
+        try:
+            net(torch.randn(2, 5, 4)).square().sum().backward()
+        finally:
+            sys.setprofile(None)
+        assert bool(ours) == (step % 10 == 0)
+        optimizer.step()
+
+
 def test_a_layer_that_is_first_reached_late_is_seen_then() -> None:
     net = Parts()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -474,3 +497,27 @@ def test_only_code_that_calls_observed_modules_runs_eagerly(kind: str) -> None:
         assert len(ran) == compiled
     handle.remove()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 1000), stats_every=st.sampled_from([1, 2, 5]))
+def test_the_random_stream_is_the_one_without_us(seed: int, stats_every: int) -> None:
+    """With dropout inside attention, between layers, and draws between steps: outputs are equal to the last bit."""
+
+    def outputs(attached: bool) -> list[Tensor]:
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(4, 6), nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3, batch_first=True), nn.Dropout(0.2)
+        )
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        if attached:
+            wellcond.attach(optimizer, net, FeatureWhitening(stats_every=stats_every, norm_layers=True))
+        found = []
+        for _ in range(4):
+            found.append(net(torch.randn(2, 5, 4)).detach())
+            net(torch.randn(2, 5, 4)).sum().backward()
+            optimizer.step()
+        return [*found, torch.rand(3)]
+
+    for with_us, without in zip(outputs(True), outputs(False), strict=True):
+        assert torch.equal(with_us, without)

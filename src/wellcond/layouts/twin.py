@@ -117,11 +117,11 @@ def _own(value: Any, made: dict[int, Any], *, inside: bool = False) -> Any:
 def _is_plain(kind: type) -> bool:
     """Whether objects of a class are nothing but their attributes, so that they can be copied."""
     bases = [base for base in kind.__mro__ if base is not object]
-    return not any(
-        {"__del__", "__slots__", "__reduce__", "__reduce_ex__", "__getstate__"} & vars(b).keys() for b in bases
-    ) and all(base.__flags__ & _MADE_IN_PYTHON and not base.__module__.startswith("torch.") for base in bases)
+    in_python = all(b.__flags__ & _MADE_IN_PYTHON and not b.__module__.startswith("torch.") for b in bases)
+    return in_python and not any(_SPECIAL & vars(base).keys() for base in bases)
 
 
+_SPECIAL = {"__del__", "__slots__", "__reduce__", "__reduce_ex__", "__getstate__"}
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
