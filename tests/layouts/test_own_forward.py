@@ -348,19 +348,19 @@ def test_looking_leaves_no_trace() -> None:
     def run(attach: bool) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
         random.seed(0)
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - the generator that forwards share
         layer = Own()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         if attach:
             wellcond.attach(optimizer, layer, FeatureWhitening(stats_every=1))
         output = layer(torch.randn(6, 4))
         output.square().sum().backward()
-        return layer, output, torch.tensor([float(torch.rand(())), random.random(), np.random.random()])
+        return layer, output, torch.tensor([float(torch.rand(())), random.random(), np.random.random()])  # noqa: NPY002
 
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: hooked.append(module))
     looked, plain = run(True), run(False)
     handle.remove()
-    assert len(hooked) == 6, "once by the module's own, for both layers of each run by that of all modules"
+    assert len(hooked) == 2 * 4, "in each run the hook of all modules is called for three of them, that of one for it"
     assert everything(looked[0]) == everything(plain[0])
     assert looked[0].count == 1
     assert torch.equal(looked[1], plain[1])
@@ -376,7 +376,7 @@ def test_the_rows_are_those_of_the_very_pass() -> None:
 
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            self.given = F.dropout(x, 0.5) * random.random() + float(np.random.random())
+            self.given = F.dropout(x, 0.5) * random.random() + float(np.random.random())  # noqa: NPY002
             return super().forward(self.given)
 
     for seed in range(5):
