@@ -521,3 +521,35 @@ def test_the_random_stream_is_the_one_without_us(seed: int, stats_every: int) ->
 
     for with_us, without in zip(outputs(True), outputs(False), strict=True):
         assert torch.equal(with_us, without)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_was_noted_can_be_looked_at_before_the_step(small: bool) -> None:
+    """The sums of passes that count or still may, and the latest; looking changes nothing of what the step takes in."""
+    layer = nn.Linear(4 if small else 2, 3, bias=False, dtype=FLOAT64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    handle = wellcond.attach(optimizer, layer, FeatureWhitening(**EVERY_STEP))
+    slot = handle._slots["whitening"][0]
+    passes = [torch.randn(1 if small else 9, layer.in_features, dtype=FLOAT64) for _ in range(4)]
+
+    def noted() -> Tensor:
+        assert slot.pending is not None
+        return slot.pending[0][0]
+
+    assert slot.pending is None
+    layer(passes[0])
+    torch.testing.assert_close(noted(), passes[0].mT @ passes[0])
+    layer(passes[1]).sum().backward()  # the one before is gone by now
+    torch.testing.assert_close(noted(), passes[1].mT @ passes[1])
+    alive = layer(passes[2])
+    rows = torch.cat(passes[1:3])
+    for _ in range(2):
+        torch.testing.assert_close(noted(), rows.mT @ rows)
+    with torch.no_grad():
+        layer(passes[3])
+    alive.sum().backward()
+    torch.testing.assert_close(noted(), rows.mT @ rows)
+    optimizer.step()
+    assert slot.pending is None
+    moment = optimizer.state[layer.weight]["wellcond_whitening_second_moment"][0]
+    torch.testing.assert_close(moment, rows.mT @ rows / len(rows))
