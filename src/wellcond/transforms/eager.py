@@ -111,9 +111,10 @@ def _modules_of(function: Any, arguments: Iterable[Any]) -> Iterator[nn.Module]:
     """Yield the modules that a function is, belongs to, is given or names."""
     function = inspect.unwrap(function, stop=lambda wrapper: isinstance(wrapper, nn.Module))
     owner = getattr(function, "__self__", None)
-    if isinstance(function, nn.Module) or isinstance(owner, nn.Module):
-        yield function if isinstance(function, nn.Module) else owner
-        return
+    for module in (function, owner):
+        if isinstance(module, nn.Module):
+            yield module
+            return
     function = getattr(function, "__func__", function)
     named = [owner, *arguments]
     if isinstance(function, types.FunctionType):
