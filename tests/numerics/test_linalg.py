@@ -523,7 +523,7 @@ def test_a_batch_of_nystrom_approximations() -> None:
             with_spectrum([-3.0, -3.0, -3.0, 1.0], seed=3)[0],
         ]
     ).reshape(2, 2, 4, 4)
-    basis = torch.stack([orthonormal(4, 2, seed) for seed in range(4)]).reshape(2, 2, 4, 2)
+    basis = torch.stack([orthonormal(4, 2, seed) for seed in range(4, 8)]).reshape(2, 2, 4, 2)
     eigenvectors, eigenvalues, tail = nystrom_of(matrices, basis)
     assert eigenvectors.shape == (2, 2, 4, 2)
     assert eigenvalues.shape == (2, 2, 2)

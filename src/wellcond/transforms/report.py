@@ -40,6 +40,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         One row a parameter, in the model's order.
     """
     unknown = find_layers(model).unknown
+    unfit = {id(slot.layer.weight) for slot in slots if slot.layer.unfit}
     done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
@@ -57,7 +58,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         found: tuple[str, int | None] = ("unchanged", None)
         if id(parameter) not in held:
             found = ("not held by this optimizer", None)
-        elif not parameter.requires_grad and parameter.grad is None:
+        elif not parameter.requires_grad and parameter.grad is None and id(parameter) not in unfit:
             found = ("unchanged: frozen (requires_grad=False)", None)
         elif id(parameter) in done:
             found = done[id(parameter)]
