@@ -39,7 +39,8 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     Returns:
         One row a parameter, in the model's order.
     """
-    unknown = find_layers(model).unknown
+    found_layers = find_layers(model)
+    unknown, unfit = found_layers.unknown, found_layers.unfit
     done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
@@ -61,6 +62,8 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
             found = ("unchanged: frozen (requires_grad=False)", None)
         elif id(parameter) in done:
             found = done[id(parameter)]
+        elif name in unfit:
+            found = (f"unchanged: {unfit[name]}", None)
         elif name in unknown:
             found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
         rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))
