@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -180,6 +180,7 @@ ACTIONS: dict[str, Callable[[Program], None]] = {
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=0, actions=["step", "empty", "step"])
 @given(seed=st.integers(0, 99), actions=st.lists(st.sampled_from(list(ACTIONS)), min_size=1, max_size=9))
 def test_rows_count_whose_gradient_arrives(seed: int, actions: list[str]) -> None:
     program = Program(seed)
@@ -206,6 +207,54 @@ def test_gradients_put_there_by_hand_are_those_of_the_rows_that_autograd_was_ask
             parameter.grad = gradient
         program.counts(x)
         program.step()
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 6), (7, 4)),
+    "linear, one row": (lambda: nn.Linear(4, 6), (4,)),
+    "linear, 3 axes": (lambda: nn.Linear(4, 6), (2, 3, 4)),
+    "linear, 4 axes": (lambda: nn.Linear(4, 6), (2, 1, 3, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), (2, 3, 4)),
+    "convolution": (lambda: nn.Conv2d(2, 6, 3), (2, 2, 5, 5)),
+    "convolution of one image": (lambda: nn.Conv2d(2, 6, 3), (2, 5, 5)),
+    "convolution of one signal": (lambda: nn.Conv1d(2, 6, 3), (2, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 6, 3), (2, 5, 5)),
+}
+
+
+def activated(y: Tensor, inplace: bool) -> Tensor:
+    return nn.functional.relu(y, inplace=inplace)
+
+
+def with_a_scaled_part(y: Tensor, inplace: bool) -> Tensor:
+    if not inplace:
+        return torch.cat([y[..., :2] * 0.5, y[..., 2:]], dim=-1)
+    y[..., :2] *= 0.5
+    return y
+
+
+def activated_as_a_view(y: Tensor, inplace: bool) -> Tensor:
+    nn.functional.relu(y.unsqueeze(0), inplace=True) if inplace else None
+    return y if inplace else y.relu()
+
+
+@pytest.mark.parametrize("change", [activated, with_a_scaled_part, activated_as_a_view])
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_what_is_done_in_place_to_an_output_changes_nothing(
+    kind: str, change: Callable[[Tensor, bool], Tensor]
+) -> None:
+    make, shape = LAYERS[kind]
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layer = make()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        wellcond.attach(optimizer, layer, FeatureWhitening(**EVERY_STEP))
+        change(layer(torch.randn(shape)), inplace).square().sum().backward()
+        optimizer.step()
+        results.append((layer.weight.grad, optimizer.state[layer.weight]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(state["wellcond_whitening_updated_at"] == 0 for _, state in results)
 
 
 def test_calls_that_lead_nowhere_hold_nothing_but_the_latest() -> None:

@@ -131,7 +131,7 @@ class Arrivals:
         mine = weakref.ref(self)
         for output in outputs:
             # The graph owns the call; it must not own the slot, which leads to the module and maybe to the graph.
-            output.register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._reached(call)))
+            _hooked(output).register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._reached(call)))
         for tensor in (self._weight, leaf):
             if tensor not in self._hooks and tensor.requires_grad and tensor.is_leaf:
                 self._hooks[tensor] = [
@@ -221,6 +221,16 @@ NO_PASS = -1
 def _current_pass() -> int:
     """Return the number of the backward pass that this thread is in, or `NO_PASS`."""
     return int(torch._C._current_graph_task_id())
+
+
+def _hooked(output: Tensor) -> Tensor:
+    """Return the tensor at which an output's gradient comes by, whatever is later done to the output in place.
+
+    A view (what a linear layer returns of inputs of three axes, or a convolution of one image) is given another history
+    then, from its base on, in which no hook of its own is left.
+    """
+    base = output._base
+    return output if base is None or base.grad_fn is None else base
 
 
 def _tell(arrivals: weakref.ref[Arrivals], note: Callable[[Arrivals], None]) -> None:

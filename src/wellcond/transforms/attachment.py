@@ -316,6 +316,8 @@ class Attachment:
                 slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
                 frozen = not weight.requires_grad and weight.grad is None
                 refrozen |= frozen is not slot.frozen
+                if slot.frozen and not frozen and slot.failure is None:
+                    slot.coverage = transform.cover_shared(slot.uses)  # its bias may be trained again, too
                 slot.frozen = frozen
                 slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
                 if slot.frozen and slot.state:
