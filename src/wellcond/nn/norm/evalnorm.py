@@ -181,9 +181,9 @@ class EvalNorm1d(EvalNorm, nn.BatchNorm1d):
         eps: ε, added to the variance.
         momentum: Weight of a new batch in the running statistics; None for equal weights, also of the steps of α and β.
         affine: Learn γ and β.
-        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5), averaged like the statistics; f_σ is
-            then β(1 − β)σ²/hw less, hw the positions of an instance, since the rest of a batch is finite (3.7): what
-            independent values have on average.
+        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5), averaged like the statistics;
+            f_σ is then β(1 − β)σ²/hw less, hw the positions of an instance, since the rest of a batch is finite (3.7):
+            what independent values have on average.
         mixture_lr: Rate of α's and β's descent: 1 would fit each batch alone.
         group_size: Train in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
