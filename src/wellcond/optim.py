@@ -114,9 +114,9 @@ class FSGD(_FeatureSGD):
         momentum: Momentum.
         weight_decay: Coupled weight decay, added after the preconditioner.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
-        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps, and
-            a factorization after the first batch and every 500 steps (``solve_warmup=False``). Options that are given
-            go before these. Time and memory then grow with the cube and the square of a layer's width.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
 
     Raises:
@@ -145,9 +145,9 @@ class WSGDM(_FeatureSGD):
         momentum: Momentum.
         weight_decay: Coupled weight decay, added after the preconditioner.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
-        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps, and
-            a factorization after the first batch and every 500 steps (``solve_warmup=False``). Options that are given
-            go before these. Time and memory then grow with the cube and the square of a layer's width.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
 
     Raises:
@@ -177,9 +177,9 @@ class FAdam(_FeatureAdamW):
         eps: Adam's ε.
         weight_decay: Decoupled weight decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
-        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps, and
-            a factorization after the first batch and every 500 steps (``solve_warmup=False``). Options that are given
-            go before these. Time and memory then grow with the cube and the square of a layer's width.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
 
     Raises:
@@ -208,9 +208,9 @@ class WAdam(_FeatureAdamW):
         eps: Adam's ε.
         weight_decay: Decoupled weight decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
-        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps, and
-            a factorization after the first batch and every 500 steps (``solve_warmup=False``). Options that are given
-            go before these. Time and memory then grow with the cube and the square of a layer's width.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
 
     Raises:
