@@ -158,6 +158,6 @@ def test_as_published_has_the_sources_intervals_and_whole_second_moments(named: 
     (transform,) = published.attachment.transforms
     assert (transform.stats_every, transform.solve_every, transform.solve_warmup) == (50, 500, False)
     assert "dense 145 × 145" in str(published.attachment.report())
-    assert "channels 16 ⊗ taps 9" in str(ours.attachment.report())
+    assert "channels 17 ⊗ taps 9" in str(ours.attachment.report())
     with pytest.raises(TypeError, match="as_published must be True or False, got 1"):
         named(net(), lr=0.1, as_published=1)
