@@ -37,7 +37,7 @@ def mixed_moments(
     (mean, var), (long_mean, long_var), (alpha, beta) = instance, running, shares
     distance = (mean - long_mean).square()
     if elements is not None:
-        distance = distance - long_var / max(1, elements)
+        distance = distance - long_var / elements
     return torch.lerp(long_mean, mean, alpha), torch.lerp(long_var, var, beta) + beta * (1 - beta) * distance
 
 
