@@ -469,7 +469,8 @@ class FeatureDescent(FeaturePreconditioner):
 class FeatureWhitening(FeaturePreconditioner):
     """Embedded feature whitening: T = (M + ε λ_max(M) I)^(−1/2) (thesis 6.5–6.7).
 
-    Over SGD this is W-SGDM, over AdamW W-Adam. It is gradient descent as if the layer's input had been whitened.
+    Over SGD this is W-SGDM, over AdamW W-Adam. T whitens the input, and it multiplies the gradient once. Descent as if
+    the input had been whitened takes T twice: that is `FeatureDescent` (p = 1), and this is half the way to it.
 
     Args:
         damping: ε, relative to M's largest eigenvalue.
