@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.runtime.autocast import without_autocast
+
 # Temporaries hold about this many numbers: a large batch is summed in pieces.
 CHUNK = 1 << 24
 
@@ -166,7 +168,7 @@ def patch_moment(padded: Tensor, window: Window) -> Tensor:
         moment = _moment_by_autocorrelation
     else:
         moment = _moment_by_rows
-    with torch.autocast(padded.device.type, enabled=False):
+    with without_autocast(padded.device):
         return moment(padded, window)
 
 
@@ -194,7 +196,7 @@ def patch_margins(padded: Tensor, window: Window) -> PatchMargins:
     """
     _check(padded, window)
     padded, window = _crop(padded, window)
-    with torch.autocast(padded.device.type, enabled=False):
+    with without_autocast(padded.device):
         return _margins(padded, window)
 
 

@@ -29,6 +29,7 @@ from wellcond.numerics.moments import (
 )
 from wellcond.runtime.checks import LARGEST_SIZE, check_positive_integer
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.tracing import may_be_repeated
 from wellcond.runtime.warning import WellcondWarning
 
 
@@ -311,10 +312,7 @@ class PastStatistics:
 
     def remember(self, batch: Moments, used: tuple[Tensor, ...]) -> None:
         """Keep what a batch is normalized with, if its forward pass may be run again."""
-        if torch.compiler.is_compiling():
-            return
-        # Checkpointing runs the first time without gradients (reentrant) or under hooks on what autograd saves.
-        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        if not torch.compiler.is_compiling() and may_be_repeated():
             self._past.append((batch.mean, used))
 
     def of(

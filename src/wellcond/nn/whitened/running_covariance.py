@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.ranks import Ranks
 
 if TYPE_CHECKING:

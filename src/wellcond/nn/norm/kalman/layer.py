@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.functional.live import live_moments, normalize_with
 from wellcond.nn.norm.base import PastStatistics, StatisticsNorm
 from wellcond.nn.norm.kalman.graph import Read, Statistics, StatisticsGraph, propagate
 from wellcond.numerics.moments import Moments, ghost_sizes, merge_samples, spread_samples
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked, checks_itself
 
 __all__ = ["KalmanBatchNorm2d", "filter_moments", "propagate"]
