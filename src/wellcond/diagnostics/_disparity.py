@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.replay import Seen, double_of
-from wellcond.calibration.training_pass import Call, named_batch_norms, training_pass, unwrapped
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.calibration.replay import Seen, double_of, named_batch_norms, training_pass
+from wellcond.diagnostics.tables import axes_for
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.models import Call, unwrapped
 from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:

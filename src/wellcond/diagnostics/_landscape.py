@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
-from wellcond.diagnostics.plotting import axes_for
-from wellcond.diagnostics.tables import table
-from wellcond.runtime.checks import checked
-from wellcond.transforms.base import Predicate
+from wellcond.diagnostics.tables import axes_for, table
+from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.models import Call, device_of, moved, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.diagnostics.tables import axes_for
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import check_positive_integer, checked
-from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, device_of, moved, unwrapped
+from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.replay import Seen
-from wellcond.calibration.training_pass import Call, training_pass, unwrapped
+from wellcond.calibration.replay import Seen, training_pass
 from wellcond.diagnostics.laws import (
     Distribution,
     Histogram,
@@ -29,11 +28,12 @@ from wellcond.diagnostics.laws import (
     plot_density,
     plot_distribution,
 )
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.diagnostics.tables import axes_for
 from wellcond.nn.norm.momentum import MomentumBatchNorm
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, unwrapped
 from wellcond.theory import Formula, Noise, batch_mean_noise
-from wellcond.transforms.base import Predicate, WellcondWarning
+from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,24 +6,20 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.calibration.training_pass import Call, kept_random_state
 from wellcond.layouts import Layer, find_layers
 from wellcond.nn.norm.base import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.transforms.base import Predicate
+from wellcond.runtime.checks import Predicate
+from wellcond.runtime.models import Call, kept_random_state, run_on
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.observe import Probe
 from wellcond.transforms.sharding import is_sharded
-
-if TYPE_CHECKING:
-    pass
-
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, batch)``: the scalar whose gradient is asked for."""
@@ -98,12 +94,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss, call: Call | None) -> Tens
         >>> loss_of(nn.Linear(2, 1), torch.zeros(3, 2), lambda output, batch: output.sum(), None).shape
         torch.Size([])
     """
-    if call is not None:
-        output = call(model, batch)
-    else:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    value = loss(output, batch)
+    value = loss(run_on(model, batch, call), batch)
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
     if value.numel() != 1:

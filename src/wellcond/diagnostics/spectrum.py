@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
 from wellcond.diagnostics.passes import left_as_found
-from wellcond.diagnostics.plotting import axes_for
-from wellcond.diagnostics.tables import table
+from wellcond.diagnostics.tables import axes_for, table
 from wellcond.layouts import Layer, Layout, UnknownInputError, find_layers
-from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment, input_pieces, row_pieces
-from wellcond.runtime.checks import check_positive_integer, checked
-from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
+from wellcond.layouts.rows import input_pieces, row_pieces
+from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, device_of, moved, unwrapped
+from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
@@ -30,9 +30,7 @@ from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, Popu
 from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
 from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
-from wellcond.runtime.checks import check_choice, check_positive_integer, checked
-
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+from wellcond.runtime.checks import Predicate, check_choice, check_positive_integer, checked
 
 # Of each kind, the layers of 1, 2 and 3 dimensions.
 _KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {

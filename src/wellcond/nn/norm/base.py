@@ -27,10 +27,9 @@ from wellcond.numerics.moments import (
     spread_samples,
     unbiased,
 )
-from wellcond.runtime.checks import LARGEST_SIZE, check_positive_integer
+from wellcond.runtime.checks import LARGEST_SIZE, WellcondWarning, check_positive_integer
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.tracing import may_be_repeated
-from wellcond.runtime.warning import WellcondWarning
 
 
 class Batch(NamedTuple):

@@ -22,9 +22,8 @@ from wellcond.nn.whitened.optimizer_steps import OPTIMIZER_STEPS
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import DampingMode, check_damping
 from wellcond.runtime.autocast import without_autocast
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import WellcondWarning, check_positive_integer, checked
 from wellcond.runtime.tracing import has_saved_tensor_hooks, is_repeated, is_transformed
-from wellcond.runtime.warning import WellcondWarning
 
 _COUNTS = ("steps", "failed_refreshes", "recomputes")
 
