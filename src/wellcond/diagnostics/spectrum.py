@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import warnings
 from collections import Counter
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.diagnostics.passes import left_as_found
+from wellcond.diagnostics.passes import batches_on_device, check_where, layers_of, left_as_found
 from wellcond.diagnostics.tables import axes_for, table
-from wellcond.layouts import Layer, Layout, UnknownInputError, find_layers
+from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.layouts.rows import input_pieces, row_pieces
 from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
-from wellcond.runtime.models import Call, device_of, moved, unwrapped
+from wellcond.runtime.models import Call, run_on, unwrapped
 from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
@@ -413,19 +412,11 @@ def feature_spectrum(
         check_positive_integer("max_batches", max_batches)
     inner = unwrapped(model)
     moments = {name: _Moments(layer, max_dim, sketch, precision) for name, layer in _measured(inner, where).items()}
-    device = device_of(inner)
     batches = 0
     with left_as_found(inner), torch.no_grad(), _watched(moments.values()):
-        for batch in itertools.islice(loader, max_batches):
+        for batch in batches_on_device(inner, loader, max_batches):
             batches += 1
-            batch = moved(batch, device)
-            if call is not None:
-                call(inner, batch)
-                continue
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            inner(**inputs) if isinstance(inputs, Mapping) else inner(inputs)
-    if batches == 0:
-        raise ValueError("the loader gave no batch")
+            run_on(inner, batch, call)
     found = {name: own.result(name, centred) for name, own in moments.items() if own.seen}
     missed = ", ".join(
         f"{name!r}{f' (of whose inputs nothing is known: {own.unknown})' if own.unknown else ''}"
@@ -441,15 +432,10 @@ def feature_spectrum(
 
 def _measured(model: nn.Module, where: Predicate | None) -> dict[str, Layer]:
     """Return the layers whose rows are defined, by the module's name, or the weight's where a module has several."""
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a predicate of (module name, module), got {where!r}")
-    layers = find_layers(model)
-    if layers.lazy:
-        names = ", ".join(map(repr, layers.lazy))
-        raise ValueError(f"{names} is known only after its first forward pass: run the model once")
+    check_where(where)
     possible = [
         layer
-        for layer in layers
+        for layer in layers_of(model)
         if layer.layout.kind in ("linear", "conv") and type(layer.layout).rows is not Layout.rows
     ]
     if not possible:

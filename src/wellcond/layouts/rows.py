@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wellcond.layouts.layers import Layer
 from wellcond.numerics.patches import patch_rows
+from wellcond.numerics.pieces import in_pieces
 
 # Rows are laid out for about this many numbers at a time.
 _CHUNK = 1 << 22
@@ -28,7 +29,7 @@ def input_pieces(layer: Layer, inputs: tuple[Any, ...]) -> Iterator[tuple[int, T
     if window is not None:
         padded = layer.layout.padded(layer.module, *inputs)
         per_sample = padded[:1].numel() * window.taps
-        for part in padded.split(max(1, _CHUNK // max(per_sample, 1))):
+        for part in in_pieces(padded, per_sample, _CHUNK):
             yield 0, patch_rows(part, window)
         return
     rows = layer.rows(*inputs)
@@ -40,4 +41,4 @@ def input_pieces(layer: Layer, inputs: tuple[Any, ...]) -> Iterator[tuple[int, T
 
 def row_pieces(rows: Tensor) -> Iterator[Tensor]:
     """Cut rows [g, n, d] along n, for sums in another dtype."""
-    yield from rows.split(max(1, _CHUNK // max(rows.shape[0] * rows.shape[2], 1)), dim=1)
+    yield from in_pieces(rows, rows.shape[0] * rows.shape[2], _CHUNK, dim=1)

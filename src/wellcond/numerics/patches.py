@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wellcond.numerics.pieces import in_pieces
 from wellcond.runtime.autocast import without_autocast
-
-# Temporaries hold about this many numbers: a large batch is summed in pieces.
-CHUNK = 1 << 24
 
 # From this width on, only the strips of a symmetric sum that reach its diagonal are computed, in `_moment_by_rows`.
 _WIDE = 512
@@ -251,10 +249,8 @@ def _crop(padded: Tensor, window: Window) -> tuple[Tensor, Window]:
 
 
 def _chunks(padded: Tensor, per_sample: int) -> tuple[Tensor, ...]:
-    """Split an input along its batch axis into pieces of about CHUNK temporary numbers, given those of one sample."""
-    if padded.numel() == 0:
-        return ()
-    return torch.split(padded, max(1, CHUNK // max(1, per_sample)))
+    """Split an input along its batch axis, given the temporary numbers of one sample; an empty one has no piece."""
+    return in_pieces(padded, per_sample) if padded.numel() else ()
 
 
 def _line(padded: Tensor, groups: int, tail: int) -> Tensor:
@@ -369,7 +365,7 @@ def _tap_gram(line: Tensor, plan: _TapPlan) -> Tensor:
         span = _BLOCK + stop - start
         index = _constant(wanted, torch.int64, line.device)
         parts = []
-        for part in line.split(max(1, CHUNK // (blocks * _BLOCK * span))):
+        for part in in_pieces(line, blocks * _BLOCK * span):
             # Blocks are views; those of the second factor overlap. The groups' blocks are one after the other, and the
             # last ones, of the tail alone, are left out.
             size = part.shape[0]

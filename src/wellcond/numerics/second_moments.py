@@ -1,4 +1,8 @@
-"""Second moments of rows that come in pieces: whole, or sketched where they are too wide to keep."""
+"""Second moments of rows that come in pieces.
+
+`Covariance` merges what several parts of the data have as covariance. `SecondMoment` sums rows in float64, whole or
+sketched where the matrix is too wide to keep.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.numerics.linalg import nystrom
+from wellcond.numerics.low_rank import nystrom
+from wellcond.runtime.ranks import Ranks
 
 
 class Eigenvalues(NamedTuple):
@@ -127,9 +132,9 @@ class WholeMoment(SecondMoment):
 class SketchedMoment(SecondMoment):
     """Too wide matrices: their products with a few fixed directions, and their traces.
 
-    The eigenvalues are those of the Nyström approximation N of M (`wellcond.numerics.linalg.nystrom`). As M − N has no
-    negative eigenvalue and a trace that is known, λᵢ(N) ≤ λᵢ(M) ≤ λᵢ(N) + tr(M − N); N = M where the rank of M is at
-    most that of the sketch.
+    The eigenvalues are those of the Nyström approximation N of M (`wellcond.numerics.low_rank.nystrom`). As M − N
+    has no negative eigenvalue and a trace that is known, λᵢ(N) ≤ λᵢ(M) ≤ λᵢ(N) + tr(M − N); N = M where the rank of M
+    is at most that of the sketch.
 
     Args:
         groups: How many matrices.
@@ -163,3 +168,38 @@ class SketchedMoment(SecondMoment):
         _, values, _ = nystrom(product.cpu(), self._basis.cpu(), trace.cpu())
         found: list[float] = values.tolist()
         return found
+
+
+class Covariance(NamedTuple):
+    """How rows are distributed, in each of several groups.
+
+    Attributes:
+        number: How many rows are behind it, a scalar tensor.
+        mean: μ, shape [groups, d]; zero where second moments are meant.
+        covariance: E[(o − μ)(o − μ)ᵀ], shape [groups, d, d].
+    """
+
+    number: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+    def merged(self, other: Covariance) -> Covariance:
+        """Return the covariance of both sets of rows together, about their common mean."""
+        count = self.number + other.number
+        share = torch.where(count > 0, other.number / count, 0.0)
+        apart = other.mean - self.mean
+        between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * (1 - share))
+        return Covariance(
+            count,
+            torch.lerp(self.mean, other.mean, share),
+            torch.lerp(self.covariance, other.covariance, share) + between,
+        )
+
+    def over_ranks(self, ranks: Ranks) -> Covariance:
+        """Return the covariance of all ranks' rows together."""
+        count, mean = self.number.clone(), self.mean * self.number
+        ranks.add([count, mean])
+        mean = mean / count.clamp_min(1)
+        apart = self.mean - mean
+        covariance = ranks.total((self.covariance + apart.unsqueeze(-1) * apart.unsqueeze(-2)) * self.number)
+        return Covariance(count, mean, covariance / count.clamp_min(1))

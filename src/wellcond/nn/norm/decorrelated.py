@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.nn.functional.fusion import Unfusible
-from wellcond.nn.functional.group_whitening import group_covariance, group_width, in_format_of, map_groups, zca
+from wellcond.nn.functional.group_whitening import group_covariance, group_width, in_format_of, map_groups
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.numerics.moments import Moments, ghost_sizes, positions, statistics_dtype
+from wellcond.numerics.zca import zca
 from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
