@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from wellcond.layouts.layers import Layer
-from wellcond.numerics.patches import patch_rows
 from wellcond.numerics.pieces import in_pieces
+from wellcond.numerics.windows import patch_rows
 
 # Rows are laid out for about this many numbers at a time.
 _CHUNK = 1 << 22

@@ -27,3 +27,8 @@ def in_pieces(tensor: Tensor, numbers: int, at_most: int | None = None, dim: int
     """
     most = CHUNK if at_most is None else at_most
     return tensor.split(max(1, most // max(1, numbers)), dim)
+
+
+def samples_in_pieces(padded: Tensor, per_sample: int) -> tuple[Tensor, ...]:
+    """Split an input along its batch axis, given the temporary numbers of one sample; an empty one has no piece."""
+    return in_pieces(padded, per_sample) if padded.numel() else ()

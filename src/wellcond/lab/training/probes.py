@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wellcond.diagnostics import disparity, feature_spectrum
-from wellcond.diagnostics.spectrum import Spectrum
+from wellcond.diagnostics.spectra import Spectrum
 from wellcond.lab.methods.norms import trained_norm
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.tasks.base import SeedData

@@ -14,7 +14,7 @@ from wellcond.nn.norm.buffers import KeptStatistics
 from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, geometry_of, with_parameters
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.numerics.newton_schulz import newton_schulz_root
-from wellcond.numerics.patches import Window, patch_rows
+from wellcond.numerics.windows import Window, patch_rows
 from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked, checks_itself, is_finite_number, shown
 
