@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import PastStatistics, StatisticsNorm
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.history import PastStatistics
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.numerics.moments import Moments, instance_and_ghost_moments, positions, statistics_dtype
 from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on, samples_of

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Passed, Seen, training_pass
 from wellcond.layouts import Layer, find_layers
-from wellcond.nn.norm.base import PastStatistics
+from wellcond.nn.norm.history import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate
 from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
