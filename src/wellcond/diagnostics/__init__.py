@@ -1,4 +1,4 @@
-"""Read-only probes: what a model's features, gradients and normalizations are like."""
+"""Read-only probes of a model's features, gradients and normalizations."""
 
 from wellcond.diagnostics._disparity import Disparity, LayerDisparity, disparity
 from wellcond.diagnostics._landscape import Landscape, landscape

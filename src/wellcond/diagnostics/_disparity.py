@@ -1,4 +1,4 @@
-"""How far evaluation's normalization is from training's: the disparity of batch normalizations (thesis 3.23)."""
+"""Measures the distance between training's and evaluation's normalization (thesis 3.23)."""
 
 from __future__ import annotations
 

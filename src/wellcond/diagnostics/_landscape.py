@@ -1,4 +1,4 @@
-"""Loss and gradient along a step: what the landscape is like where the optimizer goes."""
+"""Measures the loss and its gradient at several distances along the optimizer's step."""
 
 from __future__ import annotations
 

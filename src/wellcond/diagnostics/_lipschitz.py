@@ -1,4 +1,4 @@
-"""How smooth the loss is in the weights, with and without centralization (thesis 4.8)."""
+"""Measures the smoothness of the loss in the weights, with and without centralization (thesis 4.8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What centralization takes out of gradients, over batches or over iterations (thesis figure 4.5)."""
+"""Measures the part of gradients that centralization removes, by batch or by iteration (thesis figure 4.5)."""
 
 from __future__ import annotations
 

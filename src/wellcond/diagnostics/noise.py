@@ -1,4 +1,4 @@
-"""How noisy the statistics of batches are, and how close that is to the laws of the theory (thesis 2.2, figure 2.1)."""
+"""Measures the noise of batch statistics and compares it with the laws of the theory (thesis 2.2, figure 2.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes that diagnostics make: which layers, over which batches, and the model left as it was found."""
+"""Passes over data for the diagnostics: they choose layers, run the model and leave it as it was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means of weight rows, at initialisation and after training (thesis figure 4.4)."""
+"""Measures the means of weight rows, at initialisation and after training (thesis figure 4.4)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wellcond.numerics.newton_schulz import converged_inverse_root
-from wellcond.numerics.symmetric import positive_or_one, symmetric, symmetric_from_lower
+from wellcond.numerics.symmetry import positive_or_one, symmetric, symmetric_from_lower
 
 DampingMode = Literal["relative", "absolute"]
 Solver = Literal["auto", "eigh", "newton_schulz", "cholesky"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wellcond.numerics.linalg import DampingMode, check_damping, damped_eigenvalues, try_eigh
-from wellcond.numerics.symmetric import positive_or_one, symmetric
+from wellcond.numerics.symmetry import positive_or_one, symmetric
 
 
 def nystrom(product: Tensor, basis: Tensor, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Means and variances of features: of each instance from one pass, and of batches, layers and groups from those."""
+"""Means and variances of features: one pass gives each instance's; batches', layers' and groups' follow."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from wellcond.numerics.symmetric import symmetric
+from wellcond.numerics.symmetry import symmetric
 from wellcond.runtime.checks import check_positive_integer
 
 _NEWTON_SCHULZ_STEPS = 40

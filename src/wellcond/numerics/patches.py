@@ -1,4 +1,4 @@
-"""Sums over the patches that a convolution's kernel sees, without laying the patches out where that can be avoided.
+"""Sums over the patches that a convolution reads; patches are laid out only where that is cheaper.
 
 A patch is what one output position reads: a window over the padded input. Neighbouring windows read the same values, so
 most sums of products over patches are sums of products over the input, each counted as often as windows read it.

@@ -1,4 +1,4 @@
-"""Frozen batch normalizations, which are no `nn.BatchNorm*`, and what else only looks like one."""
+"""Finds frozen batch normalizations of other libraries, and layers that only look like one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's layers with an activation: a normalization of any kind, and then what `BatchNormAct2d` does."""
+"""timm's layers with an activation: they normalize, drop and activate, as `BatchNormAct2d` does, in any kind."""
 
 from __future__ import annotations
 

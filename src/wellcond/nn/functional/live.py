@@ -1,4 +1,4 @@
-"""Moments, and normalization by them, with gradients through what is computed from the one for the other.
+"""Normalizes with moments that layers combine by plain operations, and differentiates through them.
 
 For layers that combine the moments of instances, layers, batches or earlier layers: they do so by plain operations on
 [N, C], and both passes over the features stay those of batch normalization.

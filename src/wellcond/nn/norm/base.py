@@ -1,4 +1,4 @@
-"""What the layers that stand in for `nn.BatchNorm*` share: which statistics a batch has, and what is kept of them."""
+"""The base of the layers that stand in for `nn.BatchNorm*`: it takes a batch's statistics and keeps running ones."""
 
 from __future__ import annotations
 

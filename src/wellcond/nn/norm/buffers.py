@@ -1,4 +1,4 @@
-"""Statistics that keep their precision when a module is cast, and that a repeated forward pass leaves alone."""
+"""Buffers of statistics: they keep their precision when a module is cast."""
 
 from __future__ import annotations
 

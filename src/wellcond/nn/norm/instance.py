@@ -1,4 +1,4 @@
-"""Evaluation with statistics predicted for each instance from its own: what BSR and EvalNorm share."""
+"""The base of BSR and EvalNorm: evaluation predicts statistics for each instance from the instance's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Iterative Normalization: the whitening of Decorrelated Batch Normalization by Newton's iteration, cut short."""
+"""Iterative Normalization whitens the channels of a batch by a few steps of Newton's iteration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Momentum Batch Normalization (thesis ch. 2): training, too, normalizes with a moving average of statistics."""
+"""Momentum Batch Normalization (thesis ch. 2): training normalizes with a moving average of statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch Renormalization (Ioffe, 2017): training outputs are pulled toward what evaluation would give, within bounds."""
+"""Batch Renormalization (Ioffe, 2017): training outputs follow evaluation's, within bounds."""
 
 from __future__ import annotations
 

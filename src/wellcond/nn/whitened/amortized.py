@@ -1,4 +1,4 @@
-"""Linear maps between constants that are renewed now and then from statistics: what WNN, GWNN and EigenNet share.
+"""The base of WNN, GWNN and EigenNet: a linear map between constants that are renewed from statistics.
 
 Such a layer multiplies its weight by matrices that are constants to the gradient. Statistics for them are taken every
 few steps, the matrices renewed more rarely, and the whole is one linear map: a forward pass costs a plain layer's and

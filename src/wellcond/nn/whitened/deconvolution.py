@@ -1,4 +1,4 @@
-"""Network Deconvolution: a convolution that whitens the patches it reads, and not only centres and scales channels."""
+"""Network Deconvolution: a convolution that whitens the patches it reads."""
 
 from __future__ import annotations
 

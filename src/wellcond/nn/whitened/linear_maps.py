@@ -1,4 +1,4 @@
-"""Layers with amortized constants as linear layers and as convolutions, made from plain ones and made plain again."""
+"""Amortized layers as linear layers and as convolutions; plain layers become them, and they become plain."""
 
 from __future__ import annotations
 

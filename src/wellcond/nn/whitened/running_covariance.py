@@ -1,4 +1,4 @@
-"""Moving averages of covariances, which wait for their ranks and stay in float32."""
+"""Moving averages of covariances: they wait to be summed over ranks, and stay in float32."""
 
 from __future__ import annotations
 

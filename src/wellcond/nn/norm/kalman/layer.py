@@ -1,4 +1,4 @@
-"""Kalman Normalization: a micro-batch's statistics, filtered with what the layers before it let expect."""
+"""Kalman Normalization filters a micro-batch's statistics with a prediction from the layers before it."""
 
 from __future__ import annotations
 
