@@ -1,7 +1,7 @@
 """Make neural networks train better from the statistics of their features and gradients."""
 
 from wellcond import diagnostics, nn, optim, theory
-from wellcond.calibration.calibrate import calibrate, calibrated
+from wellcond.calibration.models import calibrate, calibrated
 from wellcond.layouts import Layout, register_layout
 from wellcond.transforms import (
     Attachment,

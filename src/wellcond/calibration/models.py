@@ -1,4 +1,4 @@
-"""Statistics for a model that is trained already, from one pass over data at the batch size it was trained with."""
+"""Calibrates a trained model: one pass over data gives its norms statistics at the training batch size."""
 
 from __future__ import annotations
 
