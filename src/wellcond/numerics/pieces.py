@@ -26,7 +26,8 @@ def in_pieces(tensor: Tensor, numbers: int, at_most: int | None = None, dim: int
         [2, 2, 1]
     """
     most = CHUNK if at_most is None else at_most
-    return tensor.split(max(1, most // max(1, numbers)), dim)
+    found: tuple[Tensor, ...] = tensor.split(max(1, most // max(1, numbers)), dim)
+    return found
 
 
 def samples_in_pieces(padded: Tensor, per_sample: int) -> tuple[Tensor, ...]:
