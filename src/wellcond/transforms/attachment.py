@@ -26,6 +26,7 @@ from wellcond.transforms.base import (
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
+from wellcond.transforms.names import named
 from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
@@ -39,7 +40,7 @@ from wellcond.transforms.wrappers import inner_optimizer, usable_optimizer
 def attach(
     optimizer: Optimizer,
     model: nn.Module,
-    *transforms: GradientTransform,
+    *transforms: GradientTransform | str,
     weight_decay: WeightDecayKind = "auto",
     synchronize: bool | dist.ProcessGroup = True,
 ) -> Attachment:
@@ -53,7 +54,8 @@ def attach(
         optimizer: Any ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Fabric's, Accelerate's, Lookahead,
             SAM): the optimizer inside, which takes the steps, is attached to.
         model: The model whose parameters it trains, also wrapped (DDP, FSDP2, ``torch.compile``).
-        *transforms: At least one; each kind once per optimizer.
+        *transforms: At least one; each kind once per optimizer. A name (``"centralization"``, ``"whitening"``,
+            ``"descent"``) is the transform of that name with its default options.
         weight_decay: How the optimizer applies weight decay: ``"coupled"`` (adds λw to the gradient), ``"decoupled"``
             (shrinks the weight), or ``"auto"``: known for torch's own optimizers and for those whose parameter groups
             say it (``decoupled_weight_decay``, ``weight_decouple``).
@@ -80,8 +82,11 @@ def attach(
         0.bias    (8,)    unchanged
         2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
         2.bias    (2,)    unchanged
+        in all: 2 of 4 parameters, 0 B kept
+        >>> wellcond.attach(optimizer, model, "whitening").stats()["whitening"]["weights"]
+        2
     """
-    return Attachment(optimizer, model, transforms, weight_decay, synchronize)
+    return Attachment(optimizer, model, named(transforms), weight_decay, synchronize)
 
 
 def attachments(optimizer: object) -> list[Attachment]:

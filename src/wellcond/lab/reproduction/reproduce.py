@@ -18,9 +18,9 @@ from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
 from wellcond.lab.report.results import collect_results, rounded
 from wellcond.lab.reproduction.panels import ScaledPanel
-from wellcond.lab.reproduction.recipe import PanelTable, Recipe, Scale
+from wellcond.lab.reproduction.recipe import PanelTable, Recipe
 from wellcond.lab.runs.records import RunStore
-from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.settings import Scale, Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import find_layout, open_task
 from wellcond.lab.training.progress import RunProgress
@@ -163,11 +163,8 @@ def reproduce(
         LabError: If a panel's settings do not fit its data.
         RunFailedError: If a run fails; the finished ones are kept.
     """
-    for panel, asked in zip(panels, settings, strict=True):
-        # All of them before the first is run, which may take days.
-        with _naming(panel):
-            find_layout(asked.data)
     shelf = TaskShelf()
+    _check(panels, settings, shelf)
     results = []
     for panel, asked in zip(panels, settings, strict=True):
         with _naming(panel):
@@ -176,6 +173,21 @@ def reproduce(
         comparison = run_comparison(plan, store, progress, equal_time=recipe.equal_time)
         results.append(panel_results(recipe, panel, comparison))
     return tuple(results)
+
+
+def _check(panels: Sequence[ScaledPanel], settings: Sequence[Settings], shelf: TaskShelf) -> None:
+    """Look at every panel's data and settings before the first is run, which may take days."""
+    for panel, asked in zip(panels, settings, strict=True):
+        with _naming(panel):
+            find_layout(asked.data)
+    checked = None
+    for panel, asked in zip(panels, settings, strict=True):
+        with _naming(panel):
+            task = shelf.open(asked)
+            make_plan(asked, task)
+            if task is not checked:
+                task.check_files()
+            checked = task
 
 
 @contextmanager

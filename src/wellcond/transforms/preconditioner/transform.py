@@ -447,6 +447,7 @@ class FeatureDescent(FeaturePreconditioner):
         descent over SGD
         weight  (2, 4)  preconditioned, dense 5 × 5  200 B
         bias    (2,)    together with weight
+        in all: 2 of 2 parameters, 200 B kept
     """
 
     name: ClassVar[str] = "descent"
