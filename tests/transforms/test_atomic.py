@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import types
 from collections.abc import Iterator
@@ -81,11 +82,13 @@ class _Stopping:
         self.at, self.calls, self.name = at, 0, ""
 
     def __enter__(self) -> _Stopping:
+        gc.disable()  # nothing can be raised in what the collector calls
         sys.setprofile(self._called)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        gc.enable()
 
     def _called(self, frame: types.FrameType, event: str, argument: Any) -> None:
         name = frame.f_globals.get("__name__", "")

@@ -246,7 +246,10 @@ class Attachment:
             warnings.warn(f"the parameter groups have changed: {wrong}", WellcondWarning, stacklevel=2)
         if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
             had_weights = any(self._slots.values())
+            before = {slot for slots in self._slots.values() for slot in slots}
             self._find_weights(optimizer)
+            # The passes of this step were before them.
+            self._observer.excuse(slot for slots in self._slots.values() for slot in slots if slot not in before)
             if had_weights and not any(self._slots.values()):
                 warnings.warn(
                     f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "

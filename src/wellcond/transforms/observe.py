@@ -297,6 +297,10 @@ class Observer:
 
     # steps ----------------------------------------------------------------------------------------------------------
 
+    def excuse(self, slots: Iterable[Slot]) -> None:
+        """Do not miss the inputs of some slots in the coming `collect`."""
+        self._empty.update(slots)
+
     def collect(self, ranks: Ranks) -> list[Slot]:
         """Put what counts of this step's calls into ``pending`` of each slot, summed over ranks.
 
