@@ -98,3 +98,66 @@ class TestEveryNamedOptimizer:
 def test_options_of_torchs_optimizer_reach_it() -> None:
     assert FSGD(net(), lr=0.1, nesterov=True).param_groups[0]["nesterov"] is True
     assert WAdam(net(), lr=0.1, amsgrad=True).param_groups[0]["amsgrad"] is True
+
+
+def written_out(base: str, model: nn.Sequential, steps: int, every: int, solve_every: int) -> Tensor:
+    """Algorithms 5 and 6 (p = 1), and 8 (p = 1/2), on the two linear layers, in float64 and one step at a time.
+
+    X Xᵀ is taken per row, the bias is a further input that is 1, and steps count from 0, so that the first matrix is
+    that of the first batch. The base's own step is torch's.
+    """
+    layers = [model[0], model[2]]
+    optimizer: torch.optim.Optimizer
+    if base in ("FSGD", "WSGDM"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.01)
+    moments = [torch.zeros(layer.in_features + 1, layer.in_features + 1, dtype=torch.float64) for layer in layers]
+    matrices = list(moments)
+    weight = 0.0
+    for step in range(steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        hidden = model[0](x).relu()
+        model[2](hidden).square().mean().backward()
+        if step % every == 0:
+            weight = 0.95 * weight + 0.05
+        for place, (layer, rows) in enumerate(zip(layers, (x, hidden.detach()), strict=True)):
+            rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+            if step % every == 0:
+                moments[place] = 0.95 * moments[place] + 0.05 * rows.T @ rows / len(rows)
+            if step % solve_every == 0:
+                values, vectors = torch.linalg.eigh(moments[place] / weight)
+                powers = 1 / (values + 0.1) if base.startswith("F") else (values + 1e-3 * values.max()).rsqrt()
+                matrices[place] = vectors @ torch.diag(powers) @ vectors.T
+            assert layer.weight.grad is not None
+            assert layer.bias.grad is not None
+            gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+            changed = gradient @ matrices[place]
+            changed = changed * gradient.norm() / changed.norm()
+            layer.weight.grad.copy_(changed[:, :-1])
+            layer.bias.grad.copy_(changed[:, -1])
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("named", [FSGD, WSGDM, FAdam, WAdam])
+def test_as_published_is_the_printed_algorithm(named: Any) -> None:
+    """The intervals are given, so that 9 steps have them; they go before the published 50 and 500."""
+    model, reference = net(), net()
+    optimizer = named(model, lr=0.05, weight_decay=0.01, as_published=True, stats_every=2, solve_every=6)
+    found = train(model, optimizer, steps=9)
+    expected = written_out(named.__name__, reference, 9, 2, 6)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("named", [FSGD, WSGDM, FAdam, WAdam])
+def test_as_published_has_the_sources_intervals_and_whole_second_moments(named: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8, 2000))
+    published, ours = named(model, lr=0.1, as_published=True), named(copy.deepcopy(model), lr=0.1)
+    (transform,) = published.attachment.transforms
+    assert (transform.stats_every, transform.solve_every, transform.solve_warmup) == (50, 500, False)
+    assert "dense 145 × 145" in str(published.attachment.report())
+    assert "channels 17 ⊗ taps 9" in str(ours.attachment.report())
+    with pytest.raises(TypeError, match="as_published must be True or False, got 1"):
+        named(net(), lr=0.1, as_published=1)

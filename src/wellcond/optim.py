@@ -1,5 +1,8 @@
 """Named optimizers: a torch optimizer plus one attached transform, nothing else.
 
+By default they take the library's form of the second moment and of the first solves; ``as_published=True`` takes the
+thesis's.
+
 Their signatures show the options of both by name, so that what builds them from a config file (LightningCLI, Hydra) can
 check these. A config that has only parameters and no model takes the torch optimizer and attaches the transform by a
 callback (`wellcond.integrations`).
@@ -19,6 +22,10 @@ from torch.optim.optimizer import ParamsT
 from wellcond.runtime.checks import checked, checks_itself
 from wellcond.transforms import Attachment, FeatureDescent, FeatureWhitening, GradientTransform, attach
 
+# What algorithms 5, 6 and 8 of the thesis do where the transforms' defaults do otherwise, and the intervals that its
+# experiments had; damping, statistics momentum and norm recovery are the transforms' defaults.
+_PUBLISHED: dict[str, Any] = {"second_moment": "dense", "solve_warmup": False, "stats_every": 50, "solve_every": 500}
+
 
 class _Attached:
     """Mixin of the named optimizers: options split between torch's optimizer and the transform."""
@@ -26,8 +33,10 @@ class _Attached:
     transform_type: type[GradientTransform]
     attachment: Attachment
 
-    def _attach(self, model: nn.Module, options: dict[str, Any]) -> None:
+    def _attach(self, model: nn.Module, options: dict[str, Any], as_published: bool) -> None:
         assert isinstance(self, torch.optim.Optimizer)
+        if as_published:
+            options = _PUBLISHED | options
         known = list(inspect.signature(self.transform_type).parameters)
         for option in options.keys() - known:
             near = difflib.get_close_matches(option, known, n=1)
@@ -98,11 +107,12 @@ class _FeatureSGD(_Attached, torch.optim.SGD):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         params: ParamsT | None = None,
+        as_published: bool = False,
         **feature_options: Any,
     ) -> None:
         of_torch, options = _split(torch.optim.SGD, feature_options)
         super().__init__(_parameters(model, params), lr=lr, momentum=momentum, weight_decay=weight_decay, **of_torch)
-        self._attach(model, options)
+        self._attach(model, options, as_published)
 
 
 class _FeatureAdamW(_Attached, torch.optim.AdamW):
@@ -118,16 +128,21 @@ class _FeatureAdamW(_Attached, torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         params: ParamsT | None = None,
+        as_published: bool = False,
         **feature_options: Any,
     ) -> None:
         of_torch, options = _split(torch.optim.AdamW, feature_options)
         super().__init__(_parameters(model, params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **of_torch)
-        self._attach(model, options)
+        self._attach(model, options, as_published)
 
 
 @_with_options_of(torch.optim.SGD)
 class FSGD(_FeatureSGD):
-    """Feature SGD: ``torch.optim.SGD`` over `wellcond.FeatureDescent` (thesis algorithm 5).
+    """Feature SGD: ``torch.optim.SGD`` over `wellcond.FeatureDescent`, after algorithm 5 of the thesis.
+
+    By default it is not that algorithm to the letter: wide second moments are factored (``second_moment="auto"``), and
+    the first matrices are solved early. ``as_published=True`` gives the algorithm. The same descent is known as FOOF
+    (Benzing, 2022).
 
     Args:
         model: The model; its layers' inputs are observed.
@@ -135,6 +150,9 @@ class FSGD(_FeatureSGD):
         momentum: Momentum.
         weight_decay: Coupled weight decay, added after the preconditioner.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
 
     Raises:
@@ -153,7 +171,10 @@ class FSGD(_FeatureSGD):
 
 @_with_options_of(torch.optim.SGD)
 class WSGDM(_FeatureSGD):
-    """W-SGDM: ``torch.optim.SGD`` over `wellcond.FeatureWhitening` (thesis chapter 6).
+    """W-SGDM: ``torch.optim.SGD`` over `wellcond.FeatureWhitening`, after algorithm 8 of the thesis.
+
+    By default it is not that algorithm to the letter: wide second moments are factored (``second_moment="auto"``), and
+    the first matrices are solved early. ``as_published=True`` gives the algorithm.
 
     Args:
         model: The model; its layers' inputs are observed.
@@ -161,6 +182,9 @@ class WSGDM(_FeatureSGD):
         momentum: Momentum.
         weight_decay: Coupled weight decay, added after the preconditioner.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.SGD`` (nesterov, foreach, …).
 
     Raises:
@@ -178,7 +202,11 @@ class WSGDM(_FeatureSGD):
 
 @_with_options_of(torch.optim.AdamW)
 class FAdam(_FeatureAdamW):
-    """Feature Adam: ``torch.optim.AdamW`` over `wellcond.FeatureDescent` (thesis algorithm 6).
+    """Feature Adam: ``torch.optim.AdamW`` over `wellcond.FeatureDescent`, after algorithm 6 of the thesis.
+
+    By default it is not that algorithm to the letter: wide second moments are factored (``second_moment="auto"``), and
+    the first matrices are solved early. ``as_published=True`` gives the algorithm, with AdamW's weight decay: the
+    printed one takes a λ and never uses it. This is not the FAdam of Hwang (2024), a natural-gradient variant of Adam.
 
     Args:
         model: The model; its layers' inputs are observed.
@@ -187,6 +215,9 @@ class FAdam(_FeatureAdamW):
         eps: Adam's ε.
         weight_decay: Decoupled weight decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureDescent`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
 
     Raises:
@@ -204,7 +235,10 @@ class FAdam(_FeatureAdamW):
 
 @_with_options_of(torch.optim.AdamW)
 class WAdam(_FeatureAdamW):
-    """W-Adam: ``torch.optim.AdamW`` over `wellcond.FeatureWhitening` (thesis chapter 6).
+    """W-Adam: ``torch.optim.AdamW`` over `wellcond.FeatureWhitening`, after algorithm 8 of the thesis.
+
+    By default it is not that algorithm to the letter: wide second moments are factored (``second_moment="auto"``), and
+    the first matrices are solved early. ``as_published=True`` gives the algorithm.
 
     Args:
         model: The model; its layers' inputs are observed.
@@ -213,6 +247,9 @@ class WAdam(_FeatureAdamW):
         eps: Adam's ε.
         weight_decay: Decoupled weight decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
+        as_published: Take the algorithm as printed: whole second moments (``second_moment="dense"``) every 50 steps,
+            factorized after the first batch and every 500 steps (``solve_warmup=False``). Options that are given go
+            before these. Time and memory then grow with the cube and the square of a layer's width.
         **feature_options: Options of `wellcond.FeatureWhitening`, or of ``torch.optim.AdamW`` (amsgrad, fused, …).
 
     Raises:

@@ -58,25 +58,33 @@ def as_population(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: T
     return (x - mean) / (var + layer.eps) ** 0.5
 
 
-# What each layer evaluates an instance with, of the instance's own mean and variance [N, C] and the buffers.
-Estimates = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+# What each layer evaluates an instance with, of the buffers, the instance's own mean and variance [N, C], and over how
+# many positions these are.
+Estimates = Callable[[dict[str, Tensor], Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def running(state: dict[str, Tensor], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def running(state: dict[str, Tensor], mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
     return state["running_mean"].expand_as(mean), state["running_var"].expand_as(var)
 
 
-def regressed(state: dict[str, Tensor], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def regressed(state: dict[str, Tensor], mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
     alpha, beta = state["mean_weights"], state["var_weights"]
     off = (mean - state["running_mean"]) ** 2
     return alpha[:, 0] * mean + alpha[:, 1], beta[:, 0] * var + beta[:, 1] * off + beta[:, 2]  # (3.9)
 
 
-def mixed(state: dict[str, Tensor], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(state: dict[str, Tensor], mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
     alpha, beta = state["mean_mixture"], state["var_mixture"]
     off = (mean - state["running_mean"]) ** 2
     f_mean = alpha * mean + (1 - alpha) * state["running_mean"]  # (3.6)
-    return f_mean, beta * var + (1 - beta) * state["running_var"] + beta * (1 - beta) * off  # (3.7)
+    return f_mean, beta * var + (1 - beta) * state["running_var"] + beta * (1 - beta) * off  # (3.6)
+
+
+def mixed_with_finite_rest(state: dict[str, Tensor], mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+    f_mean, f_var = mixed(state, mean, var, elements)
+    beta = state["var_mixture"]
+    # (3.7): −(1 − β)²σ²/n, where the rest has n = hw(m − 1) values and β = 1/m.
+    return f_mean, f_var - beta * (1 - beta) * state["running_var"] / elements
 
 
 # The weight of a batch of so many samples in the running statistics; `state` counts the batches before it.
@@ -254,7 +262,7 @@ KINDS: dict[str, Kind] = {
     "renorm closed": Kind("BatchRenorm", {"r_max": 1.0, "d_max": 0.0}, as_renorm),
     "renorm ghost": Kind("BatchRenorm", {"group_size": 2}, as_renorm),
     "evalnorm": Kind("EvalNorm", estimates=mixed),
-    "evalnorm fixed": Kind("EvalNorm", {"learn": False}, estimates=mixed),
+    "evalnorm fixed": Kind("EvalNorm", {"learn": False}, estimates=mixed_with_finite_rest),
     "evalnorm ghost": Kind("EvalNorm", {"group_size": 2}, estimates=mixed),
     "population": Kind("PopulationNorm", {"momentum": 0.3}, as_population, factor=population_factor),
     "instance-batch": Kind("InstanceBatchNorm", whole=splitting, dims=(2,)),
@@ -364,7 +372,7 @@ def evaluated(kind: Kind, layer: nn.Module, x: Tensor) -> Tensor:
     flat = x.reshape(*x.shape[:2], -1)
     if kind.whole is not None:
         return with_affine(layer, kind.whole(layer, state, flat, None).reshape(x.shape))
-    mean, var = kind.estimates(state, flat.mean(2), flat.var(2, correction=0))
+    mean, var = kind.estimates(state, flat.mean(2), flat.var(2, correction=0), flat.shape[2])
     y = (flat - mean.unsqueeze(2)) / (var.unsqueeze(2) + layer.eps) ** 0.5
     return with_affine(layer, y.reshape(x.shape))
 

@@ -84,13 +84,15 @@ def constant(layer: Any) -> Statistics:
     return lambda x_s, c: (layer.running_mean[c], layer.running_var[c])
 
 
-def mixed(layer: Any, alpha: Tensor, beta: Tensor) -> Statistics:
-    """Return 3.6 and 3.7."""
+def mixed(layer: Any, alpha: Tensor, beta: Tensor, m: int | None = None) -> Statistics:
+    """Return 3.6, with 3.7 if the rest of the batch has m − 1 instances; None: as many as the population."""
 
     def statistics(x_s: Tensor, c: int) -> tuple[Tensor, Tensor]:
         mean, var = layer.running_mean[c], layer.running_var[c]
         mean_s, var_s = x_s.mean(), x_s.var(correction=0)
         between = beta * (1 - beta) * (mean_s - mean) ** 2
+        if m is not None:
+            between = between - (1 - beta) ** 2 * var / (len(x_s) * (m - 1))
         return alpha * mean_s + (1 - alpha) * mean, beta * var_s + (1 - beta) * var + between
 
     return statistics
@@ -127,7 +129,7 @@ def test_each_kind_equals_the_loop(m: int, norm: Callable[[int], nn.Module]) -> 
     for name, seen in inputs.items():
         layer = model.get_submodule(name)
         share = torch.tensor(1 / m, dtype=torch.float64)
-        expected: dict[str, Statistics] = {"ema": constant(layer), "evalnorm_fixed": mixed(layer, share, share)}
+        expected: dict[str, Statistics] = {"ema": constant(layer), "evalnorm_fixed": mixed(layer, share, share, m)}
         if isinstance(layer, EvalNorm2d):
             expected["evalnorm"] = mixed(layer, layer.mean_mixture, layer.var_mixture)
         if isinstance(layer, BSRBatchNorm2d):

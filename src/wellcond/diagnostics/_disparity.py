@@ -15,6 +15,7 @@ from wellcond.calibration.replay import Seen, double_of, named_batch_norms
 from wellcond.diagnostics.passes import check_reached, listed, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
+from wellcond.nn.norm.evalnorm import mixed_moments
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
@@ -238,7 +239,7 @@ class _Sums:
         mean, var = mean.to(wide), var.to(wide)
         own_mean, own_var = (part.to(wide).repeat_interleave(seen.rows, 0) for part in seen.batches[:2])
         scale = torch.rsqrt(own_var + self._layer.eps)
-        for kind, (predicted_mean, predicted_var) in self._predictions(mean, var, seen.rows).items():
+        for kind, (predicted_mean, predicted_var) in self._predictions(mean, var, positions, seen.rows).items():
             predicted_scale = torch.rsqrt(predicted_var + self._layer.eps)
             # The difference is affine in x, so its mean and variance over the positions follow from those of x.
             shift = scale * (mean - own_mean) - predicted_scale * (mean - predicted_mean)
@@ -257,20 +258,19 @@ class _Sums:
         )
         return LayerDisparity(norm, rms, self._positions / self._calls, self.batches)
 
-    def _predictions(self, mean: Tensor, var: Tensor, rows: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def _predictions(self, mean: Tensor, var: Tensor, positions: int, rows: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return f_μ and f_σ, [N, C], of each kind of evaluation that the layer has."""
         layer = self._layer
         assert layer.running_mean is not None
         assert layer.running_var is not None
         long_mean, long_var = layer.running_mean.to(mean.dtype), layer.running_var.to(mean.dtype)
-        share = 1.0 / rows
-        between = share * (1 - share) * (mean - long_mean).square()
+        running, share = (long_mean, long_var), 1.0 / rows
         found = {
-            "ema": (long_mean, long_var),
+            "ema": running,
             # (3.6, 3.7) with α = β = 1/m.
-            "evalnorm_fixed": (torch.lerp(long_mean, mean, share), torch.lerp(long_var, var, share) + between),
+            "evalnorm_fixed": mixed_moments((mean, var), running, (share, share), positions),
         }
         if isinstance(layer, InstanceInference):
             kind = "bsr" if isinstance(layer, BSRBatchNorm) else "evalnorm"
-            found[kind] = layer.predict(mean, var)
+            found[kind] = layer.predict(mean, var, positions)
         return found

@@ -316,6 +316,8 @@ class Attachment:
                 slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
                 frozen = not weight.requires_grad and weight.grad is None
                 refrozen |= frozen is not slot.frozen
+                if slot.frozen and not frozen and slot.failure is None:
+                    slot.coverage = transform.cover_shared(slot.uses)  # its bias may be trained again, too
                 slot.frozen = frozen
                 slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
                 if slot.frozen and slot.state:
@@ -378,6 +380,10 @@ class Attachment:
         if not step.refreshed:
             step.refreshed = True
             self._refresh(optimizer)
+            if step.closure:
+                self._observer.pause()
+            else:
+                self._observer.update(stepped=True)
         for transform in self.transforms:
             transform.update(self._with_gradient(transform))
 
@@ -391,8 +397,6 @@ class Attachment:
             transform.refresh(self._covered(transform), ranks)
             for slot in self._slots[transform.name]:
                 slot.pending = None
-        # Further forward passes of this step's closure (line searches) are not observed again.
-        self._observer.update(stepped=True)
 
     @torch.no_grad()
     def _stand_in(self) -> None:
@@ -401,12 +405,14 @@ class Attachment:
         if optimizer is not None:
             self._observer.forget()
             self._refresh(optimizer)
+            self._observer.update(stepped=True)
 
     @torch.no_grad()
     def step_is_done(self, optimizer: Optimizer) -> None:
         """Correct the weights, and show the state beside the optimizer's own."""
         for transform in reversed(self.transforms):
             transform.finish(self._covered(transform))
+        self._observer.resume()
         self._published.show(optimizer, self._all_slots(), after_step=True)
 
     def _with_gradient(self, transform: GradientTransform) -> list[Slot]:

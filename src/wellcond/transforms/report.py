@@ -39,7 +39,9 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     Returns:
         One row a parameter, in the model's order.
     """
-    unknown = find_layers(model).unknown
+    found_layers = find_layers(model)
+    unknown, unfit = found_layers.unknown, found_layers.unfit
+    no_numbers = {id(slot.layer.weight) for slot in slots if slot.layer.unfit}
     done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
@@ -57,10 +59,12 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         found: tuple[str, int | None] = ("unchanged", None)
         if id(parameter) not in held:
             found = ("not held by this optimizer", None)
-        elif not parameter.requires_grad and parameter.grad is None:
+        elif not parameter.requires_grad and parameter.grad is None and id(parameter) not in no_numbers:
             found = ("unchanged: frozen (requires_grad=False)", None)
         elif id(parameter) in done:
             found = done[id(parameter)]
+        elif name in unfit:
+            found = (f"unchanged: {unfit[name]}", None)
         elif name in unknown:
             found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
         rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))

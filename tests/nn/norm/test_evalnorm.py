@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from wellcond.nn import EvalNorm1d, EvalNorm2d
+from wellcond.nn.norm.evalnorm import mixed_moments
 
 FLOAT64 = torch.float64
 
@@ -28,7 +29,10 @@ def close(actual: object, expected: object, tolerance: float = 1e-12) -> None:
     ("samples", "group_size", "m"), [(4, None, 4), (2, None, 2), (8, 2, 2), (6, 4, 6), (1, None, 1)]
 )
 def test_the_fixed_form(samples: int, group_size: int | None, m: int) -> None:
-    """α = β = 1/m in (3.6) and (3.7), with the running statistics for the rest of the batch; m is the group's size."""
+    """α = β = 1/m in (3.6) and (3.7), with the running statistics for the rest of the batch; m is the group's size.
+
+    The rest has n = hw(m − 1) values: E σ²_rest = (n − 1)/n σ² and E μ²_rest = μ² + σ²/n.
+    """
     layer = EvalNorm1d(4, learn=False, group_size=group_size).double()
     with torch.no_grad():
         layer.weight.uniform_(0.5, 2)
@@ -46,15 +50,42 @@ def test_the_fixed_form(samples: int, group_size: int | None, m: int) -> None:
             mu, sigma = own.mean(), own.var(correction=0)
             rest_mean, rest_var = layer.running_mean[c], layer.running_var[c]
             mean = share * mu + (1 - share) * rest_mean
-            var = share * sigma + (1 - share) * rest_var + share * (1 - share) * (mu - rest_mean) ** 2
+            n = len(own) * (m - 1)
+            between, inside = (mu - rest_mean) ** 2, rest_var
+            if n:
+                between, inside = between + rest_var / n, rest_var * (n - 1) / n
+            var = share * sigma + (1 - share) * inside + share * (1 - share) * between
             expected[s, c] = (own - mean) / (var + layer.eps).sqrt() * layer.weight[c] + layer.bias[c]
     close(layer(x), expected.detach(), 1e-10)
 
 
-def test_the_fixed_form_is_exact_for_the_rest_of_the_batch() -> None:
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize("m", [2, 3, 8])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 2.0])
+def test_the_fixed_form_is_what_batches_have_on_average(m: int, positions: int, offset: float) -> None:
+    """(3.7) by drawing: one instance is held, the others are independent normal values, μ = 0.3 and σ² = 1.7."""
+    generator = torch.Generator().manual_seed(m)
+    draws = torch.randn(200_000, m, positions, generator=generator, dtype=FLOAT64) * 1.7**0.5 + 0.3
+    held = 0.3 + offset + torch.linspace(-0.5, 0.5, positions, dtype=FLOAT64) * (positions > 1)
+    draws[:, 0] = held
+    drawn = draws.flatten(1)
+    layer = EvalNorm1d(1, learn=False).double()
+    layer(torch.zeros(m, 1, positions, dtype=FLOAT64))
+    layer.running_mean.fill_(0.3)
+    layer.running_var.fill_(1.7)
+    own_mean, own_var = held.mean().reshape(1, 1), held.var(correction=0).reshape(1, 1)
+    mean, var = layer.predict(own_mean, own_var, positions)
+    assert float(mean) == pytest.approx(float(drawn.mean()), abs=0.01)
+    assert float(var) == pytest.approx(float(drawn.var(1, correction=0).mean()), rel=0.01)
+    # Without the finite rest it is off by (1 − β)²σ²/n.
+    plain = float(mixed_moments((own_mean, own_var), (layer.running_mean, layer.running_var), (1 / m, 1 / m), None)[1])
+    assert plain - float(var) == pytest.approx((1 - 1 / m) ** 2 * 1.7 / (positions * (m - 1)), rel=1e-6)
+
+
+def test_mixing_is_exact_for_the_rest_of_the_batch() -> None:
     """(3.5): with the statistics of the other m − 1 instances in place of the running ones it is the batch's own."""
     x = batch(0, 5)
-    layer = EvalNorm1d(4, learn=False, affine=False).double()
+    layer = EvalNorm1d(4, affine=False).double()
     layer(x)
     layer.eval()
     rest = x[1:].transpose(0, 1).flatten(1)

@@ -34,6 +34,8 @@ examples:
       the source's own settings, one of its networks
 
 Data: `--data NAME=PATH` for each data set that the recipe names, or {VARIABLE}, a folder that holds them by name.
+Weights: torchvision's are downloaded; others, which a recipe names, need `--weights NAME=FILE`. All panels are checked
+before the first one trains.
 `wellcond list recipes` shows what can be reproduced; a TABLE that ends in .toml is a recipe of your own."""
 
 
@@ -50,6 +52,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--scale", choices=get_args(Scale), default="full", help="how much to train (default: full)")
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=PATH", help="where a data set lies; once for each"
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="NAME=WHERE",
+        help="where weights that the recipe names come from: a file, torchvision:NAME, or none to draw them; "
+        "'none' alone draws all",
     )
     parser.add_argument("--panels", metavar="A,B,...", help="panels to run (default: the scale's)")
     parser.add_argument(
@@ -78,8 +88,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.networks.named_weights import bind_weights
     from wellcond.lab.plan import writable_folder
-    from wellcond.lab.reproduction.panels import needed_data, scaled_panels
+    from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
     from wellcond.lab.reproduction.recipe import find_recipe
     from wellcond.lab.reproduction.report import print_reproduction, write_reproduction
     from wellcond.lab.reproduction.reproduce import collect, reproduce
@@ -88,6 +99,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     scale: Scale = arguments.scale
     panels = scaled_panels(recipe, scale, _names("panels", arguments.panels), _names("methods", arguments.methods))
     paths = bind_data(arguments.data, needed_data(panels))
+    places = bind_weights(arguments.weights, needed_weights(panels))
+    panels = [panel.with_weights(places) for panel in panels]
     settings = [panel.settings(paths, arguments.jobs, arguments.seeds) for panel in panels]
     default = f"reproduce-{recipe.name.replace(' ', '-')}-{scale}"
     out = arguments.out if arguments.out is not None else Path("runs") / default

@@ -73,7 +73,13 @@ def bind_data(given: Sequence[str], needed: Sequence[str]) -> dict[str, str]:
         if name in bound:
             raise LabError(f"--data must give each data set once, got {name} twice")
         bound[name] = path
-    return {name: _path(name, bound, os.environ) for name in dict.fromkeys(needed)}
+    found = {name: _path(name, bound, os.environ) for name in dict.fromkeys(needed)}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        asked = ", ".join(f"{name}=PATH" for name in missing)
+        what = [f"{name}: {NAMED_DATA[name]}" if len(missing) > 1 else NAMED_DATA[name] for name in missing]
+        raise LabError(f"--data {asked} must say where the data lie: {'; '.join(what)}")
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _read(text: str, wanted: Sequence[str]) -> tuple[str, str]:
@@ -89,11 +95,11 @@ def _read(text: str, wanted: Sequence[str]) -> tuple[str, str]:
     return name, path
 
 
-def _path(name: str, bound: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def _path(name: str, bound: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
     if name == DIGITS:
         return DIGITS
     if name in bound:
         return bound[name]
     if VARIABLE in environment and (folder := Path(environment[VARIABLE]) / name).exists():
         return str(folder)
-    raise LabError(f"--data {name}=PATH must say where the data lie: {NAMED_DATA[name]}")
+    return None

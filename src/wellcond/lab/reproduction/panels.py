@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wellcond.lab.data.named_data import NAMED_DATA
@@ -47,6 +47,20 @@ class ScaledPanel:
         labels = tuple(method.label for method in self.methods)
         return Settings(methods=labels, overrides=self.methods, **given)
 
+    def with_weights(self, places: Mapping[str, str | None]) -> ScaledPanel:
+        """Return the panel with weights from where they lie.
+
+        Args:
+            places: From what panels call weights to a file or ``torchvision:NAME``; None draws them, which is a
+                difference to the source.
+        """
+        asked = self.fields.get("weights")
+        if asked is None:
+            return self
+        place = places[asked]
+        drawn = {"weights": (asked, None)} if place is None else {}
+        return replace(self, fields=self.fields | {"weights": place}, differs=self.differs | drawn)
+
 
 def scaled_panels(
     recipe: Recipe, scale: Scale, panels: Sequence[str] | None = None, methods: Sequence[str] | None = None
@@ -78,6 +92,11 @@ def scaled_panels(
 def needed_data(panels: Sequence[ScaledPanel]) -> list[str]:
     """Return the names of the panels' data sets."""
     return list(dict.fromkeys(panel.data for panel in panels))
+
+
+def needed_weights(panels: Sequence[ScaledPanel]) -> list[str]:
+    """Return what the panels call the weights that they begin with."""
+    return list(dict.fromkeys(panel.fields["weights"] for panel in panels if panel.fields.get("weights") is not None))
 
 
 def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequence[str] | None) -> ScaledPanel:

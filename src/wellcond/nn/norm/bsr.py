@@ -214,7 +214,7 @@ class BSRBatchNorm(InstanceInference):
         """Whether a CUDA graph is being captured, in which nothing can be looked at."""
         return self.mean_gram.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, mean: Tensor, var: Tensor, elements: int = 1) -> tuple[Tensor, Tensor]:
         """Predict the batch's statistics: f_μ = φᵀα, f_σ = ϕᵀβ (3.9)."""
         assert self.running_mean is not None
         alpha, beta = self._weights()

@@ -16,6 +16,31 @@ from wellcond.numerics.moments import spread_samples
 from wellcond.runtime.checks import checked
 
 
+def mixed_moments(
+    instance: tuple[Tensor, Tensor],
+    running: tuple[Tensor, Tensor],
+    shares: tuple[Tensor | float, Tensor | float],
+    elements: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Return f_μ = αμ_s + (1 − α)μ and f_σ = βσ²_s + (1 − β)σ² + β(1 − β)(d − v), with d = (μ_s − μ)².
+
+    v is the part of d that a rest of finitely many values explains. With β = 1/m the rest has n = hw(m − 1) independent
+    values, whose biased variance is (n − 1)/n σ² on average, and whose mean strays by σ²/n from μ (3.7, its inverted
+    factor put right). In (3.6) that is −(1 − β)²σ²/n = −β(1 − β)σ²/hw: v = σ²/hw.
+
+    Args:
+        instance: μ_s and σ²_s, biased, shape [N, C].
+        running: μ and σ², unbiased, shape [C].
+        shares: α and β.
+        elements: hw, the positions of an instance; None takes the rest for the population, v = 0.
+    """
+    (mean, var), (long_mean, long_var), (alpha, beta) = instance, running, shares
+    distance = (mean - long_mean).square()
+    if elements is not None:
+        distance = distance - long_var / elements
+    return torch.lerp(long_mean, mean, alpha), torch.lerp(long_var, var, beta) + beta * (1 - beta) * distance
+
+
 class EvalNorm(InstanceInference):
     """EvalNorm of inputs of any number of dimensions; use `EvalNorm1d`, `2d` or `3d`."""
 
@@ -108,14 +133,13 @@ class EvalNorm(InstanceInference):
                 step = torch.where(curvature > 0, slope / curvature.clamp_min(torch.finfo(slope.dtype).tiny), 0.0)
                 buffer.add_((rate * step.nan_to_num(0.0, 0.0, 0.0)).to(buffer.dtype)).clamp_(0.0, 1.0)
 
-    def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix: f_μ = αμ_s + (1 − α)μ, f_σ = βσ²_s + (1 − β)σ² + β(1 − β)(μ_s − μ)² (3.6, 3.7)."""
+    def predict(self, mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+        """Mix the instance's statistics and the running ones: `mixed_moments`, the finite rest where 1/m is fixed."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        long_mean, long_var = self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        alpha, beta = self.mean_mixture.to(mean.dtype), self.var_mixture.to(mean.dtype)
-        distance = (mean - long_mean).square()
-        return torch.lerp(long_mean, mean, alpha), torch.lerp(long_var, var, beta) + beta * (1 - beta) * distance
+        running = self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
+        shares = self.mean_mixture.to(mean.dtype), self.var_mixture.to(mean.dtype)
+        return mixed_moments((mean, var), running, shares, None if self.learn else elements)
 
     def reset_running_stats(self) -> None:
         """Forget all statistics."""
@@ -157,7 +181,9 @@ class EvalNorm1d(EvalNorm, nn.BatchNorm1d):
         eps: ε, added to the variance.
         momentum: Weight of a new batch in the running statistics; None for equal weights, also of the steps of α and β.
         affine: Learn γ and β.
-        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5), averaged like the statistics.
+        learn: Learn α and β. False: α = β = 1/m, m the training batch or group (3.5), averaged like the statistics;
+            f_σ is then β(1 − β)σ²/hw less, hw the positions of an instance, since the rest of a batch is finite (3.7):
+            what independent values have on average.
         mixture_lr: Rate of α's and β's descent: 1 would fit each batch alone.
         group_size: Train in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).

@@ -15,12 +15,13 @@ from wellcond.runtime.tracing import is_recorded
 class InstanceInference(Unfusible, StatisticsNorm):
     """Base of the layers that train as batch normalization, and in evaluation predict the batch's statistics."""
 
-    def predict(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, mean: Tensor, var: Tensor, elements: int) -> tuple[Tensor, Tensor]:
         """Predict the statistics of the training batches that each instance could have been in.
 
         Args:
             mean: μ_s, of each instance and channel, shape [N, C].
             var: σ²_s, likewise.
+            elements: hw: how many positions they were taken over.
 
         Returns:
             f_μ and f_σ, shape [N, C]; f_σ is not negative.
@@ -33,7 +34,7 @@ class InstanceInference(Unfusible, StatisticsNorm):
             return self._formula(input)
         moments = instance_moments(input)
         with torch.no_grad():
-            mean, var = self.predict(moments.mean, moments.var)
+            mean, var = self.predict(moments.mean, moments.var, positions(input))
         sizes = (1,) * input.shape[0] if input.shape[0] else None
         if sizes is None or len(sizes) == 1:
             mean, var, sizes = mean.sum(0), var.sum(0), None
@@ -47,7 +48,7 @@ class InstanceInference(Unfusible, StatisticsNorm):
             var = torch.zeros_like(mean)
         else:
             var, mean = torch.var_mean(wide, tuple(range(2, input.dim())), correction=0)
-        mean, var = self.predict(mean, var)
+        mean, var = self.predict(mean, var, positions(input))
         scale = torch.rsqrt(var + self.eps)
         weight, bias = self._weight(), self._bias()
         scale = scale if weight is None else scale * weight

@@ -220,7 +220,7 @@ class FeaturePreconditioner(GradientTransform):
                 slot.state["updated_at"] = step
             if self._is_due(slot):
                 due.append(slot)
-            if step == 1 and _count(slot, "updated_at") < 0 and slot.layer.weight.grad is not None:
+            if step == 1 and _count(slot, "updated_at") < 0 and slot.unseen is not None:
                 unseen.append(slot.layer.module_name)
         self._solve(self._whose_turn(due, slots), ranks)
         for slot in slots:
@@ -461,7 +461,8 @@ class FeatureDescent(FeaturePreconditioner):
 class FeatureWhitening(FeaturePreconditioner):
     """Embedded feature whitening: T = (M + ε λ_max(M) I)^(−1/2) (thesis 6.5–6.7).
 
-    Over SGD this is W-SGDM, over AdamW W-Adam. It is gradient descent as if the layer's input had been whitened.
+    Over SGD this is W-SGDM, over AdamW W-Adam. T whitens the input, and it multiplies the gradient once. Descent as if
+    the input had been whitened takes T twice: that is `FeatureDescent` (p = 1), and this is half the way to it.
 
     Args:
         damping: ε, relative to M's largest eigenvalue.
