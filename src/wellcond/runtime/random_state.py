@@ -1,4 +1,4 @@
-"""Where the random generators stand, so that a forward pass that is run once more draws the same numbers."""
+"""States of the random generators, put back so that a forward pass that runs again draws the same numbers."""
 
 from __future__ import annotations
 
