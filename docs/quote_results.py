@@ -7,7 +7,8 @@
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where docs/results/NAME.json holds what
 `wellcond compare` (results.json), `wellcond reproduce` (reproduce.json), a recipe, a benchmark (--json) or
 docs/draw_figures.py wrote. ``<!-- begin NAME, rows: A | B -->`` quotes these rows alone, and what was found of all of
-them is left out. ``<!-- begin reproduced-summary -->`` stands for all that docs/reproduced.md quotes.
+them is left out. ``<!-- begin reproduced-summary -->`` stands for all that docs/reproduced.md quotes, and
+``<!-- begin effects -->`` for what each technique did in every committed comparison.
 
 ``--adopt FILE NAME`` copies a reproduce.json to docs/results/NAME.json without the folders that its command and its
 settings name, which are those of the machine that wrote it.
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from effects import effects_table
 from reproductions import adopted, reproduction_tables, summary_table
 
 from wellcond.lab.comparison.statistics import paired_difference
@@ -35,6 +37,7 @@ RESULTS = ROOT / "docs" / "results"
 REPRODUCED = ROOT / "docs" / "reproduced.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SUMMARY = "reproduced-summary"
+EFFECTS = "effects"
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -400,6 +403,8 @@ def quoted(page: str) -> str:
         name, rows = match["name"], match["rows"]
         if name == SUMMARY:
             return f"<!-- begin {name} -->\n{summary_table(reproduced())}\n<!-- end {name} -->"
+        if name == EFFECTS:
+            return f"<!-- begin {name} -->\n{effects_table(_load, reproduced())}\n<!-- end {name} -->"
         results = _load(name)
         if rows is not None:
             results = with_rows(results, [row.strip() for row in rows.split("|")])

@@ -15,7 +15,8 @@ from PIL import Image
 import wellcond
 from wellcond.lab.cli.main import _parser as command_line
 from wellcond.lab.reproduction.panels import scaled_panels
-from wellcond.lab.reproduction.recipe import Scale, load_recipe
+from wellcond.lab.reproduction.recipe import load_recipe
+from wellcond.lab.runs.settings import Scale
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -30,7 +31,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 def public_names() -> set[str]:
     modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
-    found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam")}
+    found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam", "create")}
+    found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}
     public = {
         name for name, value in vars(wellcond.theory).items() if getattr(value, "__module__", "") == "wellcond.theory"
     }

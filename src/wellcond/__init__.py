@@ -1,18 +1,19 @@
 """Make neural networks train better from the statistics of their features and gradients."""
 
-from wellcond import diagnostics, nn, optim, theory
-from wellcond.calibration.calibrate import calibrate, calibrated
-from wellcond.layouts import Layout, register_layout
-from wellcond.transforms import (
-    Attachment,
-    FeatureDescent,
-    FeatureWhitening,
-    GradientCentralization,
-    GradientTransform,
-    WellcondWarning,
-    attach,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from wellcond.version import __version__
+
+if TYPE_CHECKING:
+    from wellcond import diagnostics, nn, optim, theory
+    from wellcond.calibration.calibrate import calibrate, calibrated
+    from wellcond.layouts import Layout, register_layout
+    from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization
+    from wellcond.transforms.attachment import Attachment, attach
+    from wellcond.transforms.base import GradientTransform, WellcondWarning
 
 __all__ = [
     "Attachment",
@@ -32,3 +33,38 @@ __all__ = [
     "register_layout",
     "theory",
 ]
+
+# Names are looked up when they are first used (PEP 562): the command line says its version, its help and its lists
+# without waiting for torch. See docs/decisions/0014-names-are-imported-when-used.md.
+_SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "theory")
+_FROM = {
+    "wellcond.calibration.calibrate": ("calibrate", "calibrated"),
+    "wellcond.layouts": ("Layout", "register_layout"),
+    "wellcond.transforms": (
+        "Attachment",
+        "FeatureDescent",
+        "FeatureWhitening",
+        "GradientCentralization",
+        "GradientTransform",
+        "WellcondWarning",
+        "attach",
+    ),
+}
+_PLACES = {name: module for module, names in _FROM.items() for name in names}
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import what a public name stands for, once."""
+        if name in _SUBPACKAGES:
+            return import_module(f"{__name__}.{name}")
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; 2 also where the lab's dependencies are not installed.
     """
+    from wellcond.lab.hardware.interrupts import ending_at_once
+
+    # From the first import on: torch and Lightning take seconds, in which Ctrl-C would be a page of their insides.
+    with ending_at_once():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     missing = missing_packages()
     if missing:
         print(

@@ -2,13 +2,18 @@
 
 By default they take the library's form of the second moment and of the first solves; ``as_published=True`` takes the
 thesis's.
+
+Their signatures show the options of both by name, so that what builds them from a config file (LightningCLI, Hydra) can
+check these. A config that has only parameters and no model takes the torch optimizer and attaches the transform by a
+callback (`wellcond.integrations`).
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import torch
 from torch import nn
@@ -45,10 +50,40 @@ class _Attached:
         )
 
 
+Named = TypeVar("Named", bound=type[_Attached])
+
+
+def _with_options_of(base: type[torch.optim.Optimizer]) -> Callable[[Named], Named]:
+    """Return a class decorator that shows the options of the torch optimizer and of the transform in the signature."""
+
+    def show(kind: Named) -> Named:
+        inherited: Callable[..., None] = kind.__init__
+        own = inspect.signature(inherited)
+        shown = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
+        for source in (kind.transform_type, base):
+            hints = get_type_hints(source.__init__)
+            for name, each in inspect.signature(source).parameters.items():
+                if name not in shown and name != "params":
+                    shown[name] = each.replace(kind=each.KEYWORD_ONLY, annotation=hints.get(name, Any))
+        hints = get_type_hints(inherited)
+        parameters = [each.replace(annotation=hints.get(name, each.annotation)) for name, each in shown.items()]
+
+        def begin(self: Any, *args: Any, **options: Any) -> None:
+            inherited(self, *args, **options)
+
+        # Where inspect looks, and what it is asked by.
+        begin.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        kind.__init__ = begin  # type: ignore[method-assign]
+        return kind
+
+    return show
+
+
 def _parameters(model: nn.Module, params: ParamsT | None) -> ParamsT:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: parameters or groups of them go to params="
+            f"model must be a torch.nn.Module, got {type(model).__name__}: parameters or groups of them go to params= "
+            "(where a config gives parameters alone: attach by a callback, see wellcond.integrations)"
         )
     return model.parameters() if params is None else params
 
@@ -101,6 +136,7 @@ class _FeatureAdamW(_Attached, torch.optim.AdamW):
         self._attach(model, options, as_published)
 
 
+@_with_options_of(torch.optim.SGD)
 class FSGD(_FeatureSGD):
     """Feature SGD: ``torch.optim.SGD`` over `wellcond.FeatureDescent`, after algorithm 5 of the thesis.
 
@@ -133,6 +169,7 @@ class FSGD(_FeatureSGD):
     transform_type = FeatureDescent
 
 
+@_with_options_of(torch.optim.SGD)
 class WSGDM(_FeatureSGD):
     """W-SGDM: ``torch.optim.SGD`` over `wellcond.FeatureWhitening`, after algorithm 8 of the thesis.
 
@@ -163,6 +200,7 @@ class WSGDM(_FeatureSGD):
     transform_type = FeatureWhitening
 
 
+@_with_options_of(torch.optim.AdamW)
 class FAdam(_FeatureAdamW):
     """Feature Adam: ``torch.optim.AdamW`` over `wellcond.FeatureDescent`, after algorithm 6 of the thesis.
 
@@ -195,6 +233,7 @@ class FAdam(_FeatureAdamW):
     transform_type = FeatureDescent
 
 
+@_with_options_of(torch.optim.AdamW)
 class WAdam(_FeatureAdamW):
     """W-Adam: ``torch.optim.AdamW`` over `wellcond.FeatureWhitening`, after algorithm 8 of the thesis.
 
@@ -224,3 +263,35 @@ class WAdam(_FeatureAdamW):
     """
 
     transform_type = FeatureWhitening
+
+
+_NAMED: dict[str, type[FSGD | WSGDM | FAdam | WAdam]] = {
+    kind.__name__.casefold(): kind for kind in (FSGD, WSGDM, FAdam, WAdam)
+}
+
+
+def create(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Return a named optimizer, for code and for config files that name it.
+
+    Args:
+        name: ``"fsgd"``, ``"wsgdm"``, ``"fadam"`` or ``"wadam"``; case, hyphens and underscores do not matter
+            (``"W-SGDM"``).
+        model: The model; its layers' inputs are observed.
+        **options: As the class of that name takes them: ``lr``, ``params``, ``damping``, …
+
+    Raises:
+        TypeError: If ``model`` is no module, or an option is unknown or missing.
+        ValueError: If no optimizer has the name, or an option is outside its range.
+
+    Example:
+        >>> type(create("w-sgdm", nn.Linear(4, 2), lr=0.1, stats_every=10)).__name__
+        'WSGDM'
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text such as 'wsgdm', got {type(name).__name__}")
+    plain = name.casefold().replace("-", "").replace("_", "")
+    if plain not in _NAMED:
+        near = difflib.get_close_matches(plain, _NAMED, n=1)
+        guess = f": did you mean {near[0]!r}?" if near else ":"
+        raise ValueError(f"no optimizer is called {name!r}{guess} Known: {', '.join(_NAMED)}")
+    return _NAMED[plain](model, **options)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from by_hand import ByHand, assert_equal, batch, check_training, loss_of, net, plain_step, whitening
-from cells import RefusedError, attach, cell, reason_of
+from cells import attach, cell, reason_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-import wellcond
 
 AREA = "States of a model"
 SAME = "weights after 3 steps against the plain optimizer on gradients changed by hand"
@@ -29,25 +26,18 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 @cell(
     AREA,
     "training in evaluation mode",
-    "works",
-    "plain gradient",
-    verified="statistics follow the inputs, or a warning or the report says that they do not",
+    verified=SAME,
 )
-def evaluation() -> str | None:
+def evaluation() -> None:
     model, other = net(), net()
     optimizer, plain = sgd(model), sgd(other)
     attach(optimizer, model, whitening())
     hand = ByHand(other)
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always", wellcond.WellcondWarning)
-        for index in range(3):
-            model.train(index == 0)
-            plain_step(model, optimizer, index, lambda: None)
-            plain_step(other, plain, index, hand.change_gradients)
-    if record:
-        return str(record[0].message)
+    for index in range(3):
+        model.train(index == 0)
+        plain_step(model, optimizer, index, lambda: None)
+        plain_step(other, plain, index, hand.change_gradients)
     assert_equal(model.parameters(), other.parameters(), 1e-7, "in evaluation mode")
-    return None
 
 
 def untouched(between: Callable[[nn.Module, Any], None]) -> None:
@@ -284,10 +274,7 @@ def from_its_first_or_second_step(
     for index in range(4):
         if index == 1:
             change(model, optimizer)
-        try:
-            plain_step(model, optimizer, index, lambda: None)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
+        plain_step(model, optimizer, index, lambda: None)
     problems = []
     for late in (False, True):
         other = net()
@@ -338,9 +325,7 @@ def removed_group() -> None:
 @cell(
     AREA,
     "a new head in the place of the old one",
-    "works",
-    "refused",
-    verified=SAME + ", from its first or second step on; or an error that names the weight",
+    verified=SAME + ", from its first or second step on",
 )
 def new_head() -> None:
     def changed(model: nn.Module, optimizer: Any) -> None:

@@ -356,5 +356,6 @@ def test_the_report_has_a_line_for_every_parameter_before_training(transform: An
     optimizer = OPTIMIZERS["SGD"](model.parameters())
     handle = wellcond.attach(optimizer, model, *transform)
     for block in handle.report().split("\n\n"):
-        names = [line.split()[0] for line in block.splitlines()[1:]]
+        names = [line.split()[0] for line in block.splitlines()[1:-1]]
+        assert block.splitlines()[-1].startswith("in all: ")
         assert names == [name for name, _ in model.named_parameters()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import io
 import json
 from pathlib import Path
@@ -68,3 +70,13 @@ def encode():
 def write_images():
     """The function that writes a shard."""
     return _write_images
+
+
+@pytest.fixture(scope="session")
+def quick_collections():
+    """Import what runs need, and let collections of garbage pass it over: each run's would take longer than the run."""
+    importlib.import_module("wellcond.lab.training.runner")
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

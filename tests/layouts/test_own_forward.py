@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
+import random
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -290,32 +293,75 @@ def test_a_bias_is_taken_along_only_where_the_product_adds_it() -> None:
     torch.testing.assert_close(found[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
 
 
+class Meter:
+    """What people keep averages in."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.number = 0
+
+
 def test_looking_leaves_no_trace() -> None:
-    """Buffers, attributes, children's statistics, random numbers: as if nobody had looked."""
+    """Buffers, attributes, children's statistics, random numbers, hooks: as if nobody had looked."""
+    hooked: list[nn.Module] = []
 
     class Own(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
             self.register_buffer("calls", torch.zeros(()))
             self.norm = nn.BatchNorm1d(4)
+            self.norm.register_forward_hook(lambda module, *_: hooked.append(module))
+            self.norm.compile(backend="eager")
             self.count = 0
+            self.mean = torch.zeros(())
+            self.meter = Meter()
+            self.tallies: dict[str, Any] = {"calls": 0, "seen": [], "by size": collections.Counter()}
+            self.others = [nn.BatchNorm1d(4)]
+            self.act = self.counted
+
+        def counted(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return x
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            self.count += 1
+            self.mean += x.detach().mean()
+            self.meter.values.append(random.random())
+            self.meter.number += 1
+            self.tallies["calls"] += 1
+            self.tallies["seen"].append(len(x))
+            self.tallies["by size"][len(x)] += 1
+            x = self.act(self.others[0](x))
             return super().forward(self.norm(F.dropout(x, 0.3, self.training)))
+
+    def everything(layer: Own) -> list[Any]:
+        meter, other = layer.meter, layer.others[0]
+        return [
+            layer.count,
+            float(layer.mean),
+            meter.values,
+            meter.number,
+            layer.tallies,
+            int(other.num_batches_tracked),
+        ]
 
     def run(attach: bool) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - the generator that forwards share
         layer = Own()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         if attach:
             wellcond.attach(optimizer, layer, FeatureWhitening(stats_every=1))
         output = layer(torch.randn(6, 4))
         output.square().sum().backward()
-        return layer, output, torch.rand(())
+        return layer, output, torch.tensor([float(torch.rand(())), random.random(), np.random.random()])  # noqa: NPY002
 
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: hooked.append(module))
     looked, plain = run(True), run(False)
+    handle.remove()
+    assert len(hooked) == 2 * 4, "in each run the hook of all modules is called for three of them, that of one for it"
+    assert everything(looked[0]) == everything(plain[0])
     assert looked[0].count == 1
     assert torch.equal(looked[1], plain[1])
     assert torch.equal(looked[2], plain[2])
@@ -323,6 +369,49 @@ def test_looking_leaves_no_trace() -> None:
         assert torch.equal(looked[0].state_dict()[name], value), name
     for (name, left), (_, right) in zip(looked[0].named_parameters(), plain[0].named_parameters(), strict=True):
         assert torch.equal(left.grad, right.grad), name
+
+
+def test_the_rows_are_those_of_the_very_pass() -> None:
+    """Whatever its forward draws, and whoever draws after it."""
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.given = F.dropout(x, 0.5) * random.random() + float(np.random.random())  # noqa: NPY002
+            return super().forward(self.given)
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = nn.Sequential(Own(4, 4, bias=False), nn.Dropout(0.5), Own(4, 4, bias=False)).double()
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.0)
+        wellcond.attach(optimizer, layers, FeatureWhitening(stats_every=1, stats_decay=0.0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            layers(torch.randn(6, 4, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+            for layer in (layers[0], layers[2]):
+                moment = optimizer.state[layer.weight]["wellcond_whitening_second_moment"][0]
+                torch.testing.assert_close(moment, layer.given.mT @ layer.given / 6)
+
+
+def test_a_generator_of_the_layers_own_is_not_drawn_from() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.rand(x.shape, generator=self.generator))
+
+    layer = Own()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, layer, FeatureWhitening(stats_every=1))
+    layer(torch.ones(2, 4)).sum().backward()
+    wanted = torch.Generator().manual_seed(0)
+    torch.rand(2, 4, generator=wanted)
+    assert torch.equal(layer.generator.get_state(), wanted.get_state())
+    with pytest.warns(WellcondWarning, match="draws from a random generator of its own"):
+        optimizer.step()
+    assert "plain gradient" in handle.report()
 
 
 def test_a_forward_that_writes_to_its_input_is_left_alone() -> None:
@@ -382,7 +471,8 @@ def test_a_forward_that_is_replaced_after_attaching_is_named() -> None:
     layer(torch.randn(5, 4)).sum().backward()
     with pytest.warns(WellcondWarning, match="replaced after its rule was looked up"):
         optimizer.step()
-    assert "attach again" in handle.report()
+    # The report looks again, and finds the function.
+    assert "a function was put in the place of its forward" in handle.report()
 
 
 def test_a_method_that_the_forward_calls_counts_as_the_forward() -> None:

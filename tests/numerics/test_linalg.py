@@ -65,6 +65,21 @@ def test_absolute_damping_adds_the_number_itself(exponent: float, damping: float
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_the_norm_of_millions_of_numbers_keeps_the_last_of_them() -> None:
+    numbers = 1e-3 * torch.randn(1000, 13_000, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.vector_norm(numbers.double())
+    torch.testing.assert_close(linalg.frobenius_norm(numbers).double(), expected, rtol=1e-5, atol=0.0)
+    # One after another they are not all counted.
+    assert abs(torch.linalg.vector_norm(numbers.flatten()) / expected - 1) > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4), (0, 3)])
+def test_the_norm_of_any_shape_and_in_any_precision(shape: tuple[int, ...]) -> None:
+    numbers = torch.randn(shape, dtype=torch.float16)
+    found = linalg.frobenius_norm(numbers, torch.float64)
+    torch.testing.assert_close(found, torch.linalg.vector_norm(numbers.double()))
+
+
 def test_without_damping_the_plain_power_of_hand_computed_matrices() -> None:
     # Eigenvalues 1 and 9 with eigenvectors (1, -1)/√2 and (1, 1)/√2.
     matrix = torch.tensor([[5.0, 4.0], [4.0, 5.0]], dtype=torch.float64)
@@ -523,7 +538,7 @@ def test_a_batch_of_nystrom_approximations() -> None:
             with_spectrum([-3.0, -3.0, -3.0, 1.0], seed=3)[0],
         ]
     ).reshape(2, 2, 4, 4)
-    basis = torch.stack([orthonormal(4, 2, seed) for seed in range(4)]).reshape(2, 2, 4, 2)
+    basis = torch.stack([orthonormal(4, 2, seed) for seed in range(4, 8)]).reshape(2, 2, 4, 2)
     eigenvectors, eigenvalues, tail = nystrom_of(matrices, basis)
     assert eigenvectors.shape == (2, 2, 4, 2)
     assert eigenvalues.shape == (2, 2, 2)

@@ -89,12 +89,21 @@ class TestRefusals:
             wellcond.attach(sgd(model), model, GradientCentralization(), weight_decay="L2")
 
     def test_a_sparse_gradient(self) -> None:
-        model = nn.Embedding(5, 3, sparse=True)
+        model = nn.Embedding(5, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         wellcond.attach(optimizer, model, GradientCentralization(layers=lambda name, module: True))
+        model.sparse = True  # or: whoever calls F.embedding(…, sparse=True) on its weight
         model(torch.tensor([1, 2])).sum().backward()
         with pytest.raises(ValueError, match="'weight' has a sparse gradient"):
             optimizer.step()
+
+    def test_a_layer_that_will_make_sparse_gradients_is_left_out_with_the_reason(self) -> None:
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        handle = wellcond.attach(optimizer, model, GradientCentralization(layers=lambda name, module: True))
+        assert "sparse gradients (sparse=True)" in handle.report()
+        model(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
 
 
 def test_a_transform_that_covers_nothing_is_told_of() -> None:

@@ -22,7 +22,7 @@ def test_rows_are_the_reports_lines_and_count_what_is_kept():
     assert [row.name for row in centralized] == [row.name for row in whitened] == names
     blocks = handle.report().split("\n\n")
     for rows, block in zip(found.values(), blocks, strict=True):
-        for row, line in zip(rows, block.splitlines()[1:], strict=True):
+        for row, line in zip(rows, block.splitlines()[1:-1], strict=True):
             name, rest = line.split(maxsplit=1)
             assert name == row.name
             assert rest.startswith(str(row.shape))
@@ -53,3 +53,14 @@ def test_an_optimizer_that_nobody_asked_about_while_it_was_there_is_known_too():
     handle = wellcond.attach(torch.optim.SGD(model.parameters(), lr=0.1), model, FeatureWhitening())
     rows = handle.coverage()["whitening"]
     assert [row.how for row in rows] == ["preconditioned, dense 4 × 4", "together with weight"]
+
+
+def test_the_last_line_of_a_block_counts_a_parameter_of_two_names_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, model, "centralization", "whitening")
+    totals = [block.splitlines()[-1] for block in handle.report().split("\n\n")]
+    kept = sum(row.state_bytes or 0 for row in handle.coverage()["whitening"][:1])
+    assert 0 < kept < 1000
+    assert totals == ["in all: 1 of 5 parameters, 0 B kept", f"in all: 1 of 5 parameters, {kept} B kept"]

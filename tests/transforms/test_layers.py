@@ -443,7 +443,7 @@ def test_transformer_encoder_layer_in_training(norm_first: bool, dropout: float)
     assert handle.stats()["whitening"]["weights"] == 4
 
 
-def test_transformer_encoder_in_eval_mode_is_untouched_and_does_not_count() -> None:
+def test_transformer_encoder_in_eval_mode_is_untouched_and_counts_where_its_gradient_comes() -> None:
     """With and without gradients: under no_grad torch takes a fused path that calls no module inside."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
@@ -467,11 +467,20 @@ def test_transformer_encoder_in_eval_mode_is_untouched_and_does_not_count() -> N
     encoder(50 * x)
     with torch.no_grad():
         encoder(50 * x)
-    encoder.train()
     optimizer.zero_grad()
     optimizer.step()
     assert torch.equal(optimizer.state[weight]["wellcond_whitening_second_moment"], moment)
     assert torch.equal(optimizer.state[weight]["wellcond_whitening_mass"], mass)
+    train_step(encoder, optimizer, encoder(2 * x))
+    rows = with_one(2 * x.reshape(-1, 6))
+    now = optimizer.state[weight]["wellcond_whitening_second_moment"][0]
+    torch.testing.assert_close(now, 0.9 * moment[0] + 0.1 * rows.mT @ rows / len(rows))
+    with torch.no_grad():
+        handle.remove()
+        calls: list[int] = []
+        encoder.layers[0].linear1.forward = calls.append
+        encoder(x)
+    assert not calls, "the fused path calls no module inside"
     assert handle.stats()["whitening"] == {"weights": 8, "failed_solves": 0, "skipped_updates": 0}
 
 

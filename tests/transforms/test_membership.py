@@ -154,8 +154,8 @@ def test_a_weight_that_left_is_let_go_with_its_probe_and_trained_by_another_as_i
     other.step()
     assert torch.equal(model[2].weight.grad, before)
     assert set(optimizer.state) == set(model[0].parameters())
-    assert len(model[0]._forward_pre_hooks) == 1
-    assert not model[2]._forward_pre_hooks
+    assert len(model[0]._forward_hooks) == 1
+    assert not model[2]._forward_hooks
     optimizer.load_state_dict(optimizer.state_dict())
 
 

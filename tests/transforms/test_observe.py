@@ -7,12 +7,13 @@ import functools
 import gc
 import io
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -179,6 +180,7 @@ ACTIONS: dict[str, Callable[[Program], None]] = {
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=0, actions=["step", "empty", "step"])
 @given(seed=st.integers(0, 99), actions=st.lists(st.sampled_from(list(ACTIONS)), min_size=1, max_size=9))
 def test_rows_count_whose_gradient_arrives(seed: int, actions: list[str]) -> None:
     program = Program(seed)
@@ -207,7 +209,55 @@ def test_gradients_put_there_by_hand_are_those_of_the_rows_that_autograd_was_ask
         program.step()
 
 
-def test_calls_that_lead_nowhere_hold_nothing() -> None:
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 6), (7, 4)),
+    "linear, one row": (lambda: nn.Linear(4, 6), (4,)),
+    "linear, 3 axes": (lambda: nn.Linear(4, 6), (2, 3, 4)),
+    "linear, 4 axes": (lambda: nn.Linear(4, 6), (2, 1, 3, 4)),
+    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), (2, 3, 4)),
+    "convolution": (lambda: nn.Conv2d(2, 6, 3), (2, 2, 5, 5)),
+    "convolution of one image": (lambda: nn.Conv2d(2, 6, 3), (2, 5, 5)),
+    "convolution of one signal": (lambda: nn.Conv1d(2, 6, 3), (2, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 6, 3), (2, 5, 5)),
+}
+
+
+def activated(y: Tensor, inplace: bool) -> Tensor:
+    return nn.functional.relu(y, inplace=inplace)
+
+
+def with_a_scaled_part(y: Tensor, inplace: bool) -> Tensor:
+    if not inplace:
+        return torch.cat([y[..., :2] * 0.5, y[..., 2:]], dim=-1)
+    y[..., :2] *= 0.5
+    return y
+
+
+def activated_as_a_view(y: Tensor, inplace: bool) -> Tensor:
+    nn.functional.relu(y.unsqueeze(0), inplace=True) if inplace else None
+    return y if inplace else y.relu()
+
+
+@pytest.mark.parametrize("change", [activated, with_a_scaled_part, activated_as_a_view])
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_what_is_done_in_place_to_an_output_changes_nothing(
+    kind: str, change: Callable[[Tensor, bool], Tensor]
+) -> None:
+    make, shape = LAYERS[kind]
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layer = make()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        wellcond.attach(optimizer, layer, FeatureWhitening(**EVERY_STEP))
+        change(layer(torch.randn(shape)), inplace).square().sum().backward()
+        optimizer.step()
+        results.append((layer.weight.grad, optimizer.state[layer.weight]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(state["wellcond_whitening_updated_at"] == 0 for _, state in results)
+
+
+def test_calls_that_lead_nowhere_hold_nothing_but_the_latest() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     wellcond.attach(optimizer, net, FeatureWhitening())
@@ -215,6 +265,9 @@ def test_calls_that_lead_nowhere_hold_nothing() -> None:
     before = sum(type(found) is Call for found in gc.get_objects())
     for _ in range(5):
         net(torch.randn(6, 4))
+    assert sum(type(found) is Call for found in gc.get_objects()) == before + 2  # one a layer, to look at
+    del net, optimizer
+    gc.collect()
     assert sum(type(found) is Call for found in gc.get_objects()) == before
 
 
@@ -362,6 +415,28 @@ def test_probes_rest_where_nothing_is_due_or_can_come() -> None:
     assert observed == {"used.weight": 1, "frozen.weight": 0, "unused.weight": 0, "inlined.weight": 0}
 
 
+def test_between_windows_a_pass_runs_no_code_of_ours() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wellcond.attach(optimizer, net, FeatureWhitening(stats_every=10), wellcond.GradientCentralization())
+    ours: list[str] = []
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        if frame.f_globals.get("__name__", "").startswith("wellcond"):
+            ours.append(frame.f_code.co_name)
+
+    for step in range(12):
+        optimizer.zero_grad()
+        ours.clear()
+        sys.setprofile(called)
+        try:
+            net(torch.randn(2, 5, 4)).square().sum().backward()
+        finally:
+            sys.setprofile(None)
+        assert bool(ours) == (step % 10 == 0)
+        optimizer.step()
+
+
 def test_a_layer_that_is_first_reached_late_is_seen_then() -> None:
     net = Parts()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -427,3 +502,103 @@ def test_compiled_graphs_are_never_cut(order: str, kind: str) -> None:
     assert len(ran) == 1
     seen[0].remove()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+class Trainer:
+    """An object whose method is compiled."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.net(x).square().sum()
+
+
+CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "module": lambda net: net,
+    "inner module": lambda net: nn.Sequential(net, nn.Tanh()),
+    "bound forward": lambda net: net.forward,
+    "function": lambda net: lambda x: net(x).sum(),
+    "default": lambda net: lambda x, net=net: net(x).sum(),
+    "method": lambda net: Trainer(net).loss,
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_only_code_that_calls_observed_modules_runs_eagerly(kind: str) -> None:
+    """Whatever else is attached and waits for a pass, be it for ever."""
+    torch._dynamo.reset()
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: (ran.append(1), graph(*args))[1]
+
+    waiting, other = (nn.Sequential(nn.Linear(4, 3), nn.Tanh()) for _ in range(2))
+    optimizer = torch.optim.SGD(waiting.parameters(), lr=0.1)
+    handle = wellcond.attach(optimizer, waiting, FeatureWhitening(stats_every=2, solve_every=2))
+    for _ in range(2):  # the second step opens a window again
+        optimizer.zero_grad()
+        waiting(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    for net, compiled in ((waiting, 0), (other, 1)):
+        ran.clear()
+        torch.compile(CALLS[kind](net), backend=backend)(torch.randn(5, 4))
+        assert len(ran) == compiled
+    handle.remove()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 1000), stats_every=st.sampled_from([1, 2, 5]))
+def test_the_random_stream_is_the_one_without_us(seed: int, stats_every: int) -> None:
+    """With dropout inside attention, between layers, and draws between steps: outputs are equal to the last bit."""
+
+    def outputs(attached: bool) -> list[Tensor]:
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(4, 6), nn.TransformerEncoderLayer(6, 2, 8, dropout=0.3, batch_first=True), nn.Dropout(0.2)
+        )
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        if attached:
+            wellcond.attach(optimizer, net, FeatureWhitening(stats_every=stats_every, norm_layers=True))
+        found = []
+        for _ in range(4):
+            found.append(net(torch.randn(2, 5, 4)).detach())
+            net(torch.randn(2, 5, 4)).sum().backward()
+            optimizer.step()
+        return [*found, torch.rand(3)]
+
+    for with_us, without in zip(outputs(True), outputs(False), strict=True):
+        assert torch.equal(with_us, without)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_was_noted_can_be_looked_at_before_the_step(small: bool) -> None:
+    """The sums of passes that count or still may, and the latest; looking changes nothing of what the step takes in."""
+    layer = nn.Linear(4 if small else 2, 3, bias=False, dtype=FLOAT64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    handle = wellcond.attach(optimizer, layer, FeatureWhitening(**EVERY_STEP))
+    slot = handle._slots["whitening"][0]
+    passes = [torch.randn(1 if small else 9, layer.in_features, dtype=FLOAT64) for _ in range(4)]
+
+    def noted() -> Tensor:
+        assert slot.pending is not None
+        return slot.pending[0][0]
+
+    assert slot.pending is None
+    layer(passes[0])
+    torch.testing.assert_close(noted(), passes[0].mT @ passes[0])
+    layer(passes[1]).sum().backward()  # the one before is gone by now
+    torch.testing.assert_close(noted(), passes[1].mT @ passes[1])
+    alive = layer(passes[2])
+    rows = torch.cat(passes[1:3])
+    for _ in range(2):
+        torch.testing.assert_close(noted(), rows.mT @ rows)
+    with torch.no_grad():
+        layer(passes[3])
+    alive.sum().backward()
+    torch.testing.assert_close(noted(), rows.mT @ rows)
+    optimizer.step()
+    assert slot.pending is None
+    moment = optimizer.state[layer.weight]["wellcond_whitening_second_moment"][0]
+    torch.testing.assert_close(moment, rows.mT @ rows / len(rows))

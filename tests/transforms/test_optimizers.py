@@ -336,6 +336,37 @@ def test_a_closure_that_is_called_several_times_is_observed_once_and_always_prec
     torch.testing.assert_close(moment, rows.T @ rows / 8, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("clear", ["to none", "to zero", "not at all"])
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_closures_later_passes_count_in_no_step(clear: str, search: str | None) -> None:
+    """Each step's M is over the rows of its first pass, however often others follow, and whatever is in ``.grad``."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5, line_search_fn=search)
+    wellcond.attach(optimizer, model, FeatureWhitening(stats_decay=0.0, stats_every=1, solve_every=1, damping=0.05))
+    hooks, first = [], []
+
+    def closure() -> Tensor:
+        hooks.append(len(model._forward_hooks))
+        if clear != "not at all":
+            optimizer.zero_grad(set_to_none=clear == "to none")
+        x = torch.randn(6, 4, dtype=torch.float64)
+        if not first:
+            first.append(x)
+        loss = model(x).square().sum() * 1e-3
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        hooks.clear()
+        first.clear()
+        optimizer.step(closure)
+        assert len(hooks) > 2
+        assert hooks == [1] + [0] * (len(hooks) - 1)
+        moment = optimizer.state[model.weight]["wellcond_whitening_second_moment"][0]
+        torch.testing.assert_close(moment, first[0].T @ first[0] / 6, rtol=1e-12, atol=1e-12)
+
+
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
     "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=STEPS + 1),

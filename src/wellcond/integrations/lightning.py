@@ -1,8 +1,8 @@
-"""A callback for Lightning: layer schedules, calibration before validation, counts in the log."""
+"""A callback for Lightning: attaching, layer schedules, calibration before validation, counts in the log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.calibration.calibrate import calibrated
+from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
 from wellcond.runtime.checks import check_positive_integer
+from wellcond.transforms import GradientTransform
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,9 +24,22 @@ except ImportError as error:
 
 
 class WellcondCallback(Callback):
-    """Steps a layer schedule, calibrates before validation, and logs what `Attachment.stats` counts.
+    """Attaches transforms, steps a layer schedule, calibrates before validation, and logs what is counted.
 
-    Attaching itself is a line of `configure_optimizers`: ``wellcond.attach(optimizer, self, ...)``.
+    *Attaching* is a line of `configure_optimizers`, ``wellcond.attach(optimizer, self, ...)``; or the callback does it
+    with the ``transforms`` that it is given, to every optimizer of the module, before training and before a checkpoint
+    is read. So a config file alone can say it (LightningCLI):
+
+        trainer:
+          callbacks:
+            - class_path: wellcond.integrations.lightning.WellcondCallback
+              init_args:
+                transforms:
+                  - centralization
+                  - class_path: wellcond.FeatureWhitening
+                    init_args: {stats_every: 10, solve_every: 100}
+
+    A callback that finds nothing to do when training begins raises.
 
     *Calibration* lasts for the validation alone: when it ends, the batch normalizations are of the kind, and have the
     statistics, that training gave them, so training goes on, and checkpoints are written, as if there had been none
@@ -44,10 +59,13 @@ class WellcondCallback(Callback):
         calibrate: ``"bsr"``, ``"evalnorm"`` or ``"bn"``, as in `calibrate`.
         calibration_options: Further options of `calibrate`.
         log_stats: Log the counts at the end of every training epoch, as ``"wellcond/<transform>/<count>"``.
+        transforms: What to attach to each of the module's optimizers, from left to right: transforms or their names
+            (``"centralization"``, ``"whitening"``, ``"descent"``).
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If an argument is out of its range, or only one of the loader and the batch size is given.
+        ValueError: If an argument is out of its range, only one of the loader and the batch size is given, or, when
+            training begins, there is nothing to do.
 
     Example:
         >>> import wellcond
@@ -68,11 +86,13 @@ class WellcondCallback(Callback):
         calibrate: str = "bsr",
         calibration_options: Mapping[str, Any] | None = None,
         log_stats: bool = True,
+        transforms: Sequence[GradientTransform | str] | None = None,
     ) -> None:
         if (calibration_loader is None) != (calibration_batch_size is None):
             raise ValueError("calibration_loader and calibration_batch_size must be given together")
         if calibration_batch_size is not None:
             check_positive_integer("calibration_batch_size", calibration_batch_size)
+        self._attaching = Attaching(transforms)
         self._following = FollowingSchedule(schedule, schedule_interval)
         self.calibration_loader = calibration_loader
         self.calibration_batch_size = calibration_batch_size
@@ -80,6 +100,14 @@ class WellcondCallback(Callback):
         self.calibration_options = dict(calibration_options or {})
         self.log_stats = log_stats
         self._calibrated: AbstractContextManager[nn.Module] | None = None
+
+    # attaching ------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, once the optimizers are made and before their state is read from a checkpoint."""
+        found = self._attaching.attach(trainer.optimizers, pl_module)
+        does = self._following.schedule is not None or self.calibration_loader is not None
+        refuse_to_do_nothing(self, does or bool(found))
 
     # the schedule ---------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
-"""A callback for Hugging Face's Trainer: layer schedules, counts in the log."""
+"""A callback for Hugging Face's Trainer: attaching, layer schedules, counts in the log."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.transforms import GradientTransform
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,10 +16,13 @@ except ImportError as error:
 
 
 class WellcondTrainerCallback(TrainerCallback):
-    """Steps a layer schedule, and adds what `Attachment.stats` counts to the Trainer's log.
+    """Attaches transforms, steps a layer schedule, and adds what `Attachment.stats` counts to the Trainer's log.
 
-    Attaching itself is a line before the Trainer is made: ``wellcond.attach(optimizer, model, ...)``, and
-    ``Trainer(optimizers=(optimizer, scheduler), ...)``.
+    *Attaching* is a line before the Trainer is made, ``wellcond.attach(optimizer, model, ...)`` and
+    ``Trainer(optimizers=(optimizer, scheduler), ...)``; or the callback does it when training begins, with the
+    ``transforms`` that it is given, to the optimizer that the Trainer has made. The Trainer makes
+    a named optimizer with ``optimizer_cls_and_kwargs=(wellcond.optim.WAdam, {"model": model, "lr": 1e-3})``; all
+    parameters are one group then. A callback that finds nothing to do when training begins raises.
 
     *The schedule* is where it would be if one called its `step()` after every epoch, or every optimizer step, also
     after a resume. The Trainer restores no callback's state by default, so the schedule must be a function of its count
@@ -30,10 +36,13 @@ class WellcondTrainerCallback(TrainerCallback):
         schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180, batch_size=8)`.
         schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``state.global_step``).
         log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``.
+        transforms: What to attach to the optimizer, from left to right: transforms or their names
+            (``"centralization"``, ``"whitening"``, ``"descent"``).
 
     Raises:
-        TypeError: If the schedule is none.
-        ValueError: If the interval is another.
+        TypeError: If the schedule or a transform is none.
+        ValueError: If the interval is another, no transform has a name, or, when training begins, there is nothing to
+            do.
 
     Example:
         >>> import torch, wellcond
@@ -50,9 +59,24 @@ class WellcondTrainerCallback(TrainerCallback):
         schedule_interval: Interval = "epoch",
         *,
         log_stats: bool = True,
+        transforms: Sequence[GradientTransform | str] | None = None,
     ) -> None:
+        self._attaching = Attaching(transforms)
         self._following = FollowingSchedule(schedule, schedule_interval)
         self.log_stats = log_stats
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach to the optimizer, which may have read its state, ours included, from a checkpoint."""
+        found = [] if optimizer is None else self._attaching.attach([optimizer], model)
+        refuse_to_do_nothing(self, self._following.schedule is not None or bool(found))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

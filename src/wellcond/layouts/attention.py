@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts.layout import Layout, Rows
+from wellcond.runtime.random_state import random_numbers_kept
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -84,21 +85,27 @@ class _OutputProjection(Layout):
     """``out_proj``, whose input — the heads' joined values — exists only inside its parent's forward."""
 
     has_rows = True
+    reruns = True
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Run the parent's attention once more with the identity as its output projection.
 
-        This costs one attention forward on the steps that take statistics. Random numbers are drawn as the forward
-        will draw them, and are there for it to draw again.
+        This costs one attention forward on the steps that take statistics. Random generators stand as before
+        afterwards.
         """
         attention = cast(nn.MultiheadAttention, module)
         weight = attention.out_proj.weight
         # A shallow copy whose `forward` is called directly: no hook, the watching one included, runs twice.
         twin = object.__new__(type(attention))  # FSDP2's classes refuse `copy.copy`
-        twin.__dict__ = attention.__dict__ | {"_modules": {"out_proj": _identity_projection(weight)}}
-        cuda = [weight.device] if weight.device.type == "cuda" else []
+        twin.__dict__ = attention.__dict__ | {
+            "_modules": {"out_proj": _identity_projection(weight)},
+            # In evaluation, without gradients, torch would take a path of its own, which wants a bias.
+            "training": True,
+            "dropout": attention.dropout if attention.training else 0.0,
+        }
         floats = {key: _like(weight, value) for key, value in kwargs.items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda), torch.autocast(weight.device.type, enabled=False):
+        plain = torch.autocast(weight.device.type, enabled=False)
+        with torch.no_grad(), random_numbers_kept(weight.device), plain:
             joined = twin.forward(*(_like(weight, value) for value in args), **floats)[0]
         return (joined,)
 

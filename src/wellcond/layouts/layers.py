@@ -130,11 +130,13 @@ class Layers:
         known: The weights with a rule. A weight that several modules share appears once for each of them.
         unknown: Qualified parameter name → type name of its module, or of its parametrization, for parameters no rule
             speaks of.
+        unfit: Qualified parameter name → why no rule could speak of it, whatever its module.
         lazy: Qualified name → module, of those that are lazily initialised and have not seen their first input.
     """
 
     known: list[Layer] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     lazy: dict[str, nn.Module] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Layer]:
@@ -256,4 +258,7 @@ def _list_layers(
         kind = type(module).__name__
         if of_parametrization:
             kind = _kind_of_parametrization(_parametrizations(module)[attribute.split(".")[1]])
-        found.unknown[prefix + names[attribute]] = kind
+        if unfit is not None:
+            found.unfit[prefix + names[attribute]] = unfit
+        else:
+            found.unknown[prefix + names[attribute]] = kind

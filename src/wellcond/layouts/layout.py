@@ -25,6 +25,7 @@ class Layout:
         output_axis: Which axis of the weight counts output units.
         has_rows: Whether `rows` is defined, that is, whether a second moment of the layer's input can be observed.
         missing_rows: Why not, for reports, where ``has_rows`` is False.
+        reruns: Whether `inputs` runs the forward once more, which should then draw the same random numbers.
         one_hot: Whether every row has a single 1, so that the second moment is diagonal (`counts`).
         forward_uses: Methods that the layer's forward calls, beside which a subclass may put its own.
         family: The class of the rule, also where the rule is a variant for layers with a forward of their own.
@@ -40,6 +41,7 @@ class Layout:
     output_axis: int = 0
     has_rows: bool = False
     missing_rows: str = "its input rows are not defined"
+    reruns: bool = False
     one_hot: bool = False
     forward_uses: tuple[str, ...] = ()
     family: ClassVar[type[Layout]]

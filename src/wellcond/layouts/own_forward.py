@@ -107,6 +107,7 @@ class Watched(_Variant):
     """Finds its inputs in what the forward multiplies the weight with."""
 
     child: str | None
+    reruns = True
     output_rows = Layout.output_rows  # what the layer returns need not be the product
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | None:

@@ -75,6 +75,12 @@ class _Total:
                 self._add(sums_of(item))
         return self.sums
 
+    def copy(self, sums_of: Callable[[Call], Sums]) -> _Total:
+        """Return a total of its own that goes on from here."""
+        other = _Total()
+        other.sums, other._counted = self.fold(sums_of), set(self._counted)
+        return other
+
     def _add(self, parts: Sums) -> None:
         if not self.sums:
             self.sums, self._own = parts, False
@@ -104,6 +110,8 @@ class Arrivals:
         self._accumulated = False
         self._grad_was: tuple[int, int] | None = None
         self._hooks: dict[Tensor, list[RemovableHandle]] = {}
+        self._noted: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._latest: Call | None = None
 
     def expect(self, call: Call, outputs: Sequence[Tensor], leaf: Tensor, fold: Callable[[Call], Sums]) -> None:
         """Note a call, whose rows count if the gradient of one of its outputs comes.
@@ -116,12 +124,14 @@ class Arrivals:
         """
         if _current_pass() == NO_PASS:
             self._close_all()
+        self._latest = call
+        self._noted.add(call)
         for total in self._totals.values():
             total.fold(fold)
         mine = weakref.ref(self)
         for output in outputs:
             # The graph owns the call; it must not own the slot, which leads to the module and maybe to the graph.
-            output.register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._reached(call)))
+            _hooked(output).register_hook(lambda _: _tell(mine, lambda arrivals: arrivals._reached(call)))
         for tensor in (self._weight, leaf):
             if tensor not in self._hooks and tensor.requires_grad and tensor.is_leaf:
                 self._hooks[tensor] = [
@@ -130,6 +140,12 @@ class Arrivals:
                         lambda _: _tell(mine, lambda arrivals: arrivals._was_accumulated())
                     ),
                 ]
+
+    def noted(self, fold: Callable[[Call], Sums]) -> Sums | None:
+        """Return the sums over the calls that count or still may, and the latest; a call lives as long as its graph."""
+        total = self._totals[Signal.ACCUMULATED].copy(fold)
+        total.add(sorted(self._noted, key=lambda call: call.serial))
+        return total.fold(fold)
 
     def take(self, fold: Callable[[Call], Sums]) -> Sums | None:
         """Return the sums over the rows behind the weight's gradient, or None without such rows; start anew."""
@@ -151,6 +167,8 @@ class Arrivals:
             hook.remove()
         self._totals = {signal: _Total() for signal in Signal}
         self._passes, self._hooks = {}, {}
+        self._latest = None
+        self._noted.clear()
         self._accumulated, self._grad_was = False, None
 
     # during a backward pass -----------------------------------------------------------------------------------------
@@ -203,6 +221,16 @@ NO_PASS = -1
 def _current_pass() -> int:
     """Return the number of the backward pass that this thread is in, or `NO_PASS`."""
     return int(torch._C._current_graph_task_id())
+
+
+def _hooked(output: Tensor) -> Tensor:
+    """Return the tensor at which an output's gradient comes by, whatever is later done to the output in place.
+
+    A view (what a linear layer returns of inputs of three axes, or a convolution of one image) is given another history
+    then, from its base on, in which no hook of its own is left.
+    """
+    base = output._base
+    return output if base is None or base.grad_fn is None else base
 
 
 def _tell(arrivals: weakref.ref[Arrivals], note: Callable[[Arrivals], None]) -> None:

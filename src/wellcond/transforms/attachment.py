@@ -26,6 +26,7 @@ from wellcond.transforms.base import (
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
+from wellcond.transforms.names import named
 from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
@@ -39,7 +40,7 @@ from wellcond.transforms.wrappers import inner_optimizer, usable_optimizer
 def attach(
     optimizer: Optimizer,
     model: nn.Module,
-    *transforms: GradientTransform,
+    *transforms: GradientTransform | str,
     weight_decay: WeightDecayKind = "auto",
     synchronize: bool | dist.ProcessGroup = True,
 ) -> Attachment:
@@ -53,7 +54,8 @@ def attach(
         optimizer: Any ``torch.optim.Optimizer``, also in a wrapper (Lightning's, Fabric's, Accelerate's, Lookahead,
             SAM): the optimizer inside, which takes the steps, is attached to.
         model: The model whose parameters it trains, also wrapped (DDP, FSDP2, ``torch.compile``).
-        *transforms: At least one; each kind once per optimizer.
+        *transforms: At least one; each kind once per optimizer. A name (``"centralization"``, ``"whitening"``,
+            ``"descent"``) is the transform of that name with its default options.
         weight_decay: How the optimizer applies weight decay: ``"coupled"`` (adds λw to the gradient), ``"decoupled"``
             (shrinks the weight), or ``"auto"``: known for torch's own optimizers and for those whose parameter groups
             say it (``decoupled_weight_decay``, ``weight_decouple``).
@@ -80,8 +82,11 @@ def attach(
         0.bias    (8,)    unchanged
         2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
         2.bias    (2,)    unchanged
+        in all: 2 of 4 parameters, 0 B kept
+        >>> wellcond.attach(optimizer, model, "whitening").stats()["whitening"]["weights"]
+        2
     """
-    return Attachment(optimizer, model, transforms, weight_decay, synchronize)
+    return Attachment(optimizer, model, named(transforms), weight_decay, synchronize)
 
 
 def attachments(optimizer: object) -> list[Attachment]:
@@ -311,6 +316,8 @@ class Attachment:
                 slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
                 frozen = not weight.requires_grad and weight.grad is None
                 refrozen |= frozen is not slot.frozen
+                if slot.frozen and not frozen and slot.failure is None:
+                    slot.coverage = transform.cover_shared(slot.uses)  # its bias may be trained again, too
                 slot.frozen = frozen
                 slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
                 if slot.frozen and slot.state:
@@ -373,6 +380,10 @@ class Attachment:
         if not step.refreshed:
             step.refreshed = True
             self._refresh(optimizer)
+            if step.closure:
+                self._observer.pause()
+            else:
+                self._observer.update(stepped=True)
         for transform in self.transforms:
             transform.update(self._with_gradient(transform))
 
@@ -386,8 +397,6 @@ class Attachment:
             transform.refresh(self._covered(transform), ranks)
             for slot in self._slots[transform.name]:
                 slot.pending = None
-        # Further forward passes of this step's closure (line searches) are not observed again.
-        self._observer.update(stepped=True)
 
     @torch.no_grad()
     def _stand_in(self) -> None:
@@ -396,12 +405,14 @@ class Attachment:
         if optimizer is not None:
             self._observer.forget()
             self._refresh(optimizer)
+            self._observer.update(stepped=True)
 
     @torch.no_grad()
     def step_is_done(self, optimizer: Optimizer) -> None:
         """Correct the weights, and show the state beside the optimizer's own."""
         for transform in reversed(self.transforms):
             transform.finish(self._covered(transform))
+        self._observer.resume()
         self._published.show(optimizer, self._all_slots(), after_step=True)
 
     def _with_gradient(self, transform: GradientTransform) -> list[Slot]:

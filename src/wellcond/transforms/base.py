@@ -75,7 +75,6 @@ class Slot:
         coverage: What the transform said of it.
         state: What must survive a checkpoint. Its tensors are changed in place or replaced; `attach` publishes them
             in ``optimizer.state[weight]`` after each step.
-        pending: Observations since the last refresh: tensors that add up over forward passes and over ranks.
         scratch: What a transform carries from `update` to `finish` within one step.
         decay: The weight's decay in the coming step; None if the optimizer does not say how it applies it.
         enabled: Whether the transform acts now: the weight's parameter group lets it (``wellcond_<name>`` is not
@@ -89,13 +88,13 @@ class Slot:
         observed: In how many steps rows of the layer's input were taken in, since attaching.
         unseen: Why nothing was seen of the layer's input when it was last due, though its weight had a gradient.
         failure: The error because of which its input is no longer observed.
+        noted: Returns the observations of forward passes that no step has taken in yet.
     """
 
     layer: Layer
     uses: list[Layer]
     coverage: Coverage
     state: State = field(default_factory=dict)
-    pending: list[Tensor] | None = None
     scratch: Any = None
     decay: Decay | None = field(default_factory=Decay)
     enabled: bool = True
@@ -108,6 +107,21 @@ class Slot:
     observed: int = 0
     unseen: str | None = None
     failure: str | None = None
+    noted: Callable[[], list[Tensor] | None] = field(default=lambda: None, repr=False)
+    _taken: list[Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def pending(self) -> list[Tensor] | None:
+        """Observations since the last refresh: tensors that add up over forward passes and over ranks.
+
+        In `GradientTransform.refresh` those of the rows behind the gradient, over all ranks. Before a step, to look at:
+        those noted so far on this rank, of which the step takes the ones whose gradient has come.
+        """
+        return self.noted() if self._taken is None else self._taken
+
+    @pending.setter
+    def pending(self, value: list[Tensor] | None) -> None:
+        self._taken = value
 
     @property
     def bias(self) -> nn.Parameter | None:

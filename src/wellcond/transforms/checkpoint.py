@@ -118,9 +118,6 @@ def follow(transform: GradientTransform, slot: Slot) -> None:
             state[key] = value
         elif not value.is_meta:
             fresh.copy_(value)
-    if slot.pending is not None:
-        known = not any(part.is_meta for part in slot.pending)
-        slot.pending = [part.to(weight.device) for part in slot.pending] if known else None
     set_state(slot, state)
 
 

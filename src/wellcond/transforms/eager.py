@@ -1,17 +1,23 @@
 """Run compiled code eagerly while inputs are observed, so that compiled graphs are never cut at a probe.
 
 A probe's hook breaks the graph that is being compiled around it, and torch goes on using what it compiled up to the
-break in later passes, where there is no probe. So graphs are compiled only where no probe is.
+break in later passes, where there is no probe. So graphs are compiled only where no probe is. Only code that calls
+modules with probes runs eagerly; what other models' code was compiled to goes on running.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
 import weakref
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
-_wanting: set[int] = set()
+_probed: dict[int, weakref.WeakSet[nn.Module]] = {}
 _new: set[int] = set()
 _ours: list[Any] = []
 
@@ -25,34 +31,42 @@ class EagerWithGradients:
     @property
     def stance(self) -> str:
         """What the compiler asks at each call of compiled code."""
-        return "force_eager" if torch.is_grad_enabled() else "default"
+        if not torch.is_grad_enabled():
+            return "default"
+        try:
+            return "force_eager" if _may_meet_probes() else "default"
+        except Exception:  # an odd object, an empty cell: nothing of ours may raise in a pass
+            return "force_eager"
 
 
-def run_eagerly(owner: object, wanted: bool, *, stepped: bool = False) -> None:
-    """Say whether an owner wants compiled code to run eagerly from now on; a stance that the user chose goes first.
+def run_eagerly(owner: object, probed: Collection[nn.Module], *, stepped: bool = False) -> None:
+    """Say whose calls an owner wants to run eagerly from now on; a stance that the user chose goes first.
 
     Args:
         owner: Who wants it; nobody does once it no longer exists.
-        wanted: Whether it does.
+        probed: Modules; compiled code that may call one of them runs eagerly.
         stepped: Whether it has just trained. Others that never have must not keep it waiting.
     """
+    known = id(owner) in _probed
     if stepped:
         _new.discard(id(owner))
-        if stale := _wanting & _new:
-            _wanting.difference_update(stale)
+        if stale := _probed.keys() & _new:
+            for other in stale:
+                del _probed[other]
             _set()
-    elif wanted and id(owner) not in _wanting:
+    elif probed and not known:
         _new.add(id(owner))
-    if wanted and id(owner) not in _wanting:
-        _wanting.add(id(owner))
-        weakref.finalize(owner, _leave, id(owner)).atexit = False
-        _set()
-    elif not wanted and id(owner) in _wanting:
+    if probed:
+        _probed[id(owner)] = weakref.WeakSet(probed)
+        if not known:
+            weakref.finalize(owner, _leave, id(owner)).atexit = False
+            _set()
+    elif known:
         _leave(id(owner))
 
 
 def _leave(owner: int) -> None:
-    _wanting.discard(owner)
+    _probed.pop(owner, None)
     _new.discard(owner)
     _set()
 
@@ -66,8 +80,49 @@ def _set_uncompiled() -> None:
     from torch._dynamo import eval_frame
 
     now: Any = eval_frame._stance
-    if _wanting and not _ours and now == eval_frame.DynamoStance():
+    if _probed and not _ours and now == eval_frame.DynamoStance():
         _ours.append(EagerWithGradients())
         eval_frame._set_stance(_ours[0])
-    elif not _wanting and _ours and now is _ours.pop():
+    elif not _probed and _ours and now is _ours.pop():
         torch.compiler.set_stance("default")
+
+
+def _may_meet_probes() -> bool:
+    """Whether the compiled code that is being called may call a module with a probe: unless it is seen not to."""
+    called = _called()
+    modules = None if called is None else list(_modules_of(*called))
+    if not modules:
+        return True
+    return any(part in probed for module in modules for part in module.modules() for probed in _probed.values())
+
+
+def _called() -> tuple[Any, Iterable[Any]] | None:
+    """Return the function that torch is about to run compiled, and its arguments; None if they are not found."""
+    frame: types.FrameType | None = sys._getframe(2)
+    for _ in range(3):
+        frame = None if frame is None else frame.f_back
+        if frame is not None and frame.f_code.co_name == "compile_wrapper":
+            found = frame.f_locals
+            return found.get("fn"), (*found.get("args", ()), *found.get("kwargs", {}).values())
+    return None
+
+
+def _modules_of(function: Any, arguments: Iterable[Any]) -> Iterator[nn.Module]:
+    """Yield the modules that a function is, belongs to, is given or names."""
+    function = inspect.unwrap(function, stop=lambda wrapper: isinstance(wrapper, nn.Module))
+    owner = getattr(function, "__self__", None)
+    for module in (function, owner):
+        if isinstance(module, nn.Module):
+            yield module
+            return
+    function = getattr(function, "__func__", function)
+    named = [owner, *arguments]
+    if isinstance(function, types.FunctionType):
+        named += [function.__globals__.get(name) for name in function.__code__.co_names]
+        named += [cell.cell_contents for cell in function.__closure__ or ()]
+        named += function.__defaults__ or ()
+    for value in named:
+        if isinstance(value, nn.Module):
+            yield value
+        elif not isinstance(value, (torch.Tensor, types.ModuleType, type)):
+            yield from (part for part in getattr(value, "__dict__", {}).values() if isinstance(part, nn.Module))

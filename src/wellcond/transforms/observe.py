@@ -7,6 +7,7 @@ counts once the weight's gradient has come from it (`arrivals`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, UnknownInputError
+from wellcond.runtime.random_state import RandomState, random_numbers_kept
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arrivals import Arrivals, Call, Sums
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
@@ -45,35 +47,70 @@ class Gate:
         self.open = False
 
 
-class Probe:
-    """A forward hook that shows a module's calls to an observer: what its forward was given, and what it returned."""
+class _Hook:
+    """A hook of one module that acts on calls that can lead to a gradient."""
 
-    def __init__(self, module: nn.Module, observer: Observing, gate: Gate) -> None:
+    def __init__(self, module: nn.Module, gate: Gate) -> None:
         self._module = weakref.ref(module)
-        self._observer = weakref.ref(observer)
         self._gate = gate
         # Compiled code steps out here. (As a decorator this would import the compiler together with this library; by
         # now the optimizer has imported it.)
-        self._observe_uncompiled = torch.compiler.disable(self._observe)
+        self._act_uncompiled = torch.compiler.disable(self._act_on_own)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Show the call unless it cannot lead to a gradient."""
+    def __call__(self, module: nn.Module, *call: Any) -> None:
+        """Act on the call unless it cannot lead to a gradient."""
         if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not self._gate.open):
             return
         if torch.is_grad_enabled():
-            self._observe_uncompiled(module, args, kwargs, output)
+            self._act_uncompiled(module, *call)
 
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        observer = self._observer()
+    def _act_on_own(self, module: nn.Module, *call: Any) -> None:
         # A deep copy of the model carries this hook, but is another module.
-        if observer is not None and self._module() is module and not _is_traced():
-            observer.observe(module, args, kwargs, output)
+        if self._module() is module and not _is_traced():
+            self._act(module, *call)
+
+    def _act(self, module: nn.Module, *call: Any) -> None:
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert_probe
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert_probe, ()
+
+
+class Probe(_Hook):
+    """A forward hook that shows a module's calls to an observer: what its forward was given, and what it returned."""
+
+    def __init__(self, module: nn.Module, observer: Observing, gate: Gate) -> None:
+        super().__init__(module, gate)
+        self._observer = weakref.ref(observer)
+
+    def _act(self, module: nn.Module, *call: Any) -> None:
+        observer = self._observer()
+        if observer is not None:
+            args, kwargs, output = call
+            observer.observe(module, args, kwargs, output)
+
+
+class Start(_Hook):
+    """A forward pre-hook that notes where the random generators stand, for rules that run the forward once more."""
+
+    def __init__(self, module: nn.Module, gate: Gate, device: torch.device) -> None:
+        super().__init__(module, gate)
+        self._device = device
+        self._noted: RandomState | None = None
+
+    def _act(self, module: nn.Module, *call: Any) -> None:
+        try:
+            self._noted = RandomState(self._device)
+        except Exception:
+            self._noted = None  # the rows are then those of other draws from the same distribution
+
+    def take(self) -> RandomState | None:
+        """Return what was noted of the call that has just ended."""
+        noted, self._noted = self._noted, None
+        return noted
 
 
 class Observer:
@@ -92,9 +129,11 @@ class Observer:
         self._transforms = [t for t in transforms if type(t).observe is not GradientTransform.observe]
         self._watched: dict[nn.Module, list[Watched]] = {}
         self._lazy: set[nn.Module] = set()
-        self._probes: dict[nn.Module, RemovableHandle] = {}
+        self._probes: dict[nn.Module, list[RemovableHandle]] = {}
+        self._starts: dict[nn.Module, Start] = {}
         self._arrivals: dict[Slot, Arrivals] = {}
         self._alone = True
+        self._paused = False
         self._called: set[Slot] = set()
         self._empty: set[Slot] = set()
 
@@ -112,6 +151,7 @@ class Observer:
         for transform in self._transforms:
             for slot in slots[transform.name]:
                 if slot.coverage.applies:
+                    slot.noted = functools.partial(_noted, weakref.ref(self), transform, weakref.ref(slot))
                     for index, use in enumerate(slot.uses):
                         self._watched.setdefault(use.called, []).append((transform, slot, index))
         self.update()
@@ -122,49 +162,77 @@ class Observer:
         Args:
             stepped: Whether a step has just ended.
         """
+        if self._paused:
+            return
         # Ranks share what they saw at steps that they agree on; alone, an input may come at any step.
         watch = _wants if self._alone else _is_due
         wanted = {module for module, found in self._watched.items() if any(watch(t, slot) for t, slot, _ in found)}
         wanted |= self._lazy
         for module in [module for module in self._probes if module not in wanted]:
-            self._probes.pop(module).remove()
+            self._take_off(module)
         owner = self._owner()
         if owner is None:
             return
         for module in wanted:
             if module not in self._probes:
-                probe = Probe(module, owner, self.gate)
-                # Before all other hooks: FSDP's puts the sharded weight back.
-                self._probes[module] = module.register_forward_hook(probe, with_kwargs=True, prepend=True)
+                self._place(module, owner)
         observed = self.gate.open and not self._missed()
         self.gate.open = bool(self._lazy) or any(_is_due(t, slot) for t, slot in self._pairs())
         # Where inputs are wanted at every step, only cut graphs can be compiled.
         every_step = stepped and observed and self.gate.open
-        run_eagerly(self, self.gate.open and not every_step, stepped=stepped)
+        run_eagerly(self, self._probes if self.gate.open and not every_step else (), stepped=stepped)
+
+    def pause(self) -> None:
+        """Take all probes off until `resume`: further passes of a step's closure belong to no step's statistics."""
+        self._paused = True
+        for module in list(self._probes):
+            self._take_off(module)
+
+    def resume(self) -> None:
+        """End a pause, now that its step has ended."""
+        if self._paused:
+            self._paused = False
+            self.update(stepped=True)
+
+    def _place(self, module: nn.Module, owner: Observing) -> None:
+        hooks = self._probes[module] = []
+        # Before all other hooks: FSDP's puts the sharded weight back.
+        hooks.append(module.register_forward_hook(Probe(module, owner, self.gate), with_kwargs=True, prepend=True))
+        for use in (slot.uses[index] for _, slot, index in self._watched.get(module, [])):
+            if use.layout.reruns and module not in self._starts:
+                self._starts[module] = Start(module, self.gate, use.weight.device)
+                hooks.append(module.register_forward_pre_hook(self._starts[module]))
+
+    def _take_off(self, module: nn.Module) -> None:
+        for hook in self._probes.pop(module):
+            hook.remove()
+        self._starts.pop(module, None)
 
     def remove(self) -> None:
         """Take all probes off."""
-        for hook in self._probes.values():
-            hook.remove()
-        self._probes, self._watched, self._lazy = {}, {}, set()
+        for module in list(self._probes):
+            self._take_off(module)
+        self._watched, self._lazy = {}, set()
         self.forget()
         self.gate.open = False
-        run_eagerly(self, False)
+        run_eagerly(self, ())
 
     def forget(self) -> None:
         """Drop what was seen and not yet taken in."""
         for arrivals in self._arrivals.values():
             arrivals.clear()
 
-    def _pairs(self) -> Iterator[tuple[GradientTransform, Slot]]:
-        """Yield each watched slot once, in the order of attaching."""
-        seen = {(transform, slot): None for found in self._watched.values() for transform, slot, _ in found}
-        yield from seen
+    def _pairs(self) -> list[tuple[GradientTransform, Slot]]:
+        """Return each watched slot once, in the order of attaching."""
+        return list(
+            dict.fromkeys((transform, slot) for found in self._watched.values() for transform, slot, _ in found)
+        )
 
     # forward passes -------------------------------------------------------------------------------------------------
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note one forward call of one module. Never raises: what goes wrong is said at the next step."""
+        start = self._starts[module].take() if module in self._starts else None
         outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad and tensor.grad_fn is not None]
         if module in self._lazy:
             try:
@@ -177,7 +245,8 @@ class Observer:
         for transform, slot, index in self._watched.get(module, []):
             if _wants(transform, slot) and slot.failure is None:
                 try:
-                    self._note(transform, slot, index, args, kwargs, outputs)
+                    with random_numbers_kept(slot.layer.weight.device, start) if start else contextlib.nullcontext():
+                        self._note(transform, slot, index, args, kwargs, outputs)
                 except Exception as error:
                     slot.failure = _described(error)
                     self._arrivals.pop(slot, Arrivals(slot.layer.weight)).clear()
@@ -219,6 +288,12 @@ class Observer:
 
         return sums_of
 
+    def noted(self, transform: GradientTransform, slot: Slot) -> Sums | None:
+        """Return the sums over the calls of a slot's layers that were noted since the last step."""
+        arrivals = self._arrivals.get(slot)
+        with torch.no_grad():
+            return None if arrivals is None else arrivals.noted(self._fold(transform, slot))
+
     # steps ----------------------------------------------------------------------------------------------------------
 
     def collect(self, ranks: Ranks) -> list[Slot]:
@@ -234,14 +309,14 @@ class Observer:
         watch = _wants if self._alone else _is_due
         due = [(transform, slot) for transform, slot in self._pairs() if watch(transform, slot)]
         failed = self._sum(due, ranks)
+        self.forget()
         for _, slot in due:
-            if slot.pending is not None:
+            if slot.pending is not None:  # all calls that did not count are forgotten
                 slot.observed += 1
                 slot.unseen = None
             elif slot.layer.weight.grad is not None and slot not in self._empty:
                 slot.unseen = DROPPED if slot in self._called else NEVER_CALLED
         self._called, self._empty = set(), set()
-        self.forget()
         return failed
 
     def _missed(self) -> bool:
@@ -288,10 +363,17 @@ class Observer:
         return lost
 
 
+def _noted(
+    observer: weakref.ref[Observer], transform: GradientTransform, slot: weakref.ref[Slot]
+) -> list[Tensor] | None:
+    found, of = observer(), slot()
+    return None if found is None or of is None else found.noted(transform, of)
+
+
 def _wants(transform: GradientTransform, slot: Slot) -> bool:
     """Whether a slot's layer should be watched now."""
-    trained = slot.coverage.applies and slot.enabled and slot.layer.weight.requires_grad
-    return trained and transform.wants_inputs(slot)
+    # One that requires a gradient no more may still have one that the coming step uses.
+    return slot.coverage.applies and slot.enabled and transform.wants_inputs(slot)
 
 
 def _is_due(transform: GradientTransform, slot: Slot) -> bool:
@@ -350,7 +432,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _inert_probe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _inert_probe(*call: Any) -> None:
     """Stand where a copied or unpickled module had a probe: nothing observes that module."""
 
 

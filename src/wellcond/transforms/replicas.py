@@ -57,7 +57,7 @@ class Replicas:
         ranks = Ranks(self._synchronize if self._group is None else self._group)
         # What observes nothing has nothing to share.
         sharing = [t for t in transforms if type(t).observe is not GradientTransform.observe]
-        shared = [(transform, slot) for transform in sharing for slot in slots[transform.name]]
+        shared = [(each, slot) for each in sharing for slot in slots[each.name] if slot.coverage.applies]
         if ranks.size > 1 and sharing and self._checked != [slot for _, slot in shared]:
             lines = [f"{t.name} of '{s.layer.name}' {tuple(s.layer.weight.shape)}: {s.coverage.how}" for t, s in shared]
             weights = [slot.layer.weight for _, slot in shared]

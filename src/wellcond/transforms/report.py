@@ -39,7 +39,9 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     Returns:
         One row a parameter, in the model's order.
     """
-    unknown = find_layers(model).unknown
+    found_layers = find_layers(model)
+    unknown, unfit = found_layers.unknown, found_layers.unfit
+    no_numbers = {id(slot.layer.weight) for slot in slots if slot.layer.unfit}
     done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
         coverage = slot.coverage
@@ -57,10 +59,12 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         found: tuple[str, int | None] = ("unchanged", None)
         if id(parameter) not in held:
             found = ("not held by this optimizer", None)
-        elif not parameter.requires_grad and parameter.grad is None:
+        elif not parameter.requires_grad and parameter.grad is None and id(parameter) not in no_numbers:
             found = ("unchanged: frozen (requires_grad=False)", None)
         elif id(parameter) in done:
             found = done[id(parameter)]
+        elif name in unfit:
+            found = (f"unchanged: {unfit[name]}", None)
         elif name in unknown:
             found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
         rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))
@@ -68,8 +72,9 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
 
 
 def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot]) -> list[str]:
-    """Write `coverage_rows` as lines of text, in columns."""
+    """Write `coverage_rows` as lines of text, in columns, and how many parameters and bytes they are in all."""
     lazy = {name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)}
+    found = coverage_rows(model, held, slots)
     rows = [
         (
             row.name,
@@ -77,12 +82,22 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
             row.how,
             "" if row.state_bytes is None else _bytes(row.state_bytes),
         )
-        for row in coverage_rows(model, held, slots)
+        for row in found
     ]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    return [
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
     ]
+    return [*lines, _total(model, found)]
+
+
+def _total(model: nn.Module, rows: Sequence[ParameterCoverage]) -> str:
+    """Say how many parameters are covered and what is kept for them; one that has several names counts once."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    once = {id(parameter): row for (_, parameter), row in zip(parameters, rows, strict=True)}
+    covered = [row for row in once.values() if row.state_bytes is not None or row.how.startswith("together with ")]
+    kept = sum(row.state_bytes or 0 for row in once.values())
+    return f"in all: {len(covered)} of {len(once)} parameters, {_bytes(kept)} kept"
 
 
 def warn_of_idle(transform: GradientTransform, slots: Sequence[Slot]) -> None:

@@ -46,9 +46,14 @@ class Follower(Protocol):
 
 
 class Step:
-    """What is remembered within one optimizer step: whether its statistics were taken in."""
+    """What is remembered within one optimizer step: whether its statistics were taken in.
 
-    def __init__(self) -> None:
+    Args:
+        closure: Whether a closure computes its gradients, perhaps several times.
+    """
+
+    def __init__(self, closure: bool = False) -> None:
+        self.closure = closure
         self.refreshed = False
 
 
@@ -99,9 +104,9 @@ class StepHooks:
         """Transform the gradients, or, where a closure will compute them, have them transformed after it ran."""
         if not self._is_ours(optimizer) or self._is_nested(optimizer):
             return None
-        step = Step()
         positional = len(args) > 1 and callable(args[1])
         closure = args[1] if positional else kwargs.get("closure")
+        step = Step(closure is not None)
         if closure is None:
             self._follower.gradients_are_there(optimizer, step)
             return None

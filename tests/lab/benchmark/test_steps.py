@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from wellcond.lab.benchmark import steps as measuring
 from wellcond.lab.benchmark.steps import Workload, measure_steps
@@ -14,6 +16,7 @@ from wellcond.lab.benchmark.timing import StepTimer, time_rounds
 from wellcond.lab.cli import bench
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import Refresh, select_methods
+from wellcond.lab.training.progress import StepProgress
 
 
 def execute(*options: str) -> int:
@@ -121,3 +124,33 @@ def test_methods_of_every_kind_can_be_timed(recwarn):
 def test_mistakes_are_one_line(options, message):
     with pytest.raises(LabError, match=message):
         execute(*options)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_progress_counts_every_step_that_it_said_there_would_be(rounds):
+    said = io.StringIO()
+    progress = StepProgress(Console(file=said), "timing", every=0.0)
+    workload = Workload("convnet", 4, 8, Refresh(50, 500), torch.device("cpu"))
+    with progress:
+        measure_steps(select_methods(["SGDM", "W-SGDM"]), workload, rounds, progress)
+    assert progress.done == progress.total > 0
+    lines = said.getvalue().splitlines()
+    assert lines[0] == f"timing: {progress.total} steps"
+    numbers = [int(line.partition(" ")[0]) for line in lines[1:]]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] < progress.total
+    for what in ("SGDM", "W-SGDM, gathering second moments", "W-SGDM, solving", "SGDM, counting memory"):
+        assert any(line.endswith(f"now {what}") for line in lines)
+
+
+def test_a_quiet_progress_says_nothing():
+    said = io.StringIO()
+    with StepProgress(Console(file=said), "timing", quiet=True, every=0.0) as progress:
+        progress.expect(3)
+        progress.advance("SGDM")
+    assert said.getvalue() == ""
+
+
+def test_the_command_says_at_once_what_it_will_do(capsys):
+    assert execute("--methods", "SGDM", "--rounds", "1") == 0
+    assert capsys.readouterr().err.startswith("timing 1 methods on convnet: 5 steps\n")

@@ -15,6 +15,8 @@ from wellcond.lab.cli.main import COMMANDS
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.networks.registry import MODELS
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

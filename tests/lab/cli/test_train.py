@@ -19,6 +19,8 @@ from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.run_memory import RunMemory
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 SMALL = ["--epochs", "2", "--train-images", "128", "--val-images", "64", "--test-images", "64", "--log-every", "2"]
 TRAIN = ["train", "--method", "W-SGDM", "--lr", "0.03", "--seed", "3", *SMALL]
 

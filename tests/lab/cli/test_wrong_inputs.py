@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from wellcond.__main__ import main
-from wellcond.lab.cli.main import main as cli
+from wellcond.lab.cli import main as cli
 from wellcond.lab.cli.paths import OutputFile, OutputFolder
 
 
@@ -27,7 +27,7 @@ def no_work(monkeypatch, tmp_path):
 
     monkeypatch.setattr("wellcond.lab.comparison.compare.execute", refuse)
     monkeypatch.setattr("wellcond.lab.training.runner.Runner.run", refuse)
-    monkeypatch.setattr("wellcond.lab.cli.bench.measure_steps", refuse)
+    monkeypatch.setattr("wellcond.lab.benchmark.steps._measure", refuse)
     monkeypatch.setattr("wellcond.lab.cli.diagnose.diagnose", refuse)
     monkeypatch.setattr("wellcond.lab.cli.diagnose.trained_briefly", refuse)
     monkeypatch.setattr("wellcond.calibrate", refuse)
@@ -177,7 +177,7 @@ def test_files_that_are_no_weights(capsys, no_work, command):
         assert str(file) in one_line(capsys, *arguments)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[", b"a = 1\n", b"names = 3\n"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[", b"a = 1\n", b"names = 3\n", b"a = " + b"[" * 20_000])
 def test_files_that_are_no_recipe(capsys, content):
     Path("mine.toml").write_bytes(content)
     one_line(capsys, "reproduce", "mine.toml")
@@ -188,3 +188,29 @@ def test_recipes_that_are_no_files(capsys):
     os.mkfifo("pipe.toml")
     for file in ("mine.toml", "pipe.toml", "missing.toml", "a\x00.toml", "x" * 5000 + ".toml"):
         one_line(capsys, "reproduce", file)
+
+
+NUMBERS = ["", "two", "-1", "1.5", "9" * 5000, "0x2"]
+LAUNCHES = {
+    "torchrun": {
+        "TORCHELASTIC_RUN_ID": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+    },
+    "slurm": {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.mark.parametrize(("by", "name"), [(by, name) for by, names in LAUNCHES.items() for name in names])
+def test_launches_that_cannot_be(capsys, monkeypatch, by, name):
+    if name == "TORCHELASTIC_RUN_ID":
+        monkeypatch.setenv(name, "1")  # and nothing else
+        assert "WORLD_SIZE must be a whole number" in one_line(capsys, "list")
+        return
+    for other, value in LAUNCHES[by].items():
+        monkeypatch.setenv(other, value)
+    for value in [*NUMBERS, "2" if "NTASKS" not in name and "SIZE" not in name and "NNODES" not in name else "0"]:
+        monkeypatch.setenv(name, value)
+        assert f"variable {name} must be a whole number from " in one_line(capsys, "train")

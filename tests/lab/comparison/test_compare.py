@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +26,10 @@ from wellcond.lab.runs.records import EpochRecord, RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.progress import RunProgress
 
-SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "2", "--methods", "SGDM,W-SGDM", "--quiet"]
-RUNS = 2 * 2 * 3  # seeds, methods, lrs
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
+SMALL = ["compare", "--train-images", "128", "--epochs", "2", "--seeds", "1", "--methods", "SGDM,W-SGDM", "--quiet"]
+RUNS = 2 * 3  # methods, lrs
 
 
 def numbers(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -52,18 +53,6 @@ def finished(tmp_path_factory) -> Path:
 LONG = 600
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "wellcond", *SMALL, *more, "--out", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # As the process of this suite: the number of threads is part of what determines a run.
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
 # From inside, after the fourth run: from outside, a busy machine might let it finish before.
 DYING = """
 import os, signal, sys
@@ -83,18 +72,48 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def wait_for_runs(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + LONG
-    while len(list(folder.glob("runs/*.json"))) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.002)
+# As Ctrl-C, to every process of the group: in a step of the fourth run, or when a worker has done it.
+INTERRUPTED = """
+import os, signal, sys
+from wellcond.__main__ import main
+from wellcond.lab.runs.records import RunStore
+from wellcond.lab.training.module import Training
+
+def interrupting(act, saving):
+    def first(self, *arguments):
+        if len(saved) == 3:
+            os.killpg(0, signal.SIGINT)
+        if saving:
+            saved.append(self)
+        return act(self, *arguments)
+    return first
+
+if __name__ == "__main__":
+    saved = []
+    RunStore.save = interrupting(RunStore.save, True)
+    Training.training_step = interrupting(Training.training_step, False)
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def end_itself(script: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Let a comparison in a process of its own end as the script says."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *SMALL, *more, "--out", str(folder)],
+        capture_output=True,
+        text=True,
+        # As the process of this suite: the number of threads is part of what determines a run.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        timeout=LONG,
+        check=False,
+    )
 
 
 def test_every_run_is_kept_under_a_readable_name(finished):
     names = sorted(file.name for file in finished.glob("runs/*.json"))
     assert len(numbers(finished)) == RUNS
-    assert all(re.fullmatch(r"(W-)?SGDM-lr0\.\d+-seed[01]-\d+steps-[0-9a-f]{8}\.json", name) for name in names)
+    assert all(re.fullmatch(r"(W-)?SGDM-lr0\.\d+-seed0-\d+steps-[0-9a-f]{8}\.json", name) for name in names)
 
 
 def test_the_same_command_again_runs_nothing(finished, monkeypatch):
@@ -108,9 +127,7 @@ def test_the_same_command_again_runs_nothing(finished, monkeypatch):
 
 
 def test_a_killed_comparison_continues_to_the_same_numbers(finished, tmp_path):
-    command = [sys.executable, "-c", DYING, *SMALL, "--out", str(tmp_path)]
-    died = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert died.returncode == -signal.SIGKILL
+    assert end_itself(DYING, tmp_path).returncode == -signal.SIGKILL
     kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*.json")}
     assert len(kept) == 4 < RUNS
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
@@ -118,27 +135,27 @@ def test_a_killed_comparison_continues_to_the_same_numbers(finished, tmp_path):
     assert all((tmp_path / "runs" / name).stat().st_mtime_ns == changed for name, changed in kept.items())
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1]"])
-def test_a_damaged_run_is_run_again(finished, tmp_path, damage):
+def test_damaged_runs_are_run_again(finished, tmp_path):
     (tmp_path / "runs").mkdir()
     for file in finished.glob("runs/*.json"):
         (tmp_path / "runs" / file.name).write_text(file.read_text())
-    damaged = next(tmp_path.glob("runs/*-8steps-*.json"))
-    damaged.write_text(damage(damaged.read_text()))
+    cut, empty, other, deep, *whole = sorted(tmp_path.glob("runs/*-8steps-*.json"))
+    cut.write_text(cut.read_text()[: cut.stat().st_size // 2])
+    empty.write_text("")
+    other.write_text("[1]")
+    deep.write_text("[" * 100_000)
+    assert whole
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     assert numbers(tmp_path) == numbers(finished)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_interrupting_keeps_what_is_finished(tmp_path, jobs):
-    process = start(tmp_path, "--jobs", str(jobs), "--epochs", "40")
-    wait_for_runs(tmp_path, 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C: to every process of the group
-    _, errors = process.communicate(timeout=LONG)
-    kept = len(list(tmp_path.glob("runs/*.json")))
-    assert process.returncode == 130
-    expected = f"wellcond: interrupted; {kept} finished runs are kept in {tmp_path}; the same command continues.\n"
-    assert errors == expected
+    ended = end_itself(INTERRUPTED, tmp_path, "--jobs", str(jobs))
+    assert ended.returncode == 130, ended.stderr
+    assert len(list(tmp_path.glob("runs/*.json"))) == 3
+    expected = f"wellcond: interrupted; 3 finished runs are kept in {tmp_path}; the same command continues.\n"
+    assert ended.stderr == expected
     assert not list(tmp_path.glob("runs/.*"))
 
 

@@ -95,7 +95,8 @@ def test_a_broken_description_is_ignored(tmp_path, write_images):
     file = tmp_path / "images.parquet"
     write_images(file, count=3)
     table = pq.read_table(file)
-    for description in ("not json", "{}", json.dumps({"info": {"features": 3}})):
+    odd = [{"info": {"features": 3}}, *({"info": {"features": {"label": {"names": names}}}} for names in (3, True, {}))]
+    for description in ("not json", "{}", "[" * 100_000, *map(json.dumps, odd)):
         pq.write_table(table.replace_schema_metadata({"huggingface": description}), file)
         assert read_parquet([file]).labels.tolist() == [0, 1, 2]
 

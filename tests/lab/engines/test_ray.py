@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from image_sets import write_class_folders
 
 from wellcond.__main__ import main
 from wellcond.lab.engines import select as engine
 from wellcond.lab.engines.select import RunFailedError
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import DataError, LabError
 from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import Settings
@@ -113,6 +114,18 @@ def test_a_run_that_raises_is_reported_with_its_traceback(plan, store):
     spec = replace(plan.specs()[0], model="resnet8000")
     with pytest.raises(RunFailedError, match=r"(?s)the run SGDM lr 0.03 seed 0 .*Traceback.*resnet8000"):
         list(engine.execute(plan, [spec], store))
+
+
+def test_a_broken_file_is_named_in_one_line(cluster, store, tmp_path):
+    root = write_class_folders(tmp_path / "images")
+    broken = root / "train" / "n01" / "train_2.png"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 255  # its ends are whole, so that only who decodes it finds out
+    broken.write_bytes(content)
+    given = {"data": str(root), "model": "convnet", "methods": ("SGDM",), "batch_size": 4, "epochs": 1, "seeds": 1}
+    plan = make_plan(Settings(**given, image_size=16, train_images=16, validation_images=4, engine="ray"))
+    with pytest.raises(DataError, match=rf"^--data: {broken} cannot be decoded[^\n]*$"):
+        list(engine.execute(plan, plan.specs()[:1], store))
 
 
 def test_other_data_on_a_worker_is_refused(plan, store):

@@ -229,7 +229,7 @@ def test_a_schedule_is_complete_within_its_run(steps, epochs, rising):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory, quick_collections):
     """The folder of a small comparison in ghost groups, and what it printed."""
     import contextlib
     import io
@@ -239,6 +239,7 @@ def compared(tmp_path_factory):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         arguments = ["--methods", "SGDM,EvalNorm-fixed,BSR,BSR-nnls,GN,SGDM+GC", "--ghost-batch", "2", "--seeds", "2"]
         arguments += ["--epochs", "2", "--train-images", "96", "--lrs", "SGD=0.1"]
+        arguments += ["--val-images", "100", "--test-images", "100"]
         assert main(["compare", *arguments, "--out", str(folder)]) == 0
     return folder, printed.getvalue()
 

@@ -122,6 +122,29 @@ def test_files_that_hold_no_weights(tmp_path):
         initial_model("convnet", 3, 10, 0, str(file))
 
 
+KINDS = {
+    "sparse": lambda weight: weight.to_sparse(),
+    "nested": lambda weight: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "without values": lambda weight: weight.to("meta"),
+    "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    "complex64": lambda weight: weight.to(torch.complex64),
+    "int8": lambda weight: weight.to(torch.int8),
+    "bool": lambda weight: weight > 0,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_kinds_that_no_weight_has(tmp_path, given, kind):
+    file = tmp_path / "weights.pt"
+    for key in ("0.0.weight", "0.1.running_mean"):
+        torch.save(given | {key: KINDS[kind](given[key])}, file)
+        with pytest.raises(LabError, match=rf"weights\.pt: {key} must be .*, got .*{kind}"):
+            initial_model("convnet", 3, 10, 0, str(file))
+    torch.save({key: value.to(torch.float64) for key, value in given.items()}, file)
+    initial_model("convnet", 3, 10, 0, str(file))  # of another width
+
+
 def published(state):
     """Return a stand-in for the download of published weights."""
 

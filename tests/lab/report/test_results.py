@@ -100,11 +100,12 @@ def test_json_holds_what_it_takes_to_read_and_repeat_the_numbers(results):
             assert method["final_difference"]["low"] <= method["final_difference"]["mean"]
 
 
-def test_the_report_is_one_well_formed_page_that_refers_to_nothing(results):
+def test_the_report_is_one_well_formed_page_that_links_to_the_files_beside_it(results):
     folder, _ = results
     page = (folder / "report.html").read_text()
     checker = check_page(page)
-    assert checker.references == []
+    assert checker.references == ["results.json", "epochs.csv", "curves-epochs.png", "curves-seconds.png"]
+    assert all((folder / name).is_file() for name in checker.references)
     assert checker.scripts == 0
     assert "http://" not in page
     assert "https://" not in page
@@ -113,8 +114,8 @@ def test_the_report_is_one_well_formed_page_that_refers_to_nothing(results):
         assert f'<th scope="row">{method["name"]}</th>' in page
     for text in ("Findings", "Equal time", "Paired seeds", "max-width: 760px", "prefers-color-scheme: dark"):
         assert text in page
-    # A scatter, two charts of accuracy and two of losses for each of two families.
-    assert page.count("<figure>") == 10
+    # A scatter, two charts of accuracy, two of losses, the seeds and the lrs for each of two families.
+    assert page.count("<figure>") == 14
     assert "url(" not in page
     assert "@import" not in page
     assert content["versions"]["torch"] in page

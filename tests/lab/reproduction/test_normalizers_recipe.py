@@ -15,6 +15,8 @@ from PIL import Image
 from wellcond.lab.comparison.statistics import paired_difference
 from wellcond.lab.methods.method import METHODS
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 ROOT = Path(__file__).parents[3]
 
 

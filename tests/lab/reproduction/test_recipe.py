@@ -179,7 +179,7 @@ def test_options_that_a_method_cannot_take_are_told(write):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(LabError, match=r"none\.toml: No such file or directory"):
+    with pytest.raises(LabError, match=r"none\.toml: there is no such file"):
         find_recipe(str(tmp_path / "none.toml"))
 
 

@@ -13,6 +13,8 @@ from wellcond.__main__ import main
 from wellcond.lab.reproduction.panels import needed_data, scaled_panels
 from wellcond.lab.reproduction.recipe import bundled_recipes
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 RECIPES = {recipe.name: recipe for recipe in bundled_recipes()}
 
 

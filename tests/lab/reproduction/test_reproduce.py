@@ -9,6 +9,8 @@ import pytest
 from wellcond.__main__ import main
 from wellcond.lab.comparison.statistics import paired_difference
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 RECIPE = """\
 title = "Plain and centralized"
 source = "a paper, table 9.1"

@@ -263,12 +263,14 @@ def test_channels_last(
 ) -> None:
     layer = with_affine(make(6, width).to(dtype)).train(training)
     twin = copy.deepcopy(layer)
-    x = draw(samples=32, size=size).to(dtype).requires_grad_()
+    # In float32 the gradient through an eigendecomposition is good to about ε κ^1.5: κ is 14 here, and 2400 for step 0,
+    # where either layout is 0.003 off the gradient in float64.
+    x = draw(2, samples=32, size=size).to(dtype).requires_grad_()
     other = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     y, expected = twin(other), layer(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert expected.is_contiguous()
-    tolerance = 1e-10 if dtype == FLOAT64 else 1e-3
+    tolerance = 1e-10 if dtype == FLOAT64 else 1e-4
     close(y, expected, tolerance)
     expected.sin().sum().backward()
     y.sin().sum().backward()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,12 +16,14 @@ from wellcond.lab.benchmark.timing import Quartiles, StepTimer, quartiles, ratio
 from wellcond.lab.methods.method import Method, Refresh
 from wellcond.lab.networks.registry import initial_model, select_model
 from wellcond.lab.runs.memory import Memory, Step, measure_memory
+from wellcond.lab.training.progress import StepProgress
 
 _CHANNELS, _CLASSES = 3, 10
 _LR = 1e-3
 _NEVER = 10**9
 # Solves may take seconds each.
 _MOST_SOLVES = 3
+_WARM_UP, _WARM_UP_OF_SOLVES, _MEMORY_STEPS = 2, 1, 2
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,16 @@ class Workload:
         return StepTimer(*self.build(method, refresh), self.loss(), method.second_order)
 
 
-def measure_steps(methods: Sequence[Method], workload: Workload, rounds: int) -> list[StepCost]:
+def measure_steps(
+    methods: Sequence[Method], workload: Workload, rounds: int, progress: StepProgress | None = None
+) -> list[StepCost]:
     """Time a training step of each method, all methods in turn, and count its memory.
 
     Args:
         methods: The methods; the others are compared with the first.
         workload: The step.
         rounds: How often each is timed.
+        progress: Told how many steps there will be, and of each that is done; None: nobody is.
 
     Returns:
         One cost for each method, in their order.
@@ -118,17 +124,27 @@ def measure_steps(methods: Sequence[Method], workload: Workload, rounds: int) ->
     with warnings.catch_warnings():
         # Second-order optimizers keep the graph of a gradient, which each step here forgets.
         warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
-        return _measure(methods, workload, rounds)
+        return _measure(methods, workload, rounds, progress or StepProgress(Console(), "", quiet=True))
 
 
-def _measure(methods: Sequence[Method], workload: Workload, rounds: int) -> list[StepCost]:
+def _measure(methods: Sequence[Method], workload: Workload, rounds: int, progress: StepProgress) -> list[StepCost]:
     refreshing = [method for method in methods if any(spec.refreshed for spec in method.transforms)]
+    solves = min(rounds, _MOST_SOLVES)
+    turning = len(methods) + len(refreshing)
+    progress.expect(
+        turning * (_WARM_UP + rounds) + len(refreshing) * (_WARM_UP_OF_SOLVES + solves) + len(methods) * _MEMORY_STEPS
+    )
     timers = {method.name: workload.timer(method, Refresh(_NEVER, _NEVER)) for method in methods}
     observing = {_observing(method): workload.timer(method, Refresh(1, _NEVER)) for method in refreshing}
-    times, parts = time_rounds(timers | observing, rounds)
-    refresh = {method.name: _refresh_cost(method, methods[0], workload, times, rounds) for method in refreshing}
+    times, parts = time_rounds(timers | observing, rounds, _WARM_UP, progress.advance)
+    refresh = {
+        method.name: _refresh_cost(method, methods[0], workload, times, solves, progress) for method in refreshing
+    }
     del timers, observing
-    memory = {method.name: _memory(method, workload) for method in methods}
+    memory = {}
+    for method in methods:
+        memory[method.name] = _memory(method, workload)
+        progress.advance(f"{method.name}, counting memory", _MEMORY_STEPS)
     first = methods[0].name
     return [
         StepCost(
@@ -150,12 +166,20 @@ def _observing(method: Method) -> str:
 
 
 def _refresh_cost(
-    method: Method, first: Method, workload: Workload, times: dict[str, list[float]], rounds: int
+    method: Method,
+    first: Method,
+    workload: Workload,
+    times: dict[str, list[float]],
+    solves: int,
+    progress: StepProgress,
 ) -> RefreshCost:
     ordinary, observing = times[method.name], times[_observing(method)]
     statistics = max(0.0, median(a - b for a, b in zip(observing, ordinary, strict=True)))
-    solving = {"solve": workload.timer(method, Refresh(1, 1))}
-    solve = max(0.0, median(time_rounds(solving, min(rounds, _MOST_SOLVES), warm_up=1)[0]["solve"]) - median(observing))
+    solving = f"{method.name}, solving"
+    times_of_solves, _ = time_rounds(
+        {solving: workload.timer(method, Refresh(1, 1))}, solves, _WARM_UP_OF_SOLVES, progress.advance
+    )
+    solve = max(0.0, median(times_of_solves[solving]) - median(observing))
     shares = statistics / workload.refresh.stats_every + solve / workload.refresh.solve_every
     ratio = ratio_quartiles(ordinary, times[first.name]).median
     return RefreshCost(1000 * statistics, 1000 * solve, ratio + shares / median(times[first.name]))
@@ -166,4 +190,4 @@ def _memory(method: Method, workload: Workload) -> Memory:
         timer = workload.timer(method, Refresh(1, 1))
         return timer.model, timer.optimizer, timer.seconds
 
-    return measure_memory(build, workload.device)
+    return measure_memory(build, workload.device, _MEMORY_STEPS)

@@ -62,7 +62,10 @@ class StepTimer:
 
 
 def time_rounds(
-    timers: Mapping[str, StepTimer], rounds: int, warm_up: int = 2
+    timers: Mapping[str, StepTimer],
+    rounds: int,
+    warm_up: int = 2,
+    told: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Run every timer once a round, in an order that turns, so that a machine that drifts does so for all.
 
@@ -70,13 +73,15 @@ def time_rounds(
         timers: What to time, by name.
         rounds: How often.
         warm_up: Steps of each before the first round.
+        told: Is called after every step, with the timer's name.
 
     Returns:
         The seconds of whole steps and those of the optimizer in them, by name, one a round.
     """
-    for timer in timers.values():
+    for name, timer in timers.items():
         for _ in range(warm_up):
             timer.seconds()
+            told(name)
     names = list(timers)
     times: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, list[float]] = {name: [] for name in names}
@@ -86,6 +91,7 @@ def time_rounds(
             whole, part = timers[name].seconds()
             times[name].append(whole)
             parts[name].append(part)
+            told(name)
     return times, parts
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from wellcond.lab.benchmark.steps import StepCost, Workload, measure_steps
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
-from wellcond.lab.hardware.machine import machine, training_device, versions
+from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.methods.method import Refresh, select_methods
-from wellcond.lab.report.formats import NOTHING, bytes_text
-from wellcond.lab.report.results import rounded
 from wellcond.lab.runs.records import write_atomically
 from wellcond.lab.runs.settings import check_whole
+from wellcond.lab.training.progress import StepProgress
+
+if TYPE_CHECKING:
+    import torch
+
+    from wellcond.lab.benchmark.steps import StepCost
 
 _DESCRIPTION = """\
 Time a whole training step of each method on one network, with noise for images. The methods take turns, so that a
@@ -79,6 +81,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If an option is out of its range, or a name unknown.
     """
+    import torch
+
+    from wellcond.lab.benchmark.steps import Workload, measure_steps
+    from wellcond.lab.hardware.machine import machine, training_device, versions
+    from wellcond.lab.report.results import rounded
+
     names = ("batch_size", "image_size", "rounds", "stats_every", "solve_every")
     for name in names:
         value, least = getattr(arguments, name), 2 if name == "batch_size" else 1
@@ -95,8 +103,9 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     device = training_device()
     refresh = Refresh(arguments.stats_every, arguments.solve_every)
     workload = Workload(arguments.model, arguments.batch_size, arguments.image_size, refresh, device)
-    with Console(stderr=True).status(f"timing {len(methods)} methods"):
-        costs = measure_steps(methods, workload, arguments.rounds)
+    progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {arguments.model}")
+    with interruptible(), progress:
+        costs = measure_steps(methods, workload, arguments.rounds, progress)
     settings = {name: getattr(arguments, name) for name in ("model", *names)}
     _print(costs, settings, device)
     if arguments.json is not None:
@@ -116,6 +125,15 @@ def _named_quartiles(cost: StepCost) -> dict[str, dict[str, float]]:
 
 
 def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device) -> None:
+    import torch
+
+    from wellcond.lab.report.formats import NOTHING, bytes_text
+    from wellcond.lab.report.results import rounded
+
+    def text(value: float, digits: int) -> str:
+        # As the file has it: rounded from more digits, 1.0225 could be another figure here than there.
+        return f"{rounded(value):.{digits}f}"
+
     console = Console(width=None if Console().is_terminal else 120)
     size, threads = settings["image_size"], torch.get_num_threads()
     where = f"{device.type}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
@@ -140,23 +158,23 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     ):
         table.add_column(head, justify="right", no_wrap=True)
     for cost in costs:
-        spread = f"{cost.ratio.median:.3f} ({cost.ratio.low:.3f}-{cost.ratio.high:.3f})"
+        spread = f"{text(cost.ratio.median, 3)} ({text(cost.ratio.low, 3)}-{text(cost.ratio.high, 3)})"
         cells = [
-            f"{cost.milliseconds.median:.1f}",
+            text(cost.milliseconds.median, 1),
             "1" if cost.method == first else spread,
-            f"{cost.forward_backward_ms:.1f}",
-            f"{cost.optimizer_ms:.1f}",
+            text(cost.forward_backward_ms, 1),
+            text(cost.optimizer_ms, 1),
         ]
         if refreshed and cost.refresh is None:
             cells += [NOTHING, NOTHING]
         elif cost.refresh is not None:
             cells += [
-                f"{cost.refresh.statistics_ms:.1f}, {cost.refresh.solve_ms:.1f}",
-                f"{cost.refresh.amortised_ratio:.3f}",
+                f"{text(cost.refresh.statistics_ms, 1)}, {text(cost.refresh.solve_ms, 1)}",
+                text(cost.refresh.amortised_ratio, 3),
             ]
         cells += [
             bytes_text(cost.memory.peak),
-            f"{cost.memory_ratio:.3f}",
+            text(cost.memory_ratio, 3),
             bytes_text(cost.memory.optimizer_state),
         ]
         table.add_row(cost.method, *cells)

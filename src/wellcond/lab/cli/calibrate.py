@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import wellcond
 from wellcond.lab.cli.options import add_data_options, given_settings
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import is_there
-from wellcond.lab.hardware.machine import training_device
-from wellcond.lab.networks.weights import check_weights
-from wellcond.lab.plan import make_plan
-from wellcond.lab.report.formats import score_text
+from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.runs.settings import check_seed
-from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Evaluation, SeedData
+from wellcond.lab.training.progress import StepProgress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from wellcond.lab.tasks.base import Evaluation, SeedData
 
 _DESCRIPTION = """\
 Take a trained network's normalization statistics anew, in one pass over training images in batches of the size that it
@@ -90,6 +92,11 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If a file, the network, the data or a number is not what it must be.
     """
+    from wellcond.lab.hardware.machine import training_device
+    from wellcond.lab.networks.weights import check_weights
+    from wellcond.lab.plan import make_plan
+    from wellcond.lab.tasks.base import ROLES
+
     m, out = arguments.samples, arguments.out
     if m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
@@ -109,15 +116,19 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     images = plan.task.train_images
     loaded = m * max(1, images // -(-images // _LOADED) // m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
+    plan.task.check_files()
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
-    before = _evaluate(model, data, device)
     batches = data.batches()
-    try:
-        wellcond.calibrate(model, batches, batch_size=m, what=arguments.what)
-    except ValueError as error:
-        raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
-    after = _evaluate(model, data, device)
-    _save(model, out)
+    progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
+    with interruptible(), progress:
+        progress.expect(len(batches) + 2 * len(ROLES))
+        before = _evaluate(model, data, device, progress)
+        try:
+            wellcond.calibrate(model, _counted(batches, progress), batch_size=m, what=arguments.what)
+        except ValueError as error:
+            raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
+        after = _evaluate(model, data, device, progress)
+        _save(model, out)
     passed = f"{len(batches) * loaded} training images in batches of {m}"
     title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
     _print(title, plan.task.score, before, after)
@@ -125,8 +136,21 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     return 0
 
 
-def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tuple[Evaluation, float]]:
+def _counted(batches: Iterable[Any], progress: StepProgress) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        progress.advance("passing over training images")
+
+
+def _evaluate(
+    model: nn.Module, data: SeedData, device: torch.device, progress: StepProgress
+) -> list[tuple[Evaluation, float]]:
     """Return the network's evaluation on the images of each role, with the seconds that an image took."""
+    import torch
+
+    from wellcond.lab.runs.stopwatch import Stopwatch
+    from wellcond.lab.tasks.base import ROLES
+
     model.eval()
     found = []
     for role in ROLES:
@@ -134,19 +158,28 @@ def _evaluate(model: nn.Module, data: SeedData, device: torch.device) -> list[tu
         with torch.no_grad():
             evaluation = data.evaluate(model, role, stopwatch)
         found.append((evaluation, stopwatch.seconds / evaluation.images))
+        progress.advance(f"evaluating {role} images")
     return found
 
 
 def _save(model: nn.Module, file: Path) -> None:
     """Write the state dict by way of a file beside it, so that what is there is always whole."""
+    import torch
+
     partial = file.with_name(f".{file.name}.partial")
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
-    partial.replace(file)
+    try:
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _print(
     title: str, score: str, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
 ) -> None:
+    from wellcond.lab.report.formats import score_text
+    from wellcond.lab.tasks.base import ROLES
+
     console = Console(width=None if Console().is_terminal else 120)
     console.print(f"\n{title}\n", style="bold", highlight=False)
     table = Table(box=None, padding=(0, 1), pad_edge=False)

@@ -16,13 +16,8 @@ from wellcond.lab.cli.options import (
 )
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.cli.processes import in_processes
-from wellcond.lab.comparison.compare import run_comparison
-from wellcond.lab.comparison.summary import summarize
 from wellcond.lab.methods.method import DEFAULT_METHODS, parse_lrs
-from wellcond.lab.plan import make_plan, output_folder
-from wellcond.lab.report.epochs_csv import write_epochs
-from wellcond.lab.report.results import collect_results, write_results
-from wellcond.lab.report.terminal import print_summary
+from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import ENGINES, Settings
 from wellcond.lab.training.progress import RunProgress
@@ -130,17 +125,25 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 
 def _compare(arguments: argparse.Namespace, settings: Settings, command_line: str, first: bool) -> int:
+    from wellcond.lab.comparison.compare import run_comparison
+    from wellcond.lab.comparison.summary import summarize
+    from wellcond.lab.plan import make_plan, output_folder
+    from wellcond.lab.report.epochs_csv import write_epochs
+    from wellcond.lab.report.results import collect_results, write_results
+    from wellcond.lab.report.terminal import print_summary
+
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)
-    with keeping_runs(progress, folder):
-        comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
-    if not first:
-        return 0
-    summary = summarize(comparison)
-    results = collect_results(comparison, summary, command_line)
-    files = [*write_results(results, folder), folder / "epochs.csv"]
-    write_epochs(comparison.records, files[-1])
+    with locked(folder, here=first):
+        with keeping_runs(progress, folder):
+            comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
+        if not first:
+            return 0
+        summary = summarize(comparison)
+        results = collect_results(comparison, summary, command_line)
+        files = [*write_results(results, folder), folder / "epochs.csv"]
+        write_epochs(comparison.records, files[-1])
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

@@ -7,24 +7,23 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from rich.console import Console
 
 from wellcond.lab.cli.options import given_settings
 from wellcond.lab.cli.paths import OutputFolder
-from wellcond.lab.data.batches import AUGMENTATIONS
-from wellcond.lab.data.load import DIGITS
-from wellcond.lab.diagnosis.diagnose import diagnose, trained_briefly
-from wellcond.lab.diagnosis.findings import findings
-from wellcond.lab.diagnosis.page import write_diagnosis
+from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_folder
-from wellcond.lab.hardware.machine import training_device
-from wellcond.lab.networks.weights import check_weights
-from wellcond.lab.plan import make_plan
+from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.runs.settings import MOST, check_seed, check_whole
-from wellcond.lab.tasks.base import EpochBatches
+from wellcond.lab.training.progress import StepProgress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from wellcond.lab.tasks.base import EpochBatches
 
 _DESCRIPTION = """\
 Look at one network with every probe of wellcond.diagnostics: the spectra of its features, its gradients with and
@@ -90,6 +89,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.diagnosis.diagnose import PROBES, diagnose, trained_briefly
+    from wellcond.lab.diagnosis.findings import findings
+    from wellcond.lab.diagnosis.page import write_diagnosis
+    from wellcond.lab.hardware.machine import training_device
+    from wellcond.lab.networks.weights import check_weights
+    from wellcond.lab.plan import make_plan
+
     for name, least, most in (("batches", 2, _MOST_BATCHES), ("steps", 0, MOST)):
         check_whole(name, getattr(arguments, name), least, most)
     check_seed(arguments.seed)
@@ -103,6 +109,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     method = plan.methods[0]
     spec = plan.spec(method, method.lrs[0], arguments.seed)
     model = plan.task.initial_model(plan.model, arguments.seed, arguments.checkpoint).to(device)
+    plan.task.check_files()
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
 
     def call(network: nn.Module, batch: Any) -> Tensor:
@@ -115,12 +122,18 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     stream = data.batches()
     batches = list(itertools.islice(_epochs(stream), arguments.batches))
     training = None
-    if arguments.steps:
-        try:
-            training = trained_briefly(model, _epochs(stream), loss, steps=arguments.steps, lr=arguments.lr, call=call)
-        except ValueError as error:
-            raise LabError(f"--lr {arguments.lr:g}: {error}") from error
-    found = diagnose(model, batches, loss, batch_size=plan.batch_size, call=call, training=training)
+    progress = StepProgress(Console(stderr=True), f"diagnosing {plan.model}")
+    with interruptible(), progress:
+        progress.expect(arguments.steps + len(PROBES))
+        if arguments.steps:
+            recorded = {"steps": arguments.steps, "lr": arguments.lr, "call": call, "told": progress.advance}
+            try:
+                training = trained_briefly(model, _epochs(stream), loss, **recorded)
+            except ValueError as error:
+                raise LabError(f"--lr {arguments.lr:g}: {error}") from error
+        found = diagnose(
+            model, batches, loss, batch_size=plan.batch_size, call=call, training=training, told=progress.advance
+        )
     settings = {
         "model": plan.model,
         "data": plan.settings.data,
@@ -137,6 +150,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     if not arguments.steps and arguments.checkpoint is None:
         state = "as it is initialized"
     title = f"{plan.model} {state}, on {len(batches)} batches of {plan.batch_size} of {plan.task.name}"
+    folder.mkdir(parents=True, exist_ok=True)
     files = write_diagnosis(found, folder, title=title, settings=settings, command=command_line)
     print(title)
     for line in findings(found):
@@ -153,6 +167,4 @@ def _epochs(batches: EpochBatches) -> Iterator[Any]:
 
 def _folder(out: str | None, name: str) -> Path:
     folder = Path(out) if out is not None else Path("runs") / f"diagnose-{name.replace(':', '-')}"
-    check_output_folder("--out", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return check_output_folder("--out", folder)

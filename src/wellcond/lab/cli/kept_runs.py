@@ -26,9 +26,9 @@ def keeping_runs(progress: RunProgress, folder: Path) -> Iterator[None]:
     try:
         with interruptible(), progress:
             yield
-    except Interrupted:
+    except Interrupted as ended:
         raise CommandEndedError(
-            f"interrupted; {progress.done} finished runs are kept in {folder}; the same command continues.", code=130
+            f"{ended}; {progress.done} finished runs are kept in {folder}; the same command continues.", ended.code
         ) from None
     except RunFailedError as error:
         raise CommandEndedError(

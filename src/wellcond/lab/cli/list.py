@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from wellcond.lab.data.load import DIGITS
+from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.methods.method import DEFAULT_METHODS, METHODS
 from wellcond.lab.networks.registry import MODELS
-from wellcond.lab.reproduction.recipe import bundled_recipes
+from wellcond.lab.tasks.detection.networks import DETECTORS
 from wellcond.lab.tasks.open import LAYOUTS
+from wellcond.lab.tasks.reid.specs import REID_NETWORKS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,9 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
     """Print what was asked for, one line each, and return the exit code."""
-    # Here: torchvision's detectors take seconds to import, and the other commands may not need them.
-    from wellcond.lab.tasks.detection.networks import DETECTORS
-    from wellcond.lab.tasks.reid.networks import REID_NETWORKS
+    # Here: it checks every recipe by pydantic, for which the other commands need not wait.
+    from wellcond.lab.reproduction.recipe import bundled_recipes
 
     what = arguments.what
     # Plain lines rather than a table: they can be searched and cut by other programs at any width.

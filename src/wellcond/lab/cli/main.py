@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-import wellcond
 from wellcond.lab.cli import bench, calibrate, compare, diagnose, reproduce, train
 from wellcond.lab.cli import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError, one_line
+from wellcond.lab.hardware.interrupts import Interrupted
 from wellcond.lab.hardware.launch import launched
+from wellcond.version import __version__
 
 
 class Command(Protocol):
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, without the program's name; None: those of this process.
 
     Returns:
-        The exit code: 0 done, 1 a run failed, 2 a mistake in the arguments or the data, 130 interrupted.
+        The exit code: 0 done, 1 a run failed, 2 a mistake in the arguments or the data; 130, 143 or 129 where SIGINT
+        (Ctrl-C), SIGTERM or SIGHUP ended it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -89,14 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A run may have failed on one process alone.
         _say(str(ended), anywhere=ended.code == 1)
         return ended.code
-    except KeyboardInterrupt:  # before the first run or after the last
-        _say("interrupted")
-        return 130
+    except Interrupted as ended:  # by a command that keeps nothing
+        _say(f"{ended}.")
+        return ended.code
 
 
 def _say(line: str, anywhere: bool = False) -> None:
     """Say why the command ended; of several processes only the first does, unless it matters where it was."""
-    if launched().rank == 0 or anywhere:
+    try:
+        here = anywhere or launched().rank == 0
+    except LabError:  # this may be what is said
+        here = True
+    if here:
         print(f"wellcond: {line}", file=sys.stderr)
 
 
@@ -106,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what statistics-driven training techniques gain and cost.",
         epilog="`wellcond compare --help` explains the comparison, with examples.",
     )
-    parser.add_argument("--version", action="version", version=f"wellcond {wellcond.__version__}")
+    parser.add_argument("--version", action="version", version=f"wellcond {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for command in COMMANDS.values():
         command.add_parser(commands)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from wellcond.lab.data.batches import AUGMENTATIONS
+from wellcond.lab.data.named_data import AUGMENTATIONS
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.runs.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.launch import joined, launch, launched
-from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.settings import Settings
 
 
@@ -27,6 +24,10 @@ def in_processes(settings: Settings, command_line: str, act: Callable[[bool], in
     Raises:
         LabError: If there are no such devices, or the processes were started otherwise than asked for.
     """
+    import torch
+
+    from wellcond.lab.hardware.machine import training_device
+
     here, devices = launched(), settings.devices
     device = training_device(settings.accelerator)
     if here.size > 1:

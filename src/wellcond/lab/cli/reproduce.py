@@ -14,12 +14,9 @@ from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.named_data import VARIABLE, bind_data
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks.named_weights import bind_weights
-from wellcond.lab.plan import writable_folder
-from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
-from wellcond.lab.reproduction.recipe import Scale, find_recipe
-from wellcond.lab.reproduction.report import print_reproduction, write_reproduction
-from wellcond.lab.reproduction.reproduce import collect, reproduce
+from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
+from wellcond.lab.runs.settings import Scale
 from wellcond.lab.training.progress import RunProgress
 
 _DESCRIPTION = """\
@@ -92,6 +89,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.plan import writable_folder
+    from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
+    from wellcond.lab.reproduction.recipe import find_recipe
+    from wellcond.lab.reproduction.report import print_reproduction, write_reproduction
+    from wellcond.lab.reproduction.reproduce import collect, reproduce
+
     recipe = find_recipe(arguments.table)
     scale: Scale = arguments.scale
     panels = scaled_panels(recipe, scale, _names("panels", arguments.panels), _names("methods", arguments.methods))
@@ -103,10 +106,11 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     out = arguments.out if arguments.out is not None else Path("runs") / default
     folder = writable_folder(Path(out))
     progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
-    with keeping_runs(progress, folder):
-        results = reproduce(recipe, panels, settings, RunStore(folder / "runs"), progress)
-    reproduction = collect(recipe, scale, paths, command_line, results)
-    files = write_reproduction(reproduction, folder)
+    with locked(folder):
+        with keeping_runs(progress, folder):
+            results = reproduce(recipe, panels, settings, RunStore(folder / "runs"), progress)
+        reproduction = collect(recipe, scale, paths, command_line, results)
+        files = write_reproduction(reproduction, folder)
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,12 +28,13 @@ from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import CommandEndedError, LabError
 from wellcond.lab.hardware.interrupts import Interrupted, interruptible
 from wellcond.lab.hardware.launch import from_first, launched
-from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.methods.method import select_methods
-from wellcond.lab.plan import Plan, make_plan, writable_folder
-from wellcond.lab.report.results import rounded
+from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore, partial, write_atomically
 from wellcond.lab.runs.settings import Settings, check_seed, check_whole
+
+if TYPE_CHECKING:
+    from wellcond.lab.plan import Plan
 
 _DESCRIPTION = """\
 Train one network with one method, and write how it goes: the loss every few steps, scores after each epoch, the lr and
@@ -112,25 +113,29 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 
 def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command_line: str, first: bool) -> int:
+    from wellcond.lab.plan import make_plan, writable_folder
+    from wellcond.lab.report.results import rounded
+
     plan = make_plan(settings)
     spec = plan.spec(plan.methods[0], lr, arguments.seed)
     out = Path("runs") / f"train-{plan.task.name}" if arguments.out is None else Path(arguments.out)
     folder = writable_folder(out)
     store = RunStore(folder / "runs")
     weights = store.path(spec).with_suffix(".pt")
-    record = from_first(lambda: store.load(spec) if weights.exists() else None)
-    if record is None:
-        with _keeping_the_run(spec, folder):
-            record = _run(arguments, plan, spec, store, weights)
-        if first:
-            store.save(spec, record)
-    if not first:
-        return 0
-    files = [folder / "run.json", folder / "logs" / weights.stem, weights]
-    write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
-    if arguments.save is not None:
-        files[2] = arguments.save
-        _copy(weights, arguments.save)
+    with locked(folder, here=first):
+        record = from_first(lambda: store.load(spec) if weights.exists() else None)
+        if record is None:
+            with _keeping_the_run(spec, folder):
+                record = _run(arguments, plan, spec, store, weights)
+            if first:
+                store.save(spec, record)
+        if not first:
+            return 0
+        files = [folder / "run.json", folder / "logs" / weights.stem, weights]
+        write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
+        if arguments.save is not None:
+            files[2] = arguments.save
+            _copy(weights, arguments.save)
     console = Console()
     if not arguments.quiet:
         console.print(_result(plan, spec, record), highlight=False, soft_wrap=True)
@@ -145,6 +150,7 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunStore, weights: Path) -> RunRecord:
+    from wellcond.lab.hardware.machine import training_device
     from wellcond.lab.training.checkpoint import Checkpointing
     from wellcond.lab.training.logs import RunLog
     from wellcond.lab.training.run_display import RunDisplay
@@ -176,15 +182,17 @@ def _keeping_the_run(spec: RunSpec, folder: Path) -> Iterator[None]:
     try:
         with interruptible():
             yield
-    except Interrupted:
+    except Interrupted as ended:
         raise CommandEndedError(
-            f"interrupted; what was last kept of the run is in {folder}; the same command continues.", code=130
+            f"{ended}; what was last kept of the run is in {folder}; the same command continues.", ended.code
         ) from None
     except RunFailedError as error:
         raise CommandEndedError(f"error: {error}", code=1) from error
 
 
 def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) -> dict[str, Any]:
+    from wellcond.lab.hardware.machine import machine, versions
+
     result = asdict(record)
     return {
         "command": command_line,

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.lab.data.named_data import AUGMENTATIONS
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.errors import unknown_name
-
-AUGMENTATIONS = ("none", "flip", "crop-flip")
 
 Batch = tuple[Tensor, Tensor]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import Indices, derived_seed, stratified_draw, without
 from wellcond.lab.errors import LabError
 
-DIGITS = "digits"
 # Chosen once: every comparison on the same data tests on the same images.
 _TEST_SPLIT_SEED = derived_seed("test", 0)
 

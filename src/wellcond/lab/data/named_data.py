@@ -6,8 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from wellcond.lab.data.load import DIGITS
 from wellcond.lab.errors import LabError, unknown_name
+
+DIGITS = "digits"
+"""The name of the data that comes with the lab."""
+
+AUGMENTATIONS = ("none", "flip", "crop-flip")
+"""What training images may go through."""
 
 VARIABLE = "WELLCOND_DATA"
 """The environment variable that may name a folder with all data sets, each under its name."""
@@ -28,6 +33,19 @@ NAMED_DATA = {
     "dukemtmc": "a folder with bounding_box_train, query and bounding_box_test (DukeMTMC-reID)",
 }
 """From a name to what a user's copy must be."""
+
+GET_COCO = (
+    "download train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org, unpack them "
+    "into one folder (annotations/instances_train2017.json, train2017/, ...), and name it"
+)
+"""Where COCO comes from."""
+
+GET_REID = (
+    "download Market-1501-v15.09.15.zip (https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html) or "
+    "DukeMTMC-reID.zip (from a mirror: its site is gone), unpack it, and name the folder that has "
+    "bounding_box_train, query, bounding_box_test in it"
+)
+"""Where Market-1501 and DukeMTMC-reID come from."""
 
 
 def bind_data(given: Sequence[str], needed: Sequence[str]) -> dict[str, str]:

@@ -140,14 +140,14 @@ def _columns(file: Path, schema: pa.Schema) -> tuple[str, str, tuple[str, ...] |
         found = ", ".join(f"{field.name}: {field.type}" for field in schema) or "no column"
         raise LabError(f"--data {file}: {_EXPECTED}; found {found}")
     names = features.get(labels[0], {}).get("names")
-    return images[0], labels[0], tuple(map(str, names)) if names else None
+    return images[0], labels[0], tuple(map(str, names)) if names and isinstance(names, list) else None
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """Return the Hugging Face description of the columns; empty if there is none that can be read."""
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     if not isinstance(described, dict):
         return {}

@@ -33,6 +33,9 @@ _ITERATIONS = 30
 # From this width on, second moments are sketched: 8 MB and a second's eigendecomposition for each.
 _MAX_DIM = 1024
 
+Told = Callable[[str, int], object]
+"""Is told what is at work, and how much of it is done."""
+
 _Result = TypeVar("_Result")
 _Found_co = TypeVar("_Found_co", covariant=True)
 
@@ -129,6 +132,10 @@ PROBES = (
 """The probes of a `Diagnosis`, by their attributes."""
 
 
+def _no_one(what: str, done: int) -> None:
+    """Tell no one."""
+
+
 def diagnose(
     model: nn.Module,
     batches: Sequence[Any],
@@ -137,6 +144,7 @@ def diagnose(
     batch_size: int,
     call: Call | None = None,
     training: Training | None = None,
+    told: Told = _no_one,
 ) -> Diagnosis:
     """Run every probe on a model, and leave it as it is found.
 
@@ -149,6 +157,7 @@ def diagnose(
         batch_size: m, samples behind one set of batch statistics in training.
         call: ``call(model, batch)`` gives the output of a model that is run otherwise than by its first element.
         training: What was recorded before.
+        told: Is told each probe as it begins, with 0, and when it is done, with 1.
 
     Returns:
         What each probe found, or why it cannot be used on this model.
@@ -168,27 +177,35 @@ def diagnose(
     if not batches:
         raise ValueError("there is no batch to diagnose the model with")
     modes = {module: module.training for module in model.modules()}
+
+    def probed(name: str, probe: Callable[..., _Result], *arguments: Any, **options: Any) -> Probe[_Result]:
+        told(name, 0)
+        found = tried(probe, *arguments, **options)
+        told(name, 1)
+        return found
+
     try:
         for module in modes:
             module.training = True
-        weights = tried(diagnostics.weight_means, model)
+        weights = probed("weights", diagnostics.weight_means, model)
         alone = weights.found is not None and len(weights.found.layers) <= _WEIGHTS_ALONE
-        one = {"call": call}
+        first, one = batches[0], {"call": call}
+        wide = {"max_dim": _MAX_DIM, "precision": "float32"}
         return Diagnosis(
             batch_size=batch_size,
             batches=len(batches),
-            spectrum=tried(
-                diagnostics.feature_spectrum, model, batches, call=call, max_dim=_MAX_DIM, precision="float32"
-            ),
-            gradients=tried(diagnostics.gradient_statistics, model, batches, loss, **one),
+            spectrum=probed("spectrum", diagnostics.feature_spectrum, model, batches, **one, **wide),
+            gradients=probed("gradients", diagnostics.gradient_statistics, model, batches, loss, **one),
             weights=weights,
-            lipschitz=tried(
-                diagnostics.lipschitz, model, batches[0], loss, per_layer=alone, iterations=_ITERATIONS, **one
+            lipschitz=probed(
+                "lipschitz", diagnostics.lipschitz, model, first, loss, per_layer=alone, iterations=_ITERATIONS, **one
             ),
-            landscape=tried(diagnostics.landscape, model, batches[0], loss, **one),
-            landscape_centred=tried(diagnostics.landscape, model, batches[0], loss, centralize=True, **one),
-            noise=tried(diagnostics.batch_noise, model, batches, batch_size, **one),
-            disparity=tried(measured_disparity, model, batches, batch_size, call),
+            landscape=probed("landscape", diagnostics.landscape, model, first, loss, **one),
+            landscape_centred=probed(
+                "landscape, centred", diagnostics.landscape, model, first, loss, centralize=True, **one
+            ),
+            noise=probed("noise", diagnostics.batch_noise, model, batches, batch_size, **one),
+            disparity=probed("disparity", measured_disparity, model, batches, batch_size, call),
             training=training,
         )
     finally:
@@ -197,7 +214,14 @@ def diagnose(
 
 
 def trained_briefly(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, *, steps: int, lr: float, call: Call | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    steps: int,
+    lr: float,
+    call: Call | None = None,
+    told: Told = _no_one,
 ) -> Training:
     """Train a model by SGD with momentum 0.9, and record its gradients.
 
@@ -208,6 +232,7 @@ def trained_briefly(
         steps: How many, at least one.
         lr: The learning rate.
         call: As of `diagnose`.
+        told: Is told of each step.
 
     Returns:
         What was recorded.
@@ -230,6 +255,7 @@ def trained_briefly(
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise ValueError(f"the loss is {losses[-1]} after {step + 1} steps at lr {lr:g}: train with a smaller one")
+        told("training", 1)
     if not losses:
         raise ValueError("there is no batch to train the model with")
     optimizer.zero_grad()

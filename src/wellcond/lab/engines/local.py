@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -11,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from wellcond.lab.engines.select import Finished, RunFailedError
+from wellcond.lab.engines.select import Finished, RunFailedError, told_by_worker
 from wellcond.lab.errors import DataError
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.plan import Plan
@@ -71,14 +73,10 @@ class WorkerProcesses:
                     assert isinstance(connection, Connection)
                     process, spec = running.pop(connection)
                     try:
-                        result = connection.recv()
+                        finished = told_by_worker(spec, connection.recv())
                     except EOFError:
                         process.join()
                         raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
-                    if isinstance(result, DataError):
-                        raise result
-                    if isinstance(result, str):
-                        raise RunFailedError(spec, result)
                     if waiting:
                         following = waiting.pop()
                         connection.send(following)
@@ -86,7 +84,7 @@ class WorkerProcesses:
                     else:
                         connection.close()
                         process.join()
-                    yield spec, result
+                    yield finished
         finally:
             for process, _ in running.values():
                 process.terminate()
@@ -94,17 +92,28 @@ class WorkerProcesses:
 
 
 def _start_deaf_to_interrupts(process: SpawnProcess) -> None:
-    """Start a process that ignores Ctrl-C, which reaches the whole group: the parent decides what it means."""
+    """Start a process that ignores what a terminal sends to its whole group: the parent decides what it means."""
     # An ignored signal stays ignored in the new process, also while it imports; a handler set there would come late.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    deaf = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+def _end_with_the_parent() -> None:
+    """End this process when its parent does, however that ends: its run would write beside that of the next command."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _work(connection: Connection, settings: Settings, threads: int, store: RunStore) -> None:
     """Serve runs until the connection closes; answer each with its record, a mistake in the data, or a traceback."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         from wellcond.lab.training.checkpoint import Checkpointing
         from wellcond.lab.training.runner import Runner

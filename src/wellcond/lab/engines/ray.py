@@ -15,8 +15,8 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from wellcond.lab.engines.select import Finished, RunFailedError
-from wellcond.lab.errors import LabError
+from wellcond.lab.engines.select import Finished, RunFailedError, told_by_worker
+from wellcond.lab.errors import DataError, LabError
 from wellcond.lab.hardware.code_digest import code_digest
 from wellcond.lab.hardware.machine import training_device, versions
 from wellcond.lab.plan import Plan
@@ -67,14 +67,12 @@ class RayCluster:
                 (finished, *_), _ = ray.wait(list(running), num_returns=1)
                 spec = running.pop(finished)
                 try:
-                    result = ray.get(finished)
+                    answer = ray.get(finished)
                 except RayError as error:
                     raise RunFailedError(
                         spec, f"its worker was lost {LOST_WORKERS + 1} times, the last time so:\n{error}"
                     ) from error
-                if isinstance(result, str):
-                    raise RunFailedError(spec, result)
-                yield spec, result
+                yield told_by_worker(spec, answer)
         finally:
             for unfinished in running:
                 ray.cancel(unfinished, force=True)
@@ -129,8 +127,8 @@ def _anywhere(settings: Settings) -> Settings:
 
 def _work(
     settings: Settings, expected: tuple[dict[str, str], str], threads: int, folder: Path, spec: RunSpec
-) -> RunRecord | str:
-    """Execute a run on a worker; return its record, or why it failed."""
+) -> RunRecord | DataError | str:
+    """Execute a run on a worker; return its record, a mistake in the data, or why it failed."""
     try:
         here = (versions(), code_digest())
         if here != expected:
@@ -141,6 +139,8 @@ def _work(
             return f"the data in {settings.data} on its worker is not the data here"
         record: RunRecord = runner.run(spec)
         return record
+    except DataError as error:
+        return error
     except Exception:
         return traceback.format_exc()
 

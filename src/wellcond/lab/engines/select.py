@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from wellcond.lab.plan import Plan
+from wellcond.lab.errors import DataError
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 
-Finished = tuple[RunSpec, RunRecord]
+if TYPE_CHECKING:
+    from wellcond.lab.plan import Plan
+
+Finished: TypeAlias = tuple[RunSpec, RunRecord]
 
 
 class RunFailedError(RuntimeError):
@@ -21,6 +24,24 @@ class RunFailedError(RuntimeError):
 
     def __init__(self, spec: RunSpec, reason: str) -> None:
         super().__init__(f"the run {spec.name} failed:\n{reason.rstrip()}")
+
+
+def told_by_worker(spec: RunSpec, answer: RunRecord | DataError | str) -> Finished:
+    """Return a run with the record that another process answered.
+
+    Args:
+        spec: The run.
+        answer: Its record, what is wrong with a file of the data, or why it failed.
+
+    Raises:
+        DataError: If a file of the data is broken.
+        RunFailedError: If the run failed.
+    """
+    if isinstance(answer, DataError):
+        raise answer
+    if isinstance(answer, str):
+        raise RunFailedError(spec, answer)
+    return spec, answer
 
 
 class Engine(Protocol):
@@ -38,6 +59,7 @@ class Engine(Protocol):
             Each run with its record, in the order in which they finish.
 
         Raises:
+            DataError: If a file of the data is broken.
             RunFailedError: If one fails; those that were running with it are given up.
         """
 

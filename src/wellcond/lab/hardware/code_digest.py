@@ -22,6 +22,8 @@ _COMPUTING = (
     "tasks",
     "training",
 )
+# In these folders, only these files do not: they find data by its name, and show how far runs are.
+_PRESENTING = ("data/named_data", "training/logs", "training/progress", "training/run_display")
 _PACKAGE = Path(wellcond.__file__).parent
 
 
@@ -48,8 +50,12 @@ def code_digest(package: Path | None = None) -> str:
 def _digest(package: Path) -> str:
     digest = hashlib.sha256()
     for file in computing_files(package):
-        digest.update(ast.dump(without_docstrings(file.read_text(encoding="utf-8"))).encode())
+        digest.update(_code(file.read_text(encoding="utf-8")))
     return digest.hexdigest()
+
+
+def _code(source: str) -> bytes:
+    return ast.dump(without_docstrings(source)).encode()
 
 
 def without_docstrings(source: str) -> ast.Module:
@@ -79,4 +85,5 @@ def _computes(file: Path) -> bool:
     first, *rest = file.parts
     if first != "lab":
         return first not in _ELSEWHERE
-    return any(name in _COMPUTING for name in ("/".join(rest[:1]), "/".join(rest[:2])))
+    names = {"/".join(rest[:1]), "/".join(rest[:2])}
+    return bool(names & set(_COMPUTING)) and not names & set(_PRESENTING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -9,12 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from wellcond.lab.errors import LabError
+
+if TYPE_CHECKING:
+    import torch
 
 Found = TypeVar("Found")
 
@@ -44,16 +45,34 @@ class Launched:
 
 
 def launched() -> Launched:
-    """Return which process this is; one that was started alone is the first of one."""
+    """Return which process this is; one that was started alone is the first of one.
+
+    Raises:
+        LabError: If a launcher's environment variable is missing or is not what it must be.
+    """
     given = os.environ
-    if dist.is_available() and dist.is_torchelastic_launched():
-        size = int(given["WORLD_SIZE"])
-        nodes = size // int(given["LOCAL_WORLD_SIZE"])
-        return Launched(int(given["RANK"]), size, int(given["LOCAL_RANK"]), nodes, "torchrun")
-    if int(given.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in given and given.get("SLURM_JOB_NAME") != "bash":
-        size, nodes = int(given["SLURM_NTASKS"]), int(given.get("SLURM_NNODES", 1))
-        return Launched(int(given["SLURM_PROCID"]), size, int(given["SLURM_LOCALID"]), nodes, "slurm")
+    if "TORCHELASTIC_RUN_ID" in given:
+        size = _number("WORLD_SIZE", least=1)
+        nodes = size // _number("LOCAL_WORLD_SIZE", least=1, most=size)
+        return Launched(_number("RANK", most=size - 1), size, _number("LOCAL_RANK", most=size - 1), nodes, "torchrun")
+    if "SLURM_PROCID" in given and "SLURM_NTASKS" in given and given.get("SLURM_JOB_NAME") != "bash":
+        size = _number("SLURM_NTASKS", least=1)
+        if size > 1:
+            nodes = _number("SLURM_NNODES", least=1, most=size) if "SLURM_NNODES" in given else 1
+            rank, local_rank = (_number(name, most=size - 1) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+            return Launched(rank, size, local_rank, nodes, "slurm")
     return Launched()
+
+
+def _number(name: str, least: int = 0, most: int = 2**31) -> int:
+    given = os.environ.get(name, "")
+    number = int(given) if given.isascii() and given.isdigit() and len(given) < 12 else -1
+    if not least <= number <= most:
+        raise LabError(
+            f"the environment variable {name} must be a whole number from {least} to {most}, as the launcher sets it, "
+            f"got {given!r}"
+        )
+    return number
 
 
 @contextmanager
@@ -65,6 +84,9 @@ def joined(device: torch.device) -> Iterator[Launched]:
     Args:
         device: This process's device: gloo connects CPUs, nccl CUDA devices.
     """
+    import torch
+    import torch.distributed as dist
+
     here = launched()
     if here.size == 1 or dist.is_initialized():
         yield here
@@ -97,6 +119,10 @@ def from_first(make: Callable[[], Found]) -> Found:
     Raises:
         LabError: On every process, if it does on the first.
     """
+    if "torch.distributed" not in sys.modules:
+        return make()
+    import torch.distributed as dist
+
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
     made: list[tuple[Found | None, str | None]] = [(None, None)]
@@ -138,12 +164,14 @@ def launch(devices: int, command_line: str) -> int:
     )
     # As torchrun does, so that processes do not fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The first process says why it ends; torch would add a page of its own.
+    logging.disable(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", "wellcond", *arguments)
     except ChildFailedError as error:
         # What the process has said itself is not said again.
         code: int = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 1
+        return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

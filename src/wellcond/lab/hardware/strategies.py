@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from wellcond.lab.hardware.interrupts import take_back
 from wellcond.lab.hardware.launch import Launched
 
 
@@ -68,12 +67,11 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class EndAtOnce(pl.Callback):
-    """Lets a request to end (SIGTERM) end the process, as it does elsewhere.
+    """Lets a request to end (SIGTERM) end the run at once, as it does elsewhere.
 
     Lightning would finish the epoch first and, on several ranks, wait for one that may be gone.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take Lightning's handler away; Lightning puts back what was there before it."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        take_back()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import TYPE_CHECKING
 
-import wellcond.nn
-from wellcond.nn.convert.ibn_net import ibn_a
+if TYPE_CHECKING:
+    from torch import nn
 
 LAYERS = {
     "ws": "weight_standardize(every convolution)",
@@ -25,23 +23,35 @@ def change_layers(model: nn.Module, kind: str) -> nn.Module:
         kind: A key of `LAYERS`.
     """
     if kind == "ibn-a":
+        from wellcond.nn import ibn_a
+
         return ibn_a(model)
     return _standardize(model) if kind == "ws" else _deconvolve(model)
 
 
 def _standardize(model: nn.Module) -> nn.Module:
+    from torch import nn
+
+    from wellcond.nn import weight_standardize
+
     for module in model.modules():
         # A unit with a single input would have nothing but zeros left.
         if isinstance(module, nn.Conv2d) and module.weight[0].numel() > 1:
-            wellcond.nn.weight_standardize(module)
+            weight_standardize(module)
     return model
 
 
 def _deconvolve(model: nn.Module) -> nn.Module:
     """Let convolutions remove correlations, as in the paper: they get a bias, and batch normalization goes."""
+    import torch
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from wellcond.nn import convert_layers
+
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and module.bias is None:
             module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0, 0, 0]))
         elif isinstance(module, _BatchNorm):
             model.set_submodule(name, nn.Identity())
-    return wellcond.nn.convert_layers(model, to="nd")
+    return convert_layers(model, to="nd")

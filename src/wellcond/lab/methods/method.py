@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 import wellcond
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.layers import LAYERS, change_layers
 from wellcond.lab.methods.norms import NormSpec, trained_norm
 from wellcond.lab.methods.optimizers import SECOND_ORDER, attached_to, build_optimizer
+
+# `wellcond list` shows the methods without waiting for torch.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

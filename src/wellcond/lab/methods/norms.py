@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+import wellcond
 
-import wellcond.nn
-from wellcond.nn.norm.noise_decay import BatchNoiseDecay
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wellcond.nn.norm.noise_decay import BatchNoiseDecay
 
 # Of these every image is normalized by its own values alone: there is no batch to take in groups.
 _WITHOUT_BATCH_STATISTICS = ("gn", "ln", "in")
@@ -101,6 +103,8 @@ class NormSpec:
         Returns:
             The penalty; None if the layers have none.
         """
+        from wellcond.nn.norm.noise_decay import BatchNoiseDecay
+
         return BatchNoiseDecay(model, members, every) if self.noise_decay else None
 
     def make_schedule(self, model: nn.Module, steps: int, steps_per_epoch: int, members: int) -> NormSchedule | None:

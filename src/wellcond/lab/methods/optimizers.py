@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 # What building adds itself, or what would change the meaning of a run.
 _OURS = ("self", "params", "lr", "optimizer", "args", "kwargs", "maximize")
@@ -38,8 +38,7 @@ def attached_to(optimizer: Optimizer) -> Optimizer:
 
     Its step takes the closure, and its state dict is what the wrapper saves.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    assert isinstance(inner, Optimizer)
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
@@ -50,11 +49,13 @@ def known_options(name: str) -> list[str]:
     ['momentum', 'dampening', 'weight_decay']
     """
     if name == "Lookahead":
-        return [*_arguments(_find(name)), *_arguments(torch.optim.SGD)]
+        return [*_arguments(_find(name)), *_arguments(_find("SGD"))]
     return _arguments(_find(name))
 
 
 def _find(name: str) -> Callable[..., Any]:
+    import torch
+
     if name not in ("Muon", "Lookahead") and hasattr(torch.optim, name):
         found: Callable[..., Any] = getattr(torch.optim, name)
         return found
@@ -91,5 +92,5 @@ def _muon(model: nn.Module, lr: float, **options: Any) -> Optimizer:
 def _lookahead(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """Return Lookahead over SGD."""
     own = {name: options.pop(name) for name in _arguments(_find("Lookahead")) if name in options}
-    optimizer: Optimizer = _find("Lookahead")(torch.optim.SGD(model.parameters(), lr=lr, **options), **own)
+    optimizer: Optimizer = _find("Lookahead")(_find("SGD")(model.parameters(), lr=lr, **options), **own)
     return optimizer

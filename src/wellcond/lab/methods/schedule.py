@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from typing import TYPE_CHECKING
 
 from wellcond.lab.errors import LabError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 _FORMS = "cosine, constant, step:EVERY,FACTOR or steps:EPOCH,...,FACTOR"
 
@@ -78,8 +80,10 @@ class Schedule:
             return 1.0
         return self.factor ** sum(step >= change for change in self.changes(epochs, steps))
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, epochs: int, steps: int, warmup: float) -> LRScheduler:
+    def scheduler(self, optimizer: Optimizer, epochs: int, steps: int, warmup: float) -> LRScheduler:
         """Return torch's scheduler for it, which goes on after every step."""
+        from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
         if self.kind == "cosine" and warmup == 0:
             # The same curve, but for roundings, which the results kept in docs/results were computed with.
             return CosineAnnealingLR(optimizer, T_max=steps)

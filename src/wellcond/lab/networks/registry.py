@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.networks.imagenet import find_build
-from wellcond.lab.networks.residual import convnet, resnet
-from wellcond.lab.networks.weights import load_weights
+
+# What builds a network waits for a build: `wellcond list` and the options' help only name them.
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,26 @@ class ModelSpec:
     build: Callable[[int, int], nn.Module]
 
 
+def _convnet(channels: int, classes: int) -> nn.Module:
+    from wellcond.lab.networks.residual import convnet
+
+    return convnet(channels, classes)
+
+
 def _resnet(name: str, widths: tuple[int, ...], blocks: tuple[int, ...]) -> ModelSpec:
+    def build(channels: int, classes: int) -> nn.Module:
+        from wellcond.lab.networks.residual import resnet
+
+        return resnet(channels, classes, widths, blocks)
+
     return ModelSpec(
         name,
         f"residual net, CIFAR stem, {_stages(blocks)} ({'-'.join(map(str, widths))})",
         2 ** len(widths),
-        lambda channels, classes: resnet(channels, classes, widths, blocks),
+        build,
     )
 
 
-# torchvision takes seconds to import, and most comparisons need no network of its blocks: it waits for a build.
 def _bottleneck(name: str, planes: tuple[int, ...], blocks: tuple[int, ...]) -> ModelSpec:
     def build(channels: int, classes: int) -> nn.Module:
         from wellcond.lab.networks.cifar_stem import bottleneck_resnet
@@ -94,7 +103,7 @@ def _stages(blocks: tuple[int, ...]) -> str:
 MODELS = {
     model.name: model
     for model in (
-        ModelSpec("convnet", "3 conv-BN layers of 16, 32 and 32 channels", 4, convnet),
+        ModelSpec("convnet", "3 conv-BN layers of 16, 32 and 32 channels", 4, _convnet),
         _resnet("resnet8", (16, 32, 64), (1, 1, 1)),
         _resnet("resnet14", (16, 32, 64), (2, 2, 2)),
         _bottleneck("resnet11-bottleneck", (16, 32, 64), (1, 1, 1)),
@@ -131,6 +140,8 @@ def find_model(name: str) -> ModelSpec:
     16
     """
     if ":" in name:
+        from wellcond.lab.networks.imagenet import find_build
+
         return ModelSpec(name, "with its library's own stem", 1, find_build(name))
     if name not in MODELS:
         raise unknown_name("model", name, [*MODELS, "torchvision:NAME", "timm:NAME"])
@@ -159,6 +170,8 @@ def select_model(name: str, image_size: int, channels: int = 3) -> ModelSpec:
 
 def _try_size(model: ModelSpec, image_size: int, channels: int) -> None:
     """Show the network an image without values: only it knows which sizes it takes."""
+    import torch
+
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
             model.build(channels, 2).eval()(torch.empty(2, channels, image_size, image_size))
@@ -185,10 +198,14 @@ def initial_model(name: str, channels: int, classes: int, seed: int, weights: st
     Raises:
         LabError: If no network has the name, or the weights do not fit it.
     """
+    import torch
+
     build = find_model(name).build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(channels, classes)
     if weights is not None:
+        from wellcond.lab.networks.weights import load_weights
+
         load_weights(network, name, weights)
     return network

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d
+# `wellcond list` names the networks on these trunks; torchvision waits for a build.
+if TYPE_CHECKING:
+    from torch import nn
 
-from wellcond.lab.networks.weights import load_weights
-
-NormLayer = Callable[[int], nn.Module]
+NormLayer: TypeAlias = "Callable[[int], nn.Module]"
 """From a number of channels to the layer that normalizes them."""
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -38,6 +37,9 @@ class Trunk:
 
 def _thin(widths: tuple[int, int, int, int], norm_layer: NormLayer) -> nn.Module:
     """Return a residual net of one basic block a stage, its layers called as torchvision's."""
+    from torch import nn
+    from torchvision.models.resnet import BasicBlock
+
     layers = OrderedDict[str, nn.Module](
         conv1=nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False),
         bn1=norm_layer(widths[0]),
@@ -61,9 +63,23 @@ def _thin(widths: tuple[int, int, int, int], norm_layer: NormLayer) -> nn.Module
 
 def _bottlenecks(depth: int, groups: int = 1, width_per_group: int = 64) -> Callable[[NormLayer], nn.Module]:
     blocks = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}[depth]
-    return lambda norm_layer: ResNet(
-        Bottleneck, blocks, groups=groups, width_per_group=width_per_group, norm_layer=norm_layer
-    )
+
+    def build(norm_layer: NormLayer) -> nn.Module:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
+        network: nn.Module = ResNet(
+            Bottleneck, blocks, groups=groups, width_per_group=width_per_group, norm_layer=norm_layer
+        )
+        return network
+
+    return build
+
+
+def _resnet18(norm_layer: NormLayer) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    network: nn.Module = ResNet(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer)
+    return network
 
 
 _WIDE = (256, 512, 1024, 2048)
@@ -71,12 +87,7 @@ TRUNKS = {
     trunk.name: trunk
     for trunk in (
         Trunk("tiny", "tiny", (16, 24, 32, 48), lambda norm_layer: _thin((16, 24, 32, 48), norm_layer)),
-        Trunk(
-            "r18",
-            "torchvision:resnet18",
-            (64, 128, 256, 512),
-            lambda norm_layer: ResNet(BasicBlock, [2, 2, 2, 2], norm_layer=norm_layer),
-        ),
+        Trunk("r18", "torchvision:resnet18", (64, 128, 256, 512), _resnet18),
         Trunk("r50", "torchvision:resnet50", _WIDE, _bottlenecks(50)),
         Trunk("r101", "torchvision:resnet101", _WIDE, _bottlenecks(101)),
         Trunk("x101-32x4d", "ResNeXt-101 32x4d", _WIDE, _bottlenecks(101, 32, 4)),
@@ -95,8 +106,12 @@ def build_trunk(trunk: Trunk, norm_layer: NormLayer, weights: str | None) -> nn.
         weights: What `load_weights` takes, for the network that the trunk is of; None keeps what is drawn from torch's
             global generator.
     """
+    from torch import nn
+
     network = trunk.build(norm_layer)
     if weights is not None:
+        from wellcond.lab.networks.weights import load_weights
+
         load_weights(network, trunk.source, weights)
     children = dict(network.named_children())
     return nn.Sequential(OrderedDict((name, children[name]) for name in _FEATURES))
@@ -120,9 +135,13 @@ def freeze_first(trunk: nn.Sequential, stages: int = 1) -> None:
 def frozen_batch_norms(module: nn.Module) -> nn.Module:
     """Return the module with its batch normalizations fixed, the scales and shifts as well as the statistics.
 
+    >>> from torch import nn
     >>> frozen_batch_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
     FrozenBatchNorm2d(8, eps=1e-05)
     """
+    from torch import nn
+    from torchvision.ops import FrozenBatchNorm2d
+
     if isinstance(module, nn.BatchNorm2d):
         frozen: nn.Module = FrozenBatchNorm2d(module.num_features, eps=module.eps)
         state = module.state_dict()
@@ -135,6 +154,8 @@ def frozen_batch_norms(module: nn.Module) -> nn.Module:
 
 def keep_last_size(trunk: nn.Sequential) -> None:
     """Let the last stage's feature map be as large as that before it, in place: its first block gets stride 1."""
+    from torch import nn
+
     for module in trunk.get_submodule("layer4.0").modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)

@@ -73,6 +73,9 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
             f"--weights {weights}: {first} must be {list(wanted[first].shape)} in model {name}, "
             f"got {list(kept[first].shape)}"
         )
+    whole = [key for key, value in kept.items() if wanted[key].is_floating_point() and not value.is_floating_point()]
+    if whole:
+        raise LabError(f"--weights {weights}: {whole[0]} must be of floating-point numbers, got {kept[whole[0]].dtype}")
     model.load_state_dict(kept, strict=False)
     return _note(weights, dropped, headless)
 
@@ -149,7 +152,23 @@ def _read(weights: str, option: str = "--weights") -> dict[str, Tensor]:
             f"{option} {weights}: must hold a state dict, by itself or under {', '.join(_INSIDE)}, "
             f"got {type(content).__name__}"
         )
+    for key, value in content.items():
+        odd = _odd_kind(value)
+        if odd is not None:
+            raise LabError(f"{option} {weights}: {key} must be a dense tensor of real numbers, got {odd}")
     return {str(key): value for key, value in content.items()}
+
+
+def _odd_kind(value: Tensor) -> str | None:
+    """Return what keeps a tensor from being copied into a weight of a network; None if nothing does."""
+    kinds = {
+        "one without values (on the meta device)": value.is_meta,
+        "a nested tensor": value.is_nested,
+        "a quantized tensor": value.is_quantized,
+        "a sparse tensor": value.layout != torch.strided,
+        f"{value.dtype}": value.is_complex(),
+    }
+    return next((kind for kind, is_it in kinds.items() if is_it), None)
 
 
 def _read_torch(path: Path, option: str) -> Any:

@@ -10,11 +10,20 @@ from wellcond.lab.comparison.summary import MethodSummary, Summary
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.report import formats
 from wellcond.lab.report.curves import Axis, Panel, Quantity, make_panels
+from wellcond.lab.report.dots import DotPanel, draw_dot_key, draw_dots, lr_panels, seed_panels
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.scatter import Scatter, draw_point_key, draw_scatter, make_scatters
 from wellcond.lab.report.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
 from wellcond.lab.report.shares import method_shares
 from wellcond.lab.report.svg import css_class, draw_key, draw_svg
+
+FILES = {
+    "results.json": "all numbers of this page, with the settings",
+    "epochs.csv": "every epoch of every run, for a spreadsheet",
+    "curves-epochs.png": "the curves over epochs, as a picture",
+    "curves-seconds.png": "the curves over training seconds, as a picture",
+}
+"""What lies beside the page, and what is in it."""
 
 _CHARTS: tuple[tuple[Quantity, Axis], ...] = (
     ("score", "epochs"),
@@ -43,7 +52,7 @@ def render_report(
         machine: Where the numbers were measured.
 
     Returns:
-        An HTML page that refers to nothing outside itself.
+        An HTML page that is whole by itself; it links to the files that `write_results` puts beside it.
     """
     environment = page_environment()
     panels = [
@@ -70,6 +79,9 @@ def render_report(
         target_text=formats.target_text,
         charts=[_chart(panel) for panel in panels],
         scatters=[_scatter_chart(scatter) for scatter in scatters],
+        seed_charts=[_dot_chart(panel) for panel in seed_panels(summary)],
+        lr_charts=[_dot_chart(panel) for panel in lr_panels(summary)],
+        files=FILES,
         kept=[method for method in summary.methods if method.coverage],
         learned=learned,
         schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
@@ -114,6 +126,14 @@ def _scatter_chart(scatter: Scatter) -> dict[str, Any]:
         "title": f"{scatter.baseline} and methods on it",
         "svg": draw_scatter(scatter),
         "keys": [(draw_point_key(point), point.name) for point in scatter.points],
+    }
+
+
+def _dot_chart(panel: DotPanel) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "svg": draw_dots(panel),
+        "keys": [(draw_dot_key(dots), dots.name) for dots in panel.dots],
     }
 
 

@@ -10,8 +10,8 @@ from wellcond.lab.data.named_data import NAMED_DATA
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.methods.overrides import MethodOverride
-from wellcond.lab.reproduction.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, Scale, ScaleTable
-from wellcond.lab.runs.settings import Settings
+from wellcond.lab.reproduction.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, ScaleTable
+from wellcond.lab.runs.settings import Scale, Settings
 
 
 @dataclass(frozen=True)

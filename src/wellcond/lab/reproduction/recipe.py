@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.given_paths import check_input_file
 from wellcond.lab.methods.method import METHODS
-from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.settings import Scale, Settings
 from wellcond.lab.training.probes import PROBES
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,6 @@ else:
     import tomli as tomllib
 
 Score = Literal["accuracy", "error", "AP", "mAP", "disparity", "condition"]
-Scale = Literal["smoke", "small", "full"]
 
 EVERY = "*"
 """In a table of changes: all methods that it does not name."""
@@ -262,7 +261,7 @@ def load_recipe(file: Path) -> Recipe:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise LabError(f"recipe {file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LabError(f"recipe {file.name}: not TOML: {error}") from error
     try:
         return Recipe.model_validate(content)

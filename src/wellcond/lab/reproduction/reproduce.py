@@ -18,9 +18,9 @@ from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
 from wellcond.lab.report.results import collect_results, rounded
 from wellcond.lab.reproduction.panels import ScaledPanel
-from wellcond.lab.reproduction.recipe import PanelTable, Recipe, Scale
+from wellcond.lab.reproduction.recipe import PanelTable, Recipe
 from wellcond.lab.runs.records import RunStore
-from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.settings import Scale, Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import find_layout, open_task
 from wellcond.lab.training.progress import RunProgress

@@ -6,12 +6,16 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from wellcond.lab.methods.method import Method
-from wellcond.lab.runs.memory import Memory
+from wellcond.lab.runs.figures import check_count, check_number
+
+if TYPE_CHECKING:
+    from wellcond.lab.methods.method import Method
+    from wellcond.lab.runs.memory import Memory
 
 Coverage: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
@@ -113,6 +117,29 @@ class EpochRecord:
     test_loss: float | None
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def check(self, steps: int, begun: tuple[int, float]) -> None:
+        """Check what was read from a file.
+
+        Args:
+            steps: Steps of the run.
+            begun: Steps and seconds when the epoch began.
+
+        Raises:
+            ValueError: If it holds what no run measures; the message names the figure and what was found.
+        """
+        check_count("steps", self.steps, begun[0] + 1, steps)
+        check_number("seconds", self.seconds, begun[1])
+        check_number("train_loss", self.train_loss)
+        for name in ("validation_score", "test_score"):
+            check_number(name, getattr(self, name), 0, 100)
+        for name in ("validation_loss", "test_loss"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        if not isinstance(self.metrics, dict):
+            raise ValueError(f"metrics must be figures by name, got {self.metrics!r}")
+        for name, value in self.metrics.items():
+            check_number(f"metrics.{name}", value, 0, 100)
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -152,6 +179,40 @@ class RunRecord:
         """Return the test score after an epoch, counted from 1; after divergence that of guessing."""
         return self.epochs[epoch - 1].test_score if epoch <= len(self.epochs) else chance
 
+    def check(self, steps: int) -> None:
+        """Check what was read from a file.
+
+        Args:
+            steps: Steps of the run.
+
+        Raises:
+            ValueError: If it holds what no run measures; the message names the figure and what was found.
+
+        >>> epoch = EpochRecord(10, 1.0, 0.5, 90.0, 0.4, 500.0, 0.4)
+        >>> RunRecord((epoch,), False, 1, {}, ()).check(steps=10)
+        Traceback (most recent call last):
+        ValueError: test_score must be a number from 0 to 100, got 500.0
+        """
+        begun = (0, 0.0)
+        for epoch in self.epochs:
+            epoch.check(steps, begun)
+            begun = (epoch.steps, epoch.seconds)
+        if not isinstance(self.diverged, bool):
+            raise ValueError(f"diverged must be true or false, got {self.diverged!r}")
+        if not self.diverged and begun[0] != steps:
+            raise ValueError(f"the last epoch must end after {steps} steps, got {begun[0]}")
+        check_count("threads", self.threads, 1)
+        if self.evaluation_seconds is not None:
+            check_number("evaluation_seconds", self.evaluation_seconds, 0)
+        if self.memory is not None:
+            for kind in fields(self.memory):
+                check_count(f"memory.{kind.name}", getattr(self.memory, kind.name), 0)
+        for name, kinds in (("transforms", dict), ("extras", dict), ("coverage", dict), ("machine", str)):
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"{name} must be a {kinds.__name__}, got {getattr(self, name)!r}")
+        if not all(isinstance(said, str) for said in self.warnings):
+            raise ValueError(f"warnings must be texts, got {self.warnings!r}")
+
 
 class RunStore:
     """The finished runs of a folder, one JSON file each.
@@ -175,9 +236,12 @@ class RunStore:
         return self.path(spec).with_suffix(".ckpt")
 
     def load(self, spec: RunSpec) -> RunRecord | None:
-        """Return the kept record of a run; None if it is not there, cut off, or of another run."""
+        """Return the kept record of a run; None if it is not there, or, with a note, if it is none of this run."""
+        from wellcond.lab.runs.memory import Memory
+
+        path = self.path(spec)
         try:
-            content = json.loads(self.path(spec).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             if content["key"] != spec.key():
                 return None
             result = dict(content["result"])
@@ -189,9 +253,17 @@ class RunStore:
                 memory=None if memory is None else Memory(**memory),
                 **result,
             )
-        except (OSError, ValueError, KeyError, TypeError):
+            record.check(spec.steps)
+        except FileNotFoundError:
             return None
-        return record if record.diverged or (epochs and epochs[-1].steps == spec.steps) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = " ".join(str(error).split()) if isinstance(error, (OSError, ValueError)) else "its parts are others"
+            print(
+                f"wellcond: note: {path} is not what a run keeps ({why}): the run {spec.name} begins anew",
+                file=sys.stderr,
+            )
+            return None
+        return record
 
     def save(self, spec: RunSpec, record: RunRecord) -> None:
         """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""

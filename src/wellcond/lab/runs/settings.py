@@ -6,15 +6,18 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
-from wellcond.lab.data.load import DIGITS
+from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.method import DEFAULT_METHODS
 from wellcond.lab.methods.overrides import MethodOverride
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
+
+Scale = Literal["smoke", "small", "full"]
+"""How much a recipe trains."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

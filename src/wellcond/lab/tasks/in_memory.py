@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
-from wellcond.lab.data.load import DIGITS, ImageData, load_data
+from wellcond.lab.data.load import ImageData, load_data
+from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
 from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.records import RunSpec

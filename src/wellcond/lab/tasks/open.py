@@ -6,19 +6,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wellcond.lab.data.cifar import find_cifar
-from wellcond.lab.data.fine_grained import FINE_GRAINED
-from wellcond.lab.data.image_files import find_class_folders
-from wellcond.lab.data.load import DIGITS
+from wellcond.lab.data.named_data import DIGITS, GET_COCO, GET_REID
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_data
-from wellcond.lab.runs.settings import Settings
-from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.detection.coco import GET_COCO, is_coco
-from wellcond.lab.tasks.folders import open_folders
-from wellcond.lab.tasks.in_memory import open_in_memory
-from wellcond.lab.tasks.reid.images import GET_REID, is_reid
+
+if TYPE_CHECKING:
+    from wellcond.lab.runs.settings import Settings
+    from wellcond.lab.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,51 @@ class Layout:
     open: Callable[[Settings], Task]
 
 
+# What finds and opens is imported when it is asked: `wellcond list` only names the layouts, and torchvision's detectors
+# take seconds.
+def _is_cifar(path: Path) -> bool:
+    from wellcond.lab.data.cifar import find_cifar
+
+    return find_cifar(path) is not None
+
+
+def _is_fine_grained(path: Path) -> bool:
+    from wellcond.lab.data.fine_grained import FINE_GRAINED
+
+    return any(kind.find(path) is not None for kind in FINE_GRAINED)
+
+
+def _is_coco(path: Path) -> bool:
+    from wellcond.lab.tasks.detection.coco import is_coco
+
+    return is_coco(path)
+
+
+def _is_reid(path: Path) -> bool:
+    from wellcond.lab.tasks.reid.images import is_reid
+
+    return is_reid(path)
+
+
+def _is_class_folders(path: Path) -> bool:
+    from wellcond.lab.data.image_files import find_class_folders
+
+    return find_class_folders(path) is not None
+
+
+def _open_in_memory(settings: Settings) -> Task:
+    from wellcond.lab.tasks.in_memory import open_in_memory
+
+    return open_in_memory(settings)
+
+
+def _open_folders(settings: Settings) -> Task:
+    from wellcond.lab.tasks.folders import open_folders
+
+    return open_folders(settings)
+
+
 def _open_detection(settings: Settings) -> Task:
-    # Here: torchvision's detectors take seconds to import, and few need them.
     from wellcond.lab.tasks.detection.task import open_detection
 
     return open_detection(settings)
@@ -56,43 +95,43 @@ LAYOUTS = (
         "FILE.parquet",
         "an image column of struct<bytes, path> and an integer label column; a fifth of it tests",
         lambda path: path.is_file(),
-        open_in_memory,
+        _open_in_memory,
     ),
     Layout(
         "FOLDER",
         "the same, with *train*.parquet and *test*.parquet files; shards are joined",
         lambda path: next(path.glob("*.parquet"), None) is not None,
-        open_in_memory,
+        _open_in_memory,
     ),
     Layout(
         "cifar-10-batches-py, cifar-100-python",
         "CIFAR as its site gives it out for Python; or the folder above",
-        lambda path: find_cifar(path) is not None,
-        open_in_memory,
+        _is_cifar,
+        _open_in_memory,
     ),
     Layout(
         "CUB_200_2011, stanford_cars, fgvc-aircraft-2013b, stanford_dogs",
         "the fine-grained sets as they unpack, with their own lists; or the folder above",
-        lambda path: any(kind.find(path) is not None for kind in FINE_GRAINED),
-        open_folders,
+        _is_fine_grained,
+        _open_folders,
     ),
     Layout(
         "annotations/instances_train*.json, train*/, and the same of val",
         "COCO: detection, or with masks instance segmentation; val only measures",
-        is_coco,
+        _is_coco,
         _open_detection,
     ),
     Layout(
         "bounding_box_train, query, bounding_box_test",
         "Market-1501, DukeMTMC-reID: person re-identification; the query's persons only measure",
-        is_reid,
+        _is_reid,
         _open_reid,
     ),
     Layout(
         "train/CLASS/*, val/CLASS/*",
         "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures",
-        lambda path: find_class_folders(path) is not None,
-        open_folders,
+        _is_class_folders,
+        _open_folders,
     ),
 )
 """Every layout, in the order in which they are tried."""
@@ -180,7 +219,7 @@ def open_task(settings: Settings) -> Task:
     """
     layout = find_layout(settings.data)
     if layout is None:
-        return open_in_memory(settings)
+        return _open_in_memory(settings)
     try:
         return layout.open(settings)
     except OSError as error:

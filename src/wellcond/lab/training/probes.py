@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from wellcond.diagnostics import disparity, feature_spectrum
-from wellcond.diagnostics.spectrum import Spectrum
 from wellcond.lab.methods.norms import trained_norm
-from wellcond.lab.runs.records import RunSpec
-from wellcond.lab.tasks.base import SeedData
+
+# The names of probes are checked before torch is needed.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from wellcond.diagnostics.spectrum import Spectrum
+    from wellcond.lab.runs.records import RunSpec
+    from wellcond.lab.tasks.base import SeedData
 
 _BATCHES = 8
 # What evaluation goes by in the layers that train with batch statistics; all others go by running ones.
@@ -28,6 +30,8 @@ def probe_disparity(model: nn.Module, images: list[torch.Tensor], spec: RunSpec)
         images: Batches of training images.
         spec: The run; its groups are the batches whose statistics training takes.
     """
+    from wellcond.diagnostics import disparity
+
     norm = trained_norm(spec.method.norm, spec.ghost_batch)
     found = disparity(model, images, batch_size=spec.ghost_batch or spec.batch_size).mean
     kind = "ema" if norm is None else _KINDS.get(norm.kind, "ema")
@@ -46,6 +50,10 @@ def probe_condition(model: nn.Module, images: list[torch.Tensor], spec: RunSpec)
         images: Batches of training images.
         spec: The run.
     """
+    from torch import nn
+
+    from wellcond.diagnostics import feature_spectrum
+
     wanted = {
         "first convolution": [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:1],
         "last linear layer": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:],

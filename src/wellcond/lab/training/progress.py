@@ -95,6 +95,66 @@ class RunProgress:
             self.console.print(line, highlight=False)
 
 
+class StepProgress:
+    """Counts steps of known number, as a context manager: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: Where to show it.
+        what: What the steps do, for the first line.
+        quiet: Show nothing.
+        every: Seconds between two lines where there is no terminal.
+    """
+
+    def __init__(self, console: Console, what: str, quiet: bool = False, every: float = 10.0) -> None:
+        self.console, self.what, self.quiet, self.every = console, what, quiet, every
+        self.total = 0
+        self.done = 0
+        self._begun = self._shown = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def expect(self, total: int) -> None:
+        """Say how many steps there will be."""
+        self.total = total
+        self._bar.update(self._task, total=total)
+        self._say(f"{self.what}: {total} steps")
+
+    def advance(self, name: str, steps: int = 1) -> None:
+        """Count steps that are done.
+
+        Args:
+            name: What they were for.
+            steps: How many.
+        """
+        self.done += steps
+        self._bar.update(self._task, completed=self.done, description=name)
+        now = time.monotonic()
+        if now - self._shown >= self.every and self.done < self.total:
+            self._shown = now
+            self._say(f"{self.done} of {self.total} steps after {duration(now - self._begun)}; now {name}")
+
+    def _say(self, line: str) -> None:
+        if not self.quiet and not self.console.is_terminal:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """Return seconds in words."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

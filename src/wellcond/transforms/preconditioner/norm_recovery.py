@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wellcond.numerics.linalg import frobenius_norm
 from wellcond.transforms.base import Slot
 from wellcond.transforms.sharding import is_sharded, local, sum_over_shards, whole, write_whole
 
@@ -92,5 +93,5 @@ def joint_norm(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     Returns:
         A scalar.
     """
-    norm = torch.linalg.vector_norm(weight, dtype=dtype)
-    return norm if bias is None else torch.hypot(norm, torch.linalg.vector_norm(bias, dtype=dtype))
+    norm = frobenius_norm(weight, dtype)
+    return norm if bias is None else torch.hypot(norm, frobenius_norm(bias, dtype))

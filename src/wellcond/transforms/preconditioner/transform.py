@@ -228,7 +228,7 @@ class FeaturePreconditioner(GradientTransform):
                 slot.state["updated_at"] = step
             if self._is_due(slot):
                 due.append(slot)
-            if step == 1 and _count(slot, "updated_at") < 0 and slot.layer.weight.grad is not None:
+            if step == 1 and _count(slot, "updated_at") < 0 and slot.unseen is not None:
                 unseen.append(slot.layer.module_name)
         self._solve(self._whose_turn(due, slots), ranks)
         for slot in slots:
@@ -455,6 +455,7 @@ class FeatureDescent(FeaturePreconditioner):
         descent over SGD
         weight  (2, 4)  preconditioned, dense 5 × 5  200 B
         bias    (2,)    together with weight
+        in all: 2 of 2 parameters, 200 B kept
     """
 
     name: ClassVar[str] = "descent"

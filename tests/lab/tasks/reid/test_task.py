@@ -27,13 +27,13 @@ from wellcond.lab.tasks.reid.images import (
     read_persons,
 )
 from wellcond.lab.tasks.reid.networks import (
-    REID_NETWORKS,
     Judged,
     build_reid,
     hardest_triplets,
     move_centers,
     reid_loss,
 )
+from wellcond.lab.tasks.reid.specs import REID_NETWORKS
 from wellcond.lab.training.runner import Runner
 from wellcond.runtime.ranks import Ranks
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wellcond.lab.data.decoding import BrokenImageError, opened
 from wellcond.lab.data.epoch_loader import Key
+from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices
 from wellcond.lab.errors import DataError, LabError
 
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 # No decoder takes larger ones.
 _LARGEST_SIDE = 65_535
-GET_COCO = (
-    "download train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org, unpack them "
-    "into one folder (annotations/instances_train2017.json, train2017/, ...), and name it"
-)
-"""Where the data comes from."""
 
 
 @dataclass(frozen=True)

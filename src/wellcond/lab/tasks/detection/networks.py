@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
-
-from torch import nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from typing import TYPE_CHECKING, Any, Literal
 
 from wellcond.lab.errors import unknown_name
 from wellcond.lab.networks.trunks import TRUNKS, NormLayer, Trunk, build_trunk, freeze_first, frozen_batch_norms
+
+# torchvision's detectors take seconds to import: they wait for a build.
+if TYPE_CHECKING:
+    from torch import nn
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 Norm = Literal["bn", "frozenbn", "gn"]
 
@@ -131,6 +129,12 @@ def build_detector(spec: DetectorSpec, classes: int, image_size: int, weights: s
         The detector: in training from images and targets to a dictionary of losses, otherwise from images to
         predictions, as torchvision's.
     """
+    from torch import nn
+    from torchvision.models.detection import FasterRCNN, MaskRCNN
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
     norm_layer: NormLayer = partial(nn.GroupNorm, 32) if spec.norm == "gn" else nn.BatchNorm2d
     trunk = build_trunk(spec.trunk, norm_layer, weights)
     if spec.norm == "frozenbn":
@@ -169,12 +173,16 @@ def build_detector(spec: DetectorSpec, classes: int, image_size: int, weights: s
 
 
 def _anchors(spec: DetectorSpec, image_size: int) -> AnchorGenerator:
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
     # The sources' detectors keep their anchors; the small ones see the same objects on smaller images.
     scale = 1.0 if spec.image_size == _FULL_SIZE else image_size / _FULL_SIZE
     return AnchorGenerator(tuple((side * scale,) for side in _ANCHORS), (_ASPECTS,) * len(_ANCHORS))
 
 
 def _box_head(spec: DetectorSpec, norm_layer: Callable[[int], nn.Module] | None) -> nn.Module:
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
+
     channels, features = spec.width.pyramid, spec.width.representation
     head: nn.Module
     if spec.convolutional_head:

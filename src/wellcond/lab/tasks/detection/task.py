@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.data.streams import loading_processes
 from wellcond.lab.errors import LabError, unknown_name
@@ -23,7 +24,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.tasks.detection.coco import GET_COCO, CocoImages, EvaluationViews, TrainingViews, find_coco
+from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
 

@@ -9,16 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from wellcond.lab.data.named_data import GET_REID
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.errors import LabError
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
-GET_REID = (
-    "download Market-1501-v15.09.15.zip (https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html) or "
-    "DukeMTMC-reID.zip (from a mirror: its site is gone), unpack it, and name the folder that has "
-    f"{', '.join(FOLDERS)} in it"
-)
-"""Where the data comes from."""
 # 0002_c1s1_000451_03.jpg of Market-1501, 0002_c1_f0044158.jpg of DukeMTMC-reID.
 _NAME = re.compile(r"(-1|\d+)_c(\d+)")
 _JUNK, _DISTRACTOR = -1, 0

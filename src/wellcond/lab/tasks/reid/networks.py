@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wellcond.lab.errors import unknown_name
-from wellcond.lab.networks.trunks import TRUNKS, Trunk, build_trunk, keep_last_size
+from wellcond.lab.networks.trunks import build_trunk, keep_last_size
+from wellcond.lab.tasks.reid.specs import ReidSpec
 from wellcond.runtime.ranks import Ranks
 
 _SMOOTHING = 0.1
@@ -60,47 +59,6 @@ class ReidNetwork(nn.Module):
         features = self.trunk(images).mean(dim=(2, 3))
         normalized: Tensor = self.neck(features)
         return Judged(features, self.classifier(normalized)) if self.training else normalized
-
-
-@dataclass(frozen=True)
-class ReidSpec:
-    """A network for re-identification by name.
-
-    Attributes:
-        name: What it is called on the command line.
-        description: One line for `wellcond list`.
-        trunk: What makes its features.
-    """
-
-    name: str
-    description: str
-    trunk: Trunk
-
-
-REID_NETWORKS = {
-    f"reid-{trunk}": ReidSpec(f"reid-{trunk}", f"{title}, last stride 1, batch-normalization neck", TRUNKS[trunk])
-    for trunk, title in (
-        ("tiny", "thin residual net"),
-        ("r18", "ResNet-18"),
-        ("r50", "ResNet-50"),
-        ("r101", "ResNet-101"),
-    )
-}
-"""Every network, in the order in which they are listed."""
-
-
-def select_reid(name: str) -> ReidSpec:
-    """Return the network of this name.
-
-    Raises:
-        LabError: If none has it.
-
-    >>> select_reid("reid-r50").trunk.source
-    'torchvision:resnet50'
-    """
-    if name not in REID_NETWORKS:
-        raise unknown_name("model", name, REID_NETWORKS)
-    return REID_NETWORKS[name]
 
 
 def build_reid(spec: ReidSpec, classes: int, weights: str | None) -> ReidNetwork:

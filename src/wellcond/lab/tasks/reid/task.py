@@ -33,8 +33,9 @@ from wellcond.lab.tasks.reid.images import (
     held_out_surplus,
     read_persons,
 )
-from wellcond.lab.tasks.reid.networks import build_reid, reid_loss, select_reid
+from wellcond.lab.tasks.reid.networks import build_reid, reid_loss
 from wellcond.lab.tasks.reid.scores import guessing_precision, search_scores
+from wellcond.lab.tasks.reid.specs import select_reid
 from wellcond.runtime.ranks import Ranks
 
 _HEIGHT = 256

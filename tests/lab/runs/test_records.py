@@ -1,0 +1,183 @@
+"""Kept runs: what is read back is what a run can have written; two commands do not work in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wellcond.__main__ import main
+from wellcond.lab.errors import LabError
+from wellcond.lab.methods.method import METHODS
+from wellcond.lab.runs.locks import NAME, locked
+from wellcond.lab.runs.memory import Memory
+from wellcond.lab.runs.records import EpochRecord, RunRecord, RunSpec, RunStore
+
+SPEC = RunSpec(METHODS["SGDM"], 0.1, 0, 20, 5, 25, "convnet", 32, None, "none", 320, 32, "data", "here", 2)
+EPOCHS = (
+    EpochRecord(10, 1.0, 0.5, 80.0, 0.4, 81.0, 0.4, {"top-5": 99.0}),
+    EpochRecord(20, 2.0, 0.4, 100.0, None, 0.0, None),
+)
+RECORD = RunRecord(EPOCHS, False, 1, {"whitening": {"weights": 2}}, ("said",), 0.01, memory=Memory(1, 2, 3, 4))
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = RunStore(tmp_path)
+    for record in (
+        RECORD,
+        replace(RECORD, epochs=EPOCHS[:1], diverged=True),
+        replace(RECORD, epochs=(), diverged=True),
+    ):
+        store.save(SPEC, record)
+        assert store.load(SPEC) == record
+    assert capsys.readouterr().err == ""
+
+
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+NO_NUMBERS = (None, "90", True, [90.0], {})
+BAD: dict[str, tuple[Any, ...]] = {
+    "steps": (0, -1, 10.5, 21, *NO_NUMBERS),
+    "seconds": (-1.0, *NOT_FINITE, *NO_NUMBERS),
+    "train_loss": (*NOT_FINITE, *NO_NUMBERS),
+    "validation_score": (500.0, -0.1, 100.1, *NOT_FINITE, *NO_NUMBERS),
+    "test_score": (500, -3.0, *NOT_FINITE, *NO_NUMBERS),
+    "validation_loss": (*NOT_FINITE, "1", True),
+    "test_loss": (*NOT_FINITE, [1.0]),
+    "metrics": ({"top-5": 101.0}, {"top-5": None}, {"top-5": float("nan")}, [1], None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_an_epoch_that_no_run_measures_is_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    store = RunStore(tmp_path)
+    store.save(SPEC, RECORD)
+    content = json.loads(store.path(SPEC).read_text())
+    content["result"]["epochs"][1][name] = value
+    store.path(SPEC).write_text(json.dumps(content))
+    assert store.load(SPEC) is None
+    said = capsys.readouterr().err
+    assert said.startswith(f"wellcond: note: {store.path(SPEC)} is not what a run keeps ({name}")
+    assert said.endswith(f"the run {SPEC.name} begins anew\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("diverged", "no"),
+        ("diverged", None),
+        ("threads", 0),
+        ("threads", 1.5),
+        ("evaluation_seconds", float("nan")),
+        ("memory", {"parameters": 1, "buffers": 2, "optimizer_state": 3, "peak": -4}),
+        ("memory", [1]),
+        ("warnings", [1]),
+        ("warnings", None),
+        ("transforms", []),
+        ("extras", None),
+        ("epochs", EPOCHS[:1]),
+        ("epochs", []),
+        ("epochs", None),
+        ("epochs", [[1]]),
+        ("a_new_one", 1),
+    ],
+)
+def test_so_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any) -> None:
+    store = RunStore(tmp_path)
+    store.save(SPEC, RECORD)
+    content = json.loads(store.path(SPEC).read_text())
+    content["result"][name] = [asdict(e) for e in value] if isinstance(value, tuple) else value
+    store.path(SPEC).write_text(json.dumps(content))
+    assert store.load(SPEC) is None
+    assert "is not what a run keeps (" in capsys.readouterr().err
+
+
+scores = st.floats(0, 100)
+losses = st.floats(-1e6, 1e6)
+
+
+@given(st.lists(st.tuples(scores, scores, losses, st.none() | losses), min_size=20, max_size=20))
+def test_what_a_run_can_measure_is_accepted(figures: list[tuple[float, float, float, float | None]]) -> None:
+    epochs = tuple(
+        EpochRecord(step + 1, 0.1 * step, loss, validation, other, test, other, {"AP50": test})
+        for step, (validation, test, loss, other) in enumerate(figures)
+    )
+    replace(RECORD, epochs=epochs).check(steps=20)
+
+
+# two commands -------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from wellcond.lab.runs.locks import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_at_work_is_refused_until_its_holder_ends_in_any_way(tmp_path: Path) -> None:
+    for end in ("close", "kill"):
+        process = hold(tmp_path)
+        refusal = rf"--out .*: another wellcond command \(process {process.pid} on "
+        with pytest.raises(LabError, match=refusal), locked(tmp_path):
+            pass
+        with locked(tmp_path, here=False):  # another rank of the same command
+            pass
+        if end == "kill":
+            process.kill()
+        process.communicate()
+        assert (tmp_path / NAME).exists()  # stale, and no obstacle
+        with locked(tmp_path):
+            assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "--seeds", "1", "--epochs", "1", "--methods", "SGDM"],
+        ["train", "--epochs", "1"],
+        ["reproduce", "4.1", "--scale", "smoke"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_keeps_runs_takes_the_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    process = hold(tmp_path)
+    try:
+        assert main([*command, "--out", str(tmp_path), "--quiet"]) == 2
+    finally:
+        process.communicate()
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        f"wellcond: error: --out {tmp_path}: another wellcond command (process {process.pid} on "
+    )
+    assert said.err.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_lock_file_of_anything_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("[1, 2")
+    with locked(tmp_path):
+        pass
