@@ -9,7 +9,7 @@ from wellcond.version import __version__
 
 if TYPE_CHECKING:
     from wellcond import diagnostics, nn, optim, theory
-    from wellcond.calibration.calibrate import calibrate, calibrated
+    from wellcond.calibration.models import calibrate, calibrated
     from wellcond.layouts import Layout, register_layout
     from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization
     from wellcond.transforms.attachment import Attachment, attach
@@ -38,7 +38,7 @@ __all__ = [
 # without waiting for torch. See docs/decisions/0014-names-are-imported-when-used.md.
 _SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "theory")
 _FROM = {
-    "wellcond.calibration.calibrate": ("calibrate", "calibrated"),
+    "wellcond.calibration.models": ("calibrate", "calibrated"),
     "wellcond.layouts": ("Layout", "register_layout"),
     "wellcond.transforms": (
         "Attachment",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.calibrate import calibrate
+from wellcond.calibration.models import calibrate
 from wellcond.diagnostics import Disparity, disparity
 from wellcond.nn import BSRBatchNorm1d, BSRBatchNorm2d, EvalNorm2d, MomentumBatchNorm2d
 from wellcond.transforms.base import WellcondWarning

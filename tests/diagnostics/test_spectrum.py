@@ -192,7 +192,7 @@ def test_rows_are_laid_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         longest = max(longest, rows.numel())
         add(self, rows, first)
 
-    monkeypatch.setattr(module, "_CHUNK", 4000)
+    monkeypatch.setattr("wellcond.layouts.rows._CHUNK", 4000)
     monkeypatch.setattr(module.SecondMoment, "add", watched)
     pieces = feature_spectrum(model, [x])
     assert longest <= 4000 < 9 * 36 * 27

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from wellcond.calibration.calibrate import calibrate
+from wellcond.calibration.models import calibrate
 from wellcond.nn import BSRBatchNorm2d, IterNorm2d, MomentumBatchNorm2d, SwitchableNorm2d, convert_norm
 
 Result = dict[str, Any]

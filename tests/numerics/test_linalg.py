@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wellcond.numerics import linalg
-from wellcond.numerics.linalg import (
-    choose_solver,
-    largest_eigenvalue,
-    low_rank_power,
-    nystrom,
-    symmetric_power,
-    try_low_rank_power,
-    try_symmetric_power,
-)
+from wellcond.numerics.linalg import choose_solver, largest_eigenvalue, symmetric_power, try_symmetric_power
+from wellcond.numerics.low_rank import low_rank_power, nystrom, try_low_rank_power
 
 EXPONENTS = (-1.0, -0.5, -0.25, 0.5, 1.0, 2.0)
 

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wellcond.numerics import patches
-from wellcond.numerics.patches import PatchMargins, Window, patch_margins, patch_moment, patch_rows
+from wellcond.numerics.autocorrelation import autocorrelation_cost, moment_by_autocorrelation
+from wellcond.numerics.patches import PatchMargins, patch_margins, patch_moment
+from wellcond.numerics.pieces import samples_in_pieces
+from wellcond.numerics.taps import tap_moment
+from wellcond.numerics.windows import Window, crop, patch_rows
 
 
 def draw(seed: int) -> tuple[Tensor, Window]:
@@ -104,12 +108,12 @@ def test_sums_equal_those_of_the_rows(seed: int) -> None:
     expected = moment_of(rows)
     assert_same(patch_moment(inputs, window), expected)
     assert_same(patches._moment_by_rows(inputs, window), expected)
-    assert_same(patches._moment_by_autocorrelation(inputs, window), expected)
+    assert_same(moment_by_autocorrelation(inputs, window), expected)
     if inputs.shape[1] == window.groups:
-        assert_same(patches._tap_moment(inputs, window), expected)
-    cropped = patches._crop(inputs, window)
+        assert_same(tap_moment(inputs, window), expected)
+    cropped = crop(inputs, window)
     assert torch.equal(patch_rows(*cropped), rows)
-    assert_same(patches._moment_by_autocorrelation(*cropped), expected)
+    assert_same(moment_by_autocorrelation(*cropped), expected)
     assert_same_margins(patch_margins(inputs, window), margins_of(rows, window))
     assert torch.equal(inputs, before)
 
@@ -118,11 +122,11 @@ def test_sums_equal_those_of_the_rows(seed: int) -> None:
 def test_chunks_add_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, window = draw(seed)
     rows = patch_rows(inputs, window)
-    monkeypatch.setattr(patches, "CHUNK", 2 * inputs[0].numel())
-    assert len(patches._chunks(inputs, inputs[0].numel())) == -(-len(inputs) // 2)
+    monkeypatch.setattr("wellcond.numerics.pieces.CHUNK", 2 * inputs[0].numel())
+    assert len(samples_in_pieces(inputs, inputs[0].numel())) == -(-len(inputs) // 2)
     assert_same(patch_moment(inputs, window), moment_of(rows))
     assert_same(patches._moment_by_rows(inputs, window), moment_of(rows))
-    assert_same(patches._moment_by_autocorrelation(inputs, window), moment_of(rows))
+    assert_same(moment_by_autocorrelation(inputs, window), moment_of(rows))
     assert_same_margins(patch_margins(inputs, window), margins_of(rows, window))
 
 
@@ -133,7 +137,7 @@ def test_an_empty_batch_sums_to_zero(groups: int, size: tuple[int, ...]) -> None
     window = Window(size, (2, 1), (1, 1), groups)
     width = 4 // groups * window.taps
     assert patch_rows(inputs, window).shape == (groups, 0, width)
-    for moment in (patch_moment, patches._moment_by_rows, patches._moment_by_autocorrelation):
+    for moment in (patch_moment, patches._moment_by_rows, moment_by_autocorrelation):
         assert torch.equal(moment(inputs, window), torch.zeros(groups, width, width))
     channels, taps, sums, positions = patch_margins(inputs, window)
     assert torch.equal(channels, torch.zeros(groups, 4 // groups, 4 // groups))
@@ -164,7 +168,7 @@ def test_layers_of_usual_sizes(
     rows = patch_rows(inputs, window)
     assert_same(patch_moment(inputs, window), moment_of(rows), relative)
     assert_same(patches._moment_by_rows(inputs, window), moment_of(rows), relative)
-    assert_same(patches._moment_by_autocorrelation(inputs, window), moment_of(rows), relative)
+    assert_same(moment_by_autocorrelation(inputs, window), moment_of(rows), relative)
     assert_same_margins(patch_margins(inputs, window), margins_of(rows, window), relative)
 
 
@@ -172,7 +176,7 @@ def test_the_estimate_prefers_the_rows_where_channels_or_batches_are_few() -> No
     def prefers_rows(*shape: int) -> bool:
         window = Window((3, 3), (1, 1), (1, 1))
         size = torch.Size(shape)
-        return patches._rows_cost(size, window) < patches._autocorrelation_cost(size, window)
+        return patches._rows_cost(size, window) < autocorrelation_cost(size, window)
 
     assert not prefers_rows(32, 64, 34, 34)
     assert not prefers_rows(32, 256, 10, 10)

@@ -1,4 +1,4 @@
-"""What each kind of normalization keeps of training batches: a batch's contribution, averages, what they replace."""
+"""The estimates that each kind of normalization keeps: a batch's contribution, their average, their place."""
 
 from __future__ import annotations
 

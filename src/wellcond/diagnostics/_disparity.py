@@ -1,4 +1,4 @@
-"""How far evaluation's normalization is from training's: the disparity of batch normalizations (thesis 3.23)."""
+"""Measures the distance between training's and evaluation's normalization (thesis 3.23)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.replay import Seen, double_of
-from wellcond.calibration.training_pass import Call, named_batch_norms, training_pass, unwrapped
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.calibration.replay import Seen, double_of, named_batch_norms
+from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.evalnorm import mixed_moments
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.models import Call, unwrapped
 from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
@@ -129,15 +130,8 @@ class Disparity:
             [name or "(model)", f"{layer.positions:g}", *self._cells(layer.rms)] for name, layer in self.layers.items()
         ]
         rows.append(["mean", "", *self._cells(self.mean)])
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in [header, *rows]
-        ]
         title = f"Disparity of training and evaluation at batches of {self.batch_size} (RMS over positions)"
-        return "\n".join([title, *(line.rstrip() for line in lines)])
+        return table(title, header, rows)
 
     __repr__ = __str__
 
@@ -210,16 +204,10 @@ def disparity(
     def observe(name: str, seen: Seen) -> None:
         sums[name].add(seen)
 
-    passed = training_pass(inner, loader, batch_size, layers, observe, call=call, max_batches=max_batches)
-    if passed.batches == 0:
-        raise ValueError("the loader gave no batch")
+    passed = observed_pass(inner, loader, batch_size, layers, observe, call, max_batches)
     found = {name: own.averages() for name, own in sums.items() if own.batches}
-    if not found and 0 < passed.largest < passed.batch_size:
-        raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
-    missed = ", ".join(repr(name) for name in sums if name not in found)
-    if not found:
-        raise ValueError(f"no batch reached any of the batch normalizations {missed}")
-    if missed:
+    check_reached(passed, sums, found)
+    if missed := listed(name for name in sums if name not in found):
         warnings.warn(
             f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )

@@ -1,4 +1,4 @@
-"""Loss and gradient along a step: what the landscape is like where the optimizer goes."""
+"""Measures the loss and its gradient at several distances along the optimizer's step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
-from wellcond.diagnostics.plotting import axes_for
-from wellcond.diagnostics.tables import table
-from wellcond.runtime.checks import checked
-from wellcond.transforms.base import Predicate
+from wellcond.diagnostics.passes import Loss, centred_layers, check_where, left_as_found, loss_of, norm_of, widened
+from wellcond.diagnostics.tables import axes_for, table
+from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.models import Call, device_of, moved, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,8 +197,7 @@ def landscape(
 
 def _parameters(model: nn.Module, where: Predicate | None) -> list[nn.Parameter]:
     """Return the parameters that require a gradient, of the modules that are selected."""
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a predicate of (module name, module), got {where!r}")
+    check_where(where)
     found: dict[nn.Parameter, None] = {}
     for name, module in model.named_modules():
         if where is None or where(name, module):

@@ -1,4 +1,4 @@
-"""How smooth the loss is in the weights, with and without centralization (thesis 4.8)."""
+"""Measures the smoothness of the loss in the weights, with and without centralization (thesis 4.8)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
-from wellcond.diagnostics.plotting import axes_for
-from wellcond.diagnostics.tables import table
+from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, listed, loss_of, norm_of, widened
+from wellcond.diagnostics.tables import axes_for, table
 from wellcond.layouts import Layer
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.runtime.checks import AnyInteger, check_positive_integer, checked
-from wellcond.transforms.base import Predicate
+from wellcond.runtime.checks import AnyInteger, Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, device_of, moved, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +223,7 @@ def lipschitz(
             )
             used = [(layer, own) for layer, own in zip(layers, gradients, strict=True) if own is not None]
             if not used:
-                names = ", ".join(repr(layer.name) for layer in layers)
+                names = listed(layer.name for layer in layers)
                 raise ValueError(f"the loss does not depend on any of the weights {names}")
 
             def smoothness(*own: tuple[Layer, Tensor]) -> Smoothness:

@@ -1,8 +1,7 @@
-"""What centralization takes out of gradients, over batches or over iterations (thesis figure 4.5)."""
+"""Measures the part of gradients that centralization removes, by batch or by iteration (thesis figure 4.5)."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.calibration.training_pass import Call, device_of, moved, unwrapped
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.diagnostics.tables import axes_for
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import check_positive_integer, checked
-from wellcond.transforms.base import Predicate, WellcondWarning, check_choice
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, unwrapped
+from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, sizes_of, widened
+from wellcond.diagnostics.passes import (
+    Loss,
+    batches_on_device,
+    centred_layers,
+    left_as_found,
+    listed,
+    loss_of,
+    sizes_of,
+    widened,
+)
 from wellcond.diagnostics.tables import average, spread, table
 
 Quantity = Literal["norm", "centred_norm", "largest", "centred_largest", "mean_share"]
@@ -212,15 +220,12 @@ def gradient_statistics(
     layers = centred_layers(inner, where)
     weights = [layer.weight for layer in layers]
     series = _Series(layers)
-    device = device_of(inner)
     with left_as_found(inner):
-        for batch in itertools.islice(loader, max_batches):
-            value = loss_of(inner, moved(batch, device), loss, call)
+        for batch in batches_on_device(inner, loader, max_batches):
+            value = loss_of(inner, batch, loss, call)
             series.add(torch.autograd.grad(value, weights, allow_unused=True))
-    if series.count == 0:
-        raise ValueError("the loader gave no batch")
     found = series.layers()
-    missed = ", ".join(repr(layer.name) for layer in layers if layer.name not in found)
+    missed = listed(layer.name for layer in layers if layer.name not in found)
     if not found:
         raise ValueError(f"the loss does not depend on any of the weights {missed}")
     if missed:

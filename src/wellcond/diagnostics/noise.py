@@ -1,4 +1,4 @@
-"""How noisy the statistics of batches are, and how close that is to the laws of the theory (thesis 2.2, figure 2.1)."""
+"""Measures the noise of batch statistics and compares it with the laws of the theory (thesis 2.2, figure 2.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Seen
-from wellcond.calibration.training_pass import Call, training_pass, unwrapped
 from wellcond.diagnostics.laws import (
     Distribution,
     Histogram,
@@ -29,11 +28,13 @@ from wellcond.diagnostics.laws import (
     plot_density,
     plot_distribution,
 )
-from wellcond.diagnostics.plotting import axes_for
+from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.momentum import MomentumBatchNorm
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, unwrapped
 from wellcond.theory import Formula, Noise, batch_mean_noise
-from wellcond.transforms.base import Predicate, WellcondWarning
+from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,15 +172,8 @@ class BatchNoise:
         header += ["Var ξ_μ", "law", *(["thesis"] if averaged else []), "distance"]
         header += ["E ξ_σ", "Var ξ_σ", "law", "distance", "freedom"]
         rows = [self._row(name, layer, averaged) for name, layer in self.layers.items()]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in [header, *rows]
-        ]
         title = f"Noise of the statistics of batches of {self.batch_size}, and its law at the effective size"
-        return "\n".join([title, *(line.rstrip() for line in lines)])
+        return table(title, header, rows)
 
     __repr__ = __str__
 
@@ -287,23 +281,18 @@ def batch_noise(
             batches[name].add(seen)
 
     # The noise of all of them is in the features, as in training.
-    passed = training_pass(inner, loader, batch_size, layers, observe, call=call, max_batches=max_batches)
-    if passed.batches == 0:
-        raise ValueError("the loader gave no batch")
+    passed = observed_pass(inner, loader, batch_size, layers, observe, call, max_batches)
     reached = {name: own for name, own in batches.items() if own.count}
-    if not reached and 0 < passed.largest < batch_size:
-        raise ValueError(f"no batch has batch_size={batch_size} samples: the largest has {passed.largest}")
-    if not reached:
-        raise ValueError(f"no batch reached any of the batch normalizations {_listed(batches)}")
+    check_reached(passed, batches, reached)
     measured = {name: own.noise(name, batch_size, momenta[name]) for name, own in reached.items()}
     found = {name: noise for name, noise in measured.items() if noise is not None}
     if not found:
-        raise ValueError(f"there is no noise to measure in {_listed(measured)}: {_STILL}")
+        raise ValueError(f"there is no noise to measure in {listed(measured)}: {_STILL}")
     problems = []
     if missed := batches.keys() - reached.keys():
-        problems.append(f"no batch of {batch_size} samples reached {_listed(sorted(missed))}")
+        problems.append(f"no batch of {batch_size} samples reached {listed(sorted(missed))}")
     if still := measured.keys() - found.keys():
-        problems.append(f"{_listed(sorted(still))} has no noise: {_STILL}")
+        problems.append(f"{listed(sorted(still))} has no noise: {_STILL}")
     if problems:
         warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=3)
     return BatchNoise(batch_size, found)
@@ -450,7 +439,3 @@ def _momentum_of(name: str, layer: _BatchNorm) -> float:
     if layer.stat_momentum >= 1:
         raise ValueError(f"{name!r} has stat_momentum 1, with which it takes nothing from batches: give a momentum")
     return layer.stat_momentum
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -1,32 +1,33 @@
-"""Run a model for a look at its gradients, and leave it as it was found."""
+"""Passes over data for the diagnostics: they choose layers, run the model and leave it as it was found."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.training_pass import Call, kept_random_state
+from wellcond.calibration.replay import Passed, Seen, training_pass
 from wellcond.layouts import Layer, find_layers
-from wellcond.nn.norm.base import PastStatistics
+from wellcond.nn.norm.history import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.transforms.base import Predicate
+from wellcond.runtime.checks import Predicate
+from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.observe import Probe
 from wellcond.transforms.sharding import is_sharded
 
-if TYPE_CHECKING:
-    pass
-
-
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, batch)``: the scalar whose gradient is asked for."""
+
+NO_BATCH = "the loader gave no batch"
 
 
 def centred_layers(model: nn.Module, where: Predicate | None, *, trained: bool = True) -> list[Layer]:
@@ -49,14 +50,9 @@ def centred_layers(model: nn.Module, where: Predicate | None, *, trained: bool =
         >>> [layer.name for layer in centred_layers(model, None)]
         ['0.weight']
     """
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a predicate of (module name, module), got {where!r}")
-    layers = find_layers(model)
-    if layers.lazy:
-        names = ", ".join(map(repr, layers.lazy))
-        raise ValueError(f"{names} is known only after its first forward pass: run the model once")
+    check_where(where)
     uses: dict[int, list[Layer]] = {}
-    for layer in layers:
+    for layer in layers_of(model):
         uses.setdefault(id(layer.weight), []).append(layer)
 
     def covered(choice: Predicate | None) -> list[Layer]:
@@ -76,6 +72,74 @@ def centred_layers(model: nn.Module, where: Predicate | None, *, trained: bool =
         if is_sharded(layer.weight):
             raise ValueError(f"{layer.name!r} is sharded over ranks: measure the model before it is sharded")
     return found
+
+
+def check_where(where: Predicate | None) -> None:
+    """Raise a TypeError unless a choice of layers is a function or None."""
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a predicate of (module name, module), got {where!r}")
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Return the layers with a weight, each use of it; raise a ValueError if one is not initialized."""
+    layers = find_layers(model)
+    if layers.lazy:
+        names = ", ".join(map(repr, layers.lazy))
+        raise ValueError(f"{names} is known only after its first forward pass: run the model once")
+    return list(layers)
+
+
+def batches_on_device(model: nn.Module, loader: Iterable[Any], max_batches: int | None) -> Iterator[Any]:
+    """Yield a loader's batches on the model's device.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    device = device_of(model)
+    empty = True
+    for batch in itertools.islice(loader, max_batches):
+        empty = False
+        yield moved(batch, device)
+    if empty:
+        raise ValueError(NO_BATCH)
+
+
+def observed_pass(
+    model: nn.Module,
+    loader: Iterable[Any],
+    batch_size: int | None,
+    layers: Mapping[str, _BatchNorm],
+    observe: Callable[[str, Seen], None],
+    call: Call | None,
+    max_batches: int | None,
+) -> Passed:
+    """Run `training_pass` over at least one batch; its arguments.
+
+    Raises:
+        ValueError: If the loader gives none.
+    """
+    passed = training_pass(model, loader, batch_size, layers, observe, call=call, max_batches=max_batches)
+    if passed.batches == 0:
+        raise ValueError(NO_BATCH)
+    return passed
+
+
+def check_reached(passed: Passed, names: Iterable[str], reached: Collection[str]) -> None:
+    """Raise a ValueError if a pass reached none of the normalizations with a whole batch."""
+    if reached:
+        return
+    if 0 < passed.largest < passed.batch_size:
+        raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
+    raise ValueError(f"no batch reached any of the batch normalizations {listed(names)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as an error lists them.
+
+    >>> listed(["0", "head.fc"])
+    "'0', 'head.fc'"
+    """
+    return ", ".join(map(repr, names))
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Loss, call: Call | None) -> Tensor:
@@ -98,12 +162,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss, call: Call | None) -> Tens
         >>> loss_of(nn.Linear(2, 1), torch.zeros(3, 2), lambda output, batch: output.sum(), None).shape
         torch.Size([])
     """
-    if call is not None:
-        output = call(model, batch)
-    else:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    value = loss(output, batch)
+    value = loss(run_on(model, batch, call), batch)
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must return a scalar tensor, got {type(value).__name__}")
     if value.numel() != 1:

@@ -1,9 +1,13 @@
-"""Tables of text, as results print themselves, and what stands in them."""
+"""Tables and axes on which results show themselves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,3 +33,23 @@ def spread(values: Sequence[float]) -> float:
     """Return the standard deviation of all values."""
     mean = average(values)
     return math.sqrt(average([(value - mean) ** 2 for value in values]))
+
+
+def axes_for(ax: Axes | None, what: str, size: tuple[float, float] = (6.0, 4.0)) -> Axes:
+    """Return the axes that were given, or those of a new figure.
+
+    Args:
+        ax: Of the caller; None for new ones.
+        what: Who plots, for the error's text.
+        size: Of a new figure, in inches.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(f"{what} needs matplotlib: pip install matplotlib, or wellcond[lab]") from error
+    return plt.subplots(figsize=size, layout="constrained")[1]

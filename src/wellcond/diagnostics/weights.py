@@ -1,4 +1,4 @@
-"""Means of weight rows, at initialisation and after training (thesis figure 4.4)."""
+"""Measures the means of weight rows, at initialisation and after training (thesis figure 4.4)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from wellcond.calibration.training_pass import unwrapped
-from wellcond.diagnostics.plotting import axes_for
-from wellcond.runtime.checks import checked
-from wellcond.transforms.base import Predicate, check_choice
+from wellcond.diagnostics.tables import axes_for
+from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.models import unwrapped
+from wellcond.transforms.base import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wellcond.calibration.calibrate import calibrated
+from wellcond.calibration.models import calibrated
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
 from wellcond.runtime.checks import check_positive_integer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wellcond.layouts.layout import Layout, Rows
-from wellcond.numerics.patches import Window, patch_rows
+from wellcond.numerics.windows import Window, patch_rows
 
 
 class ConvLayout(Layout):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wellcond.numerics.patches import Window
+from wellcond.numerics.windows import Window
 
 Kind = Literal["linear", "conv", "norm", "embedding"]
 

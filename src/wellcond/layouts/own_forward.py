@@ -16,7 +16,7 @@ from wellcond.layouts.linear import BilinearLayout, EmbeddingLayout, LinearLayou
 from wellcond.layouts.norm import GroupNormLayout, LayerNormLayout
 from wellcond.layouts.twin import can_be_moved, compute_parametrizations, run_twin, twin_of
 from wellcond.layouts.watching import MATMULS, Product, UnknownInputError, Watch
-from wellcond.numerics.patches import Window, patch_rows
+from wellcond.numerics.windows import Window, patch_rows
 
 Inputs = tuple[Any, ...]
 Reader = Callable[[Layout, nn.Module, list[Product]], Inputs]

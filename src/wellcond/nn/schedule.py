@@ -1,4 +1,4 @@
-"""Schedules of what layers normalize with in training; stepped like learning rate schedulers."""
+"""Schedules of normalization layers' training settings; a training loop steps them like learning rate schedulers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Powers of symmetric positive semi-definite matrices, damped, with fallbacks for failed factorizations.
-
-Either of the whole matrix (`symmetric_power`) or of a low-rank part plus a flat tail (`nystrom`, `low_rank_power`).
-"""
+"""Powers of symmetric positive semi-definite matrices, damped, with fallbacks for failed factorizations."""
 
 from __future__ import annotations
 
@@ -10,6 +7,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from wellcond.numerics.newton_schulz import converged_inverse_root
+from wellcond.numerics.symmetry import positive_or_one, symmetric, symmetric_from_lower
 
 DampingMode = Literal["relative", "absolute"]
 Solver = Literal["auto", "eigh", "newton_schulz", "cholesky"]
@@ -20,7 +20,6 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 # From this width on, "auto" prefers matrix products to eigh on a GPU.
 _WIDE = 1024
 _KRYLOV_SIZE = 48
-_NEWTON_SCHULZ_STEPS = 40
 
 
 def symmetric_power(
@@ -63,9 +62,9 @@ def symmetric_power(
     if chosen == "cholesky":
         return torch.cholesky_inverse(torch.linalg.cholesky(_damped(matrix, damping, damping_mode)))
     if chosen == "newton_schulz":
-        root = _inverse_root(_symmetric_from_lower(_damped(matrix, damping, damping_mode)))
+        root = converged_inverse_root(symmetric_from_lower(_damped(matrix, damping, damping_mode)))
         # The square is a little closer to M⁻¹ than what the inverse iteration X ← X (2I − MX) reaches in float32.
-        return _symmetric(root @ root) if exponent == -1 else root
+        return symmetric(root @ root) if exponent == -1 else root
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
     # Rounding makes the smallest eigenvalues of a singular matrix slightly negative.
     eigenvalues = eigenvalues.clamp_min(0)
@@ -162,8 +161,8 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
         >>> largest_eigenvalue(torch.tensor([[5.0, 4.0], [4.0, 5.0]]))
         tensor(9.)
     """
-    matrix = _symmetric_from_lower(matrix)
-    scale = _positive_or_one(matrix.abs().sum(-1).amax(-1))
+    matrix = symmetric_from_lower(matrix)
+    scale = positive_or_one(matrix.abs().sum(-1).amax(-1))
     scaled = matrix / scale[..., None, None]
     size = matrix.shape[-1]
     start = torch.arange(size, dtype=matrix.dtype, device=matrix.device).square().cos()
@@ -245,100 +244,6 @@ def try_symmetric_power(
     return None
 
 
-def nystrom(product: Tensor, basis: Tensor, trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Approximate M by ``U diag(s) Uᵀ + τ (I − U Uᵀ)``, from its product with a few directions.
-
-    U and s are the eigenvectors and eigenvalues of the Nyström approximation Y (ΩᵀY)⁻¹ Yᵀ with Y = MΩ, made stable by
-    a small shift (Tropp, Yurtsever, Udell and Cevher 2017, algorithm 3). It never exceeds M, and is M itself where the
-    rank of M is at most r. τ spreads what is missing of the trace over the other directions.
-
-    Args:
-        product: M @ basis of symmetric positive semi-definite matrices M, shape (..., d, r), float32 or float64.
-        basis: The directions Ω, orthonormal columns, shape (..., d, r).
-        trace: Trace of M, shape (...).
-
-    Returns:
-        The eigenvectors U, shape (..., d, r), with orthonormal columns even where the rank of M is below r (``basis``
-        itself if M is zero); the eigenvalues s, shape (..., r), descending and at least 0; the tail τ, shape (...), at
-        least 0, and 0 if r = d.
-
-    Raises:
-        torch.linalg.LinAlgError: If the product is not finite or an eigendecomposition fails.
-
-    Example:
-        >>> matrix = torch.diag(torch.tensor([6.0, 1.0, 1.0]))
-        >>> basis = torch.tensor([[1.0], [0.0], [0.0]])
-        >>> _, eigenvalues, tail = nystrom(matrix @ basis, basis, matrix.diagonal().sum())
-        >>> print(f"{eigenvalues.item():.4f} {tail.item():.4f}")
-        6.0000 1.0000
-    """
-    size, rank = basis.shape[-2:]
-    scale = _positive_or_one(product.abs().amax((-2, -1)))
-    scaled = product / scale[..., None, None]
-    norm = torch.linalg.matrix_norm(scaled)
-    # Above the rounding errors of ΩᵀY, so that a singular M leaves the shift itself, not noise.
-    shift = (math.sqrt(size) * torch.finfo(product.dtype).eps * _positive_or_one(norm))[..., None, None]
-    shifted = scaled + shift * basis
-    core = _symmetric(basis.mT @ shifted)
-    factor, failed = torch.linalg.cholesky_ex(core)
-    half = torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
-    if bool(failed.any()):
-        # M was not positive semi-definite. Directions in which it is not count as eigenvalue 0.
-        values, vectors = torch.linalg.eigh(core)
-        kept = (values > shift[..., 0] / 2).unsqueeze(-2)
-        by_eigh = torch.where(
-            kept,
-            (shifted @ vectors) * values.clamp_min(shift[..., 0] / 2).rsqrt().unsqueeze(-2),
-            (basis @ vectors) * shift.sqrt(),
-        )
-        half = torch.where((failed > 0)[..., None, None], by_eigh, half)
-    # M + shift ≈ half halfᵀ. QR keeps the columns orthonormal, also those whose singular value is only the shift.
-    orthonormal, triangular = torch.linalg.qr(half)
-    values, vectors = torch.linalg.eigh(triangular @ triangular.mT)
-    eigenvalues = (values.flip(-1) - shift[..., 0]).clamp_min(0) * scale[..., None]
-    zero = (norm == 0)[..., None]
-    eigenvectors = torch.where(zero.unsqueeze(-1), basis, orthonormal @ vectors.flip(-1))
-    eigenvalues = torch.where(zero, 0.0, eigenvalues)
-    missing = (trace - eigenvalues.sum(-1)).clamp_min(0)
-    tail = missing / (size - rank) if size > rank else torch.zeros_like(missing)
-    return eigenvectors, eigenvalues, tail
-
-
-def low_rank_power(
-    eigenvalues: Tensor,
-    tail: Tensor,
-    exponent: float,
-    damping: float = 0.0,
-    *,
-    damping_mode: DampingMode = "relative",
-) -> tuple[Tensor, Tensor]:
-    """Return the gains c and t of ``(M + δ I) ** exponent = U diag(c) Uᵀ + t (I − U Uᵀ)``.
-
-    M = U diag(s) Uᵀ + τ (I − U Uᵀ), so that c = (s + δ)^exponent and t = (τ + δ)^exponent; δ as in `symmetric_power`,
-    with λ_max the largest of s and τ. A zero M with relative damping gives the identity: c = t = 1.
-
-    Args:
-        eigenvalues: The eigenvalues s, shape (..., r).
-        tail: The eigenvalue τ of all the other directions, shape (...).
-        exponent: The power, for instance -1/2 or -1.
-        damping: Non-negative; as for `symmetric_power`.
-        damping_mode: ``"relative"`` or ``"absolute"``.
-
-    Returns:
-        The gains c, shape (..., r), and t, shape (...).
-
-    Raises:
-        ValueError: If the damping is outside its range.
-
-    Example:
-        >>> low_rank_power(torch.tensor([15.0, 3.0]), torch.tensor(0.0), -0.5, 1.0, damping_mode="absolute")
-        (tensor([0.2500, 0.5000]), tensor(1.))
-    """
-    values = torch.cat([eigenvalues, tail.unsqueeze(-1)], -1)
-    gains = damped_eigenvalues(values, damping, damping_mode).pow(exponent)
-    return gains[..., :-1], gains[..., -1]
-
-
 def damped_eigenvalues(eigenvalues: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
     """Add δ to the eigenvalues of a matrix, as `symmetric_power` does; those of a zero matrix become 1 if relative.
 
@@ -389,85 +294,6 @@ def try_eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def try_truncated_power(
-    matrix: Tensor, rank: int, exponent: float, damping: float = 0.0, *, damping_mode: DampingMode = "relative"
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `try_symmetric_power`, but by the leading eigenvectors: all other eigenvalues are replaced by their mean.
-
-    Args:
-        matrix: As for `symmetric_power`, shape (..., d, d).
-        rank: How many eigenvectors are kept, below d.
-        exponent: As for `symmetric_power`.
-        damping: As for `symmetric_power`.
-        damping_mode: As for `symmetric_power`.
-
-    Returns:
-        Eigenvectors U (..., d, rank) and the gains c (..., rank) and t (...) of U diag(c) Uᵀ + t (I − U Uᵀ); or None.
-
-    Example:
-        >>> directions, gains, tail = try_truncated_power(torch.diag(torch.tensor([0.25, 0.25, 4.0])), 1, -0.5)
-        >>> gains, tail
-        (tensor([0.5000]), tensor(2.))
-    """
-    found = try_eigh(matrix)
-    if found is None:
-        return None
-    eigenvalues, eigenvectors = found
-    tail = eigenvalues[..., :-rank].mean(dim=-1)
-    gains, tail_gain = low_rank_power(eigenvalues[..., -rank:], tail, exponent, damping, damping_mode=damping_mode)
-    if not bool(torch.isfinite(gains).all() & torch.isfinite(tail_gain).all()):
-        return None
-    return eigenvectors[..., -rank:], gains, tail_gain
-
-
-def try_low_rank_power(
-    product: Tensor,
-    basis: Tensor,
-    trace: Tensor,
-    exponent: float,
-    damping: float = 0.0,
-    *,
-    damping_mode: DampingMode = "relative",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """As `nystrom` and `low_rank_power`, but a failure is retried in float64 and then answered with None.
-
-    A result that is not finite counts as a failure too. If r = d there are no other directions, and the tail gain is
-    the gain of the smallest eigenvalue.
-
-    Args:
-        product: As for `nystrom`.
-        basis: As for `nystrom`.
-        trace: As for `nystrom`.
-        exponent: As for `low_rank_power`.
-        damping: As for `low_rank_power`.
-        damping_mode: As for `low_rank_power`.
-
-    Returns:
-        The eigenvectors, eigenvalues, tail, gains and tail gain, or None if neither precision gave finite ones.
-
-    Example:
-        >>> basis = torch.eye(2)[:, :1]
-        >>> try_low_rank_power(torch.full((2, 1), float("nan")), basis, torch.tensor(1.0), -0.5, 1e-3) is None
-        True
-    """
-    check_damping(damping, damping_mode)
-    for dtype in (product.dtype, torch.float64):
-        try:
-            eigenvectors, eigenvalues, tail = nystrom(product.to(dtype), basis.to(dtype), trace.to(dtype))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue
-        gains, tail_gain = low_rank_power(eigenvalues, tail, exponent, damping, damping_mode=damping_mode)
-        if basis.shape[-2] == basis.shape[-1]:
-            tail_gain = gains[..., -1]
-        eigenvectors, eigenvalues, tail, gains, tail_gain = (
-            part.to(product.dtype) for part in (eigenvectors, eigenvalues, tail, gains, tail_gain)
-        )
-        parts = (eigenvectors, eigenvalues, tail, gains, tail_gain)
-        if all(bool(torch.isfinite(part).all()) for part in (trace, *parts)):
-            return parts
-    return None
-
-
 def _damped(matrix: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
     """Return M + δ I, for a zero M with relative damping the identity."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -475,65 +301,3 @@ def _damped(matrix: Tensor, damping: float, damping_mode: DampingMode) -> Tensor
         return matrix + damping * identity
     largest = largest_eigenvalue(matrix)[..., None, None]
     return torch.where(largest > 0, matrix + damping * largest * identity, identity)
-
-
-def _inverse_root(matrix: Tensor) -> Tensor:
-    """Return M^(-1/2) of symmetric positive definite matrices by matrix products alone.
-
-    The coupled Newton-Schulz iteration (Higham, Functions of Matrices, 6.35): Y₀ = A, Z₀ = I, then
-    Y ← Y (3I − ZY)/2, Z ← (3I − ZY)/2 Z. It converges to A^(1/2) and A^(-1/2) for eigenvalues in (0, 1], which dividing
-    by a norm of M that bounds λ_max makes sure of. Each matrix of a batch stops on its own.
-
-    Raises:
-        torch.linalg.LinAlgError: If a matrix of the batch does not converge.
-    """
-    size = matrix.shape[-1]
-    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    # Both norms bound λ_max; the Frobenius norm is at most the trace. Dividing first keeps its squares in range.
-    bound = matrix.abs().sum(-1).amax(-1)[..., None, None]
-    scaled = matrix / bound
-    frobenius = torch.linalg.matrix_norm(scaled, keepdim=True).clamp_max(1)
-    scaled, bound = scaled / frobenius, bound * frobenius
-
-    root, inverse = scaled, identity.expand_as(scaled)
-    best = torch.full_like(bound, math.inf)
-    best_inverse = inverse
-    running = torch.ones_like(bound, dtype=torch.bool)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        defect = identity - inverse @ root
-        residual = torch.linalg.matrix_norm(defect, keepdim=True)
-        improved = running & (residual < best)
-        # Below 1/2 each step squares the residual, so one that does not even halve it meets rounding alone.
-        stalled = (best < 0.5) & (residual > best / 2)
-        best_inverse = torch.where(improved, inverse, best_inverse)
-        best = torch.where(improved, residual, best)
-        running = running & residual.isfinite() & ~stalled & (best > torch.finfo(matrix.dtype).eps ** 0.5)
-        if not bool(running.any()):
-            break
-        step = identity + defect / 2
-        root, inverse = root @ step, step @ inverse
-
-    # The coupled residual may be small although Z has drifted from A^(-1/2): I − Z A Z tells, and one more step in it
-    # takes the error from √eps to eps.
-    defect = identity - best_inverse @ scaled @ best_inverse
-    residual = torch.linalg.matrix_norm(defect)
-    # 1e-2 in the mean over the directions, and none of them wrong altogether.
-    if not bool((residual < min(1e-2 * math.sqrt(size), 0.5)).all()):
-        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            f"the Newton-Schulz iteration did not converge: residual {float(residual.max()):.1e}"
-        )
-    result: Tensor = _symmetric(best_inverse + best_inverse @ defect / 2) * bound.rsqrt()
-    return result
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
-
-
-def _symmetric_from_lower(matrix: Tensor) -> Tensor:
-    return matrix.tril() + matrix.tril(-1).mT
-
-
-def _positive_or_one(values: Tensor) -> Tensor:
-    """Replace zeros by ones, where they would divide."""
-    return torch.where(values == 0, 1.0, values)

@@ -1,4 +1,4 @@
-"""Means and variances of features: of each instance from one pass, and of batches, layers and groups from those."""
+"""Means and variances of features: one pass gives each instance's; batches', layers' and groups' follow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wellcond.runtime.tracing import is_recorded
 
 # Above this ratio of squared mean to variance, E[x²] − μ² loses too many digits (16: four bits) and is not used.
 _CANCELLATION = 16.0
@@ -327,7 +329,7 @@ def _is_channels_last(inputs: Tensor) -> bool:
         and positions(inputs) > 1
         and not inputs.is_contiguous()
         and inputs.movedim(1, -1).is_contiguous()
-        and _can_look()
+        and not is_recorded()
     )
 
 
@@ -337,11 +339,6 @@ def _of_parts(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([mean for mean, _ in moments]), torch.stack([var for _, var in moments])
 
 
-def _can_look() -> bool:
-    """Whether nothing but the values is wanted: no compiler and no function transform records what is done."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-
-
 def _has_fast_sums(inputs: Tensor) -> bool:
     """Whether a sum and a norm beat `torch.var_mean`, and can be looked at: on the CPU, not compiled."""
     return (
@@ -349,7 +346,7 @@ def _has_fast_sums(inputs: Tensor) -> bool:
         and not _is_channels_last(inputs)
         and inputs.numel() > 0
         and positions(inputs) > 1
-        and _can_look()
+        and not is_recorded()
     )
 
 

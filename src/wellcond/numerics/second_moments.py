@@ -1,20 +1,19 @@
-"""Second moments of rows that come in pieces: whole, or sketched where they are too wide to keep."""
+"""Second moments of rows that come in pieces.
+
+`Covariance` merges what several parts of the data have as covariance. `SecondMoment` sums rows in float64, whole or
+sketched where the matrix is too wide to keep.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wellcond.layouts import Layer
-from wellcond.numerics.linalg import nystrom
-from wellcond.numerics.patches import patch_rows
-
-# Rows are laid out for about this many numbers at a time.
-_CHUNK = 1 << 22
+from wellcond.numerics.low_rank import nystrom
+from wellcond.runtime.ranks import Ranks
 
 
 class Eigenvalues(NamedTuple):
@@ -133,9 +132,9 @@ class WholeMoment(SecondMoment):
 class SketchedMoment(SecondMoment):
     """Too wide matrices: their products with a few fixed directions, and their traces.
 
-    The eigenvalues are those of the Nyström approximation N of M (`wellcond.numerics.linalg.nystrom`). As M − N has no
-    negative eigenvalue and a trace that is known, λᵢ(N) ≤ λᵢ(M) ≤ λᵢ(N) + tr(M − N); N = M where the rank of M is at
-    most that of the sketch.
+    The eigenvalues are those of the Nyström approximation N of M (`wellcond.numerics.low_rank.nystrom`). As M − N
+    has no negative eigenvalue and a trace that is known, λᵢ(N) ≤ λᵢ(M) ≤ λᵢ(N) + tr(M − N); N = M where the rank of M
+    is at most that of the sketch.
 
     Args:
         groups: How many matrices.
@@ -171,30 +170,36 @@ class SketchedMoment(SecondMoment):
         return found
 
 
-def input_pieces(layer: Layer, inputs: tuple[Any, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Lay out a layer's input as rows, a piece at a time, so that a convolution's patches never lie out all together.
+class Covariance(NamedTuple):
+    """How rows are distributed, in each of several groups.
 
-    Args:
-        layer: A layer whose layout defines rows.
-        inputs: What `Layer.inputs` picked from a call.
-
-    Yields:
-        The first group, and rows [g, n, d] of that and the following ones.
+    Attributes:
+        number: How many rows are behind it, a scalar tensor.
+        mean: μ, shape [groups, d]; zero where second moments are meant.
+        covariance: E[(o − μ)(o − μ)ᵀ], shape [groups, d, d].
     """
-    window = layer.layout.window(layer.module)
-    if window is not None:
-        padded = layer.layout.padded(layer.module, *inputs)
-        per_sample = padded[:1].numel() * window.taps
-        for part in padded.split(max(1, _CHUNK // max(per_sample, 1))):
-            yield 0, patch_rows(part, window)
-        return
-    rows = layer.rows(*inputs)
-    parts = [rows] if isinstance(rows, Tensor) else [part.unsqueeze(0) for part in rows]
-    for first, part in enumerate(parts):
-        for piece in row_pieces(part):
-            yield first, piece
 
+    number: Tensor
+    mean: Tensor
+    covariance: Tensor
 
-def row_pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Cut rows [g, n, d] along n, for sums in another dtype."""
-    yield from rows.split(max(1, _CHUNK // max(rows.shape[0] * rows.shape[2], 1)), dim=1)
+    def merged(self, other: Covariance) -> Covariance:
+        """Return the covariance of both sets of rows together, about their common mean."""
+        count = self.number + other.number
+        share = torch.where(count > 0, other.number / count, 0.0)
+        apart = other.mean - self.mean
+        between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * (1 - share))
+        return Covariance(
+            count,
+            torch.lerp(self.mean, other.mean, share),
+            torch.lerp(self.covariance, other.covariance, share) + between,
+        )
+
+    def over_ranks(self, ranks: Ranks) -> Covariance:
+        """Return the covariance of all ranks' rows together."""
+        count, mean = self.number.clone(), self.mean * self.number
+        ranks.add([count, mean])
+        mean = mean / count.clamp_min(1)
+        apart = self.mean - mean
+        covariance = ranks.total((self.covariance + apart.unsqueeze(-1) * apart.unsqueeze(-2)) * self.number)
+        return Covariance(count, mean, covariance / count.clamp_min(1))

@@ -1,1 +1,1 @@
-"""What is around a computation: ranks, arguments, warnings."""
+"""The surroundings of a computation: ranks, models, arguments, warnings, and what torch is doing now."""

@@ -1,4 +1,4 @@
-"""Checks of arguments: of their types by the annotations that they have, and of the ranges that several parts share."""
+"""Checks of arguments, by their annotations and by the ranges that several parts share; the category of warnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+"""``where(qualified name, module)``: whether a module is selected."""
 
 AnyInteger = Annotated[int, "an integer"]
 """An integer that may be zero or negative, where others count something."""
@@ -302,3 +305,12 @@ def _place(names: Sequence[str], name: str, args: Sequence[object]) -> str:
     if isinstance(args[0], _BatchNorm) and index < len(_TORCH_ORDER) and _TORCH_ORDER[index] != name:
         text += f"; in nn.BatchNorm that is {_TORCH_ORDER[index]}: give it by its name"
     return text
+
+
+class WellcondWarning(UserWarning):
+    """Something that does not stop training but that a user should know.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", WellcondWarning)  # stop at the first one instead
+    """

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from wellcond.runtime.tracing import NO_BACKWARD, backward_number
 from wellcond.transforms.sharding import is_sharded
 
 Sums = list[Tensor]
@@ -122,7 +122,7 @@ class Arrivals:
             leaf: The tensor that its layer used as the weight: another one than the weight where that is sharded.
             fold: Makes the sums of a call.
         """
-        if _current_pass() == NO_PASS:
+        if backward_number() == NO_BACKWARD:
             self._close_all()
         self._latest = call
         self._noted.add(call)
@@ -192,10 +192,10 @@ class Arrivals:
         self._this_pass().signal, self._accumulated = Signal.ACCUMULATED, True
         grad = self._weight.grad
         self._grad_was = None if grad is None else (id(grad), grad._version)
-        self._close(_current_pass())
+        self._close(backward_number())
 
     def _this_pass(self) -> _Pass:
-        return self._passes.setdefault(_current_pass(), _Pass())
+        return self._passes.setdefault(backward_number(), _Pass())
 
     def _close(self, number: int) -> None:
         """Sort a backward pass's calls under what it has shown, in the order in which they were made."""
@@ -213,14 +213,6 @@ class _Pass:
     def __init__(self) -> None:
         self.calls: dict[Call, None] = {}
         self.signal = Signal.REACHED
-
-
-NO_PASS = -1
-
-
-def _current_pass() -> int:
-    """Return the number of the backward pass that this thread is in, or `NO_PASS`."""
-    return int(torch._C._current_graph_task_id())
 
 
 def _hooked(output: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond.layouts import find_layers
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
-from wellcond.transforms.autocast import autocast_off
 from wellcond.transforms.base import (
     GradientTransform,
     Slot,
@@ -373,7 +373,7 @@ class Attachment:
     @torch.no_grad()
     def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
         """Transform the gradients that the optimizer is about to use."""
-        with autocast_off({slot.layer.weight.device.type for _, slot in self._all_slots()}):
+        with without_autocast(*{slot.layer.weight.device for _, slot in self._all_slots()}):
             self._transform_in_full_precision(optimizer, step)
 
     def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:

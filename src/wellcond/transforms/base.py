@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.runtime.checks import WellcondWarning as WellcondWarning
 from wellcond.runtime.checks import check_choice as check_choice
 from wellcond.runtime.ranks import Ranks
-from wellcond.runtime.warning import WellcondWarning as WellcondWarning
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)

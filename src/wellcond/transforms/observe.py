@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from wellcond.layouts import Layer, UnknownInputError
 from wellcond.runtime.random_state import RandomState, random_numbers_kept
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.tracing import is_traced
 from wellcond.transforms.arrivals import Arrivals, Call, Sums
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
 from wellcond.transforms.checkpoint import follow
@@ -66,7 +67,7 @@ class _Hook:
 
     def _act_on_own(self, module: nn.Module, *call: Any) -> None:
         # A deep copy of the model carries this hook, but is another module.
-        if self._module() is module and not _is_traced():
+        if self._module() is module and not is_traced():
             self._act(module, *call)
 
     def _act(self, module: nn.Module, *call: Any) -> None:
@@ -392,15 +393,6 @@ def _weight_in_use(use: Layer) -> Tensor:
     for attribute in use.name[len(use.module_name) :].strip(".").split("."):
         found = getattr(found, attribute)
     return found if isinstance(found, Tensor) else use.weight
-
-
-def _is_traced() -> bool:
-    """Whether this pass trains nothing: under `torch.func`, `torch.jit.trace`, `make_fx` or fake tensors."""
-    # Inside `torch.func` transforms tensors are wrapped and must not outlive them; such gradients are no `.grad`.
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
-        return True
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
 def _aside_of_checkpoints() -> contextlib.AbstractContextManager[None]:

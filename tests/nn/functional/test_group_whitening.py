@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wellcond.nn.functional.group_whitening import group_covariance, group_width, map_groups, newton_whitening, zca
+from wellcond.nn.functional.group_whitening import group_covariance, group_width, map_groups
+from wellcond.numerics.differentiable_root import zca
+from wellcond.numerics.newton_schulz import newton_whitening
 
 FLOAT64 = torch.float64
 IDENTITY = torch.eye(4, dtype=FLOAT64)

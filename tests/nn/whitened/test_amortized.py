@@ -20,7 +20,7 @@ from wellcond.nn.whitened.amortized import AmortizedLayer
 from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
-from wellcond.runtime.warning import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 FLOAT64 = torch.float64
 LINEAR = [WhitenedLinear, EigenLinear, GeneralizedWhitenedLinear]

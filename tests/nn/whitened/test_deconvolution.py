@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wellcond.layouts import layout_of
 from wellcond.nn.standardize import weight_standardize
-from wellcond.nn.whitened.deconvolution import NetworkDeconvolution2d, newton_schulz_root
+from wellcond.nn.whitened.deconvolution import NetworkDeconvolution2d
+from wellcond.numerics.newton_schulz import newton_schulz_root
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FLOAT64 = torch.float64

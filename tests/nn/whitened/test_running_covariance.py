@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wellcond.nn.whitened.running_covariance import Covariance, RunningCovariance
+from wellcond.nn.whitened.running_covariance import RunningCovariance
+from wellcond.numerics.second_moments import Covariance
 
 FLOAT64 = torch.float64
 

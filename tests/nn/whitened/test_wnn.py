@@ -119,7 +119,7 @@ def test_large_inputs_are_observed_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     whole = WhitenedConv2d(4, 6, 3, padding=1, dtype=FLOAT64, stats_every=1)
     pieces = WhitenedConv2d.from_layer(whole.to_plain(), stats_every=1)
     observed(whole, images())
-    monkeypatch.setattr("wellcond.nn.whitened.linear_maps.CHUNK", 2 * 4 * 30 * 9)
+    monkeypatch.setattr("wellcond.numerics.pieces.CHUNK", 2 * 4 * 30 * 9)
     assert len(list(pieces.input_rows(images()))) == 3
     observed(pieces, images())
     torch.testing.assert_close(pieces.transform, whole.transform)

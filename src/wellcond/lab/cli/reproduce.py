@@ -13,7 +13,6 @@ from wellcond.lab.cli.kept_runs import keeping_runs
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.named_data import VARIABLE, bind_data
 from wellcond.lab.errors import LabError
-from wellcond.lab.networks.named_weights import bind_weights
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import Scale
@@ -89,6 +88,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
+    from wellcond.lab.networks.named_weights import bind_weights
     from wellcond.lab.plan import writable_folder
     from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
     from wellcond.lab.reproduction.recipe import find_recipe

@@ -13,7 +13,6 @@ from torch import nn
 
 import wellcond
 from wellcond import diagnostics
-from wellcond.calibration.training_pass import Call
 from wellcond.diagnostics import (
     BatchNoise,
     Disparity,
@@ -25,6 +24,7 @@ from wellcond.diagnostics import (
     WeightMeans,
 )
 from wellcond.diagnostics.passes import Loss, loss_of
+from wellcond.runtime.models import Call
 
 # Where a model has more weights than this, 4.8 is checked for all of them together alone: each costs as much as all.
 _WEIGHTS_ALONE = 12

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from wellcond.diagnostics.spectrum import Spectrum
+    from wellcond.diagnostics.spectra import Spectrum
     from wellcond.lab.runs.records import RunSpec
     from wellcond.lab.tasks.base import SeedData
 

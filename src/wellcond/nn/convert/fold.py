@@ -10,8 +10,7 @@ from torch import nn
 
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm
-from wellcond.runtime.checks import checked
-from wellcond.runtime.warning import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning, checked
 
 
 @checked

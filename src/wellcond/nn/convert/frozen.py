@@ -1,14 +1,15 @@
-"""Frozen batch normalizations, which are no `nn.BatchNorm*`, and what else only looks like one."""
+"""Finds frozen batch normalizations of other libraries, and layers that only look like one."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from wellcond.nn.convert.then_activation import timm_class
 
 _FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 # Whose classes of this name compute (x − μ)/√(σ² + ε)·γ + β; some of them have ε as a constant of their forward.
@@ -28,7 +29,7 @@ def is_frozen(module: nn.Module) -> bool:
     kind = type(module)
     if not all(isinstance(module._buffers.get(name), Tensor) for name in _FROZEN_BUFFERS):
         return False
-    if kind is _timm("FrozenBatchNormAct2d"):
+    if kind is timm_class("FrozenBatchNormAct2d"):
         return True
     return kind.__name__.endswith("FrozenBatchNorm2d") and kind.__module__.startswith(_SOURCES)
 
@@ -75,8 +76,8 @@ def thawed(frozen: nn.Module) -> _BatchNorm:
     """
     assert isinstance(frozen.running_mean, Tensor)
     kind: type[Any] = nn.BatchNorm2d
-    if type(frozen) is _timm("FrozenBatchNormAct2d"):
-        kind = _timm("BatchNormAct2d")
+    if type(frozen) is timm_class("FrozenBatchNormAct2d"):
+        kind = timm_class("BatchNormAct2d")
     eps = getattr(frozen, "eps", _EPS_OF_OTHERS)
     plain = nn.BatchNorm2d(frozen.running_mean.numel(), eps=eps, device="meta")
     of_module = vars(nn.Module())
@@ -99,8 +100,3 @@ def _named(model: nn.Module, wanted: Any) -> dict[nn.Module, list[str]]:
         if wanted(module):
             names.setdefault(module, []).append(name)
     return names
-
-
-def _timm(name: str) -> Any:
-    """Return a class of timm's; None if there can be no layer of it, since its module was not imported."""
-    return getattr(sys.modules.get("timm.layers.norm_act"), name, None)

@@ -1,4 +1,4 @@
-"""IBN-Net: where Instance-Batch Normalization goes in ResNets and DenseNets of torchvision and timm."""
+"""IBN-Net puts Instance-Batch Normalization at given places of torchvision's and timm's ResNets and DenseNets."""
 
 from __future__ import annotations
 

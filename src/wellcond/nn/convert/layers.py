@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,9 +11,7 @@ from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
-from wellcond.runtime.checks import checked
-
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+from wellcond.runtime.checks import Predicate, checked
 
 # Of each kind, what stands for a linear layer and for a convolution.
 _KINDS: dict[str, dict[type[nn.Module], Any]] = {

@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, lookalikes, thawed
+from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, options_of
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.nn.convert.single_values import RefuseSingleValues
-from wellcond.nn.convert.then_activation import FUSED, Norm, ThenActivation, fused_type
+from wellcond.nn.convert.then_activation import Norm, fused_type, parts_of
 from wellcond.nn.norm.base import StatisticsNorm
-from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
-from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
-from wellcond.nn.norm.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
-from wellcond.nn.norm.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-from wellcond.nn.norm.instance_batch import InstanceBatchNorm2d
-from wellcond.nn.norm.iternorm import IterNorm2d
-from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
-from wellcond.nn.norm.kalman.trace import connect_kalman
-from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
-from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
-from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
-from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
-from wellcond.runtime.checks import check_choice, check_positive_integer, checked
-
-Predicate: TypeAlias = Callable[[str, nn.Module], bool]
-
-# Of each kind, the layers of 1, 2 and 3 dimensions.
-_KINDS: dict[str, tuple[Norm | None, Norm, Norm | None]] = {
-    "bn": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    "ghost": (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
-    "mbn": (MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d),
-    "bsr": (BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d),
-    "brn": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
-    "evalnorm": (EvalNorm1d, EvalNorm2d, EvalNorm3d),
-    "pn": (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d),
-    "sn": (SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d),
-    "ssn": (SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d),
-    "ibn": (None, InstanceBatchNorm2d, None),
-    "kn": (None, KalmanBatchNorm2d, None),
-    "dbn": (None, DecorrelatedBatchNorm2d, None),
-    "iternorm": (None, IterNorm2d, None),
-    "gn": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
-    "ln": (nn.GroupNorm, nn.GroupNorm, nn.GroupNorm),
-    "in": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-}
-_DIMENSIONS: dict[Norm, int] = {
-    layer: index
-    for kind in _KINDS.values()
-    for index, layer in enumerate(kind)
-    if layer is not None and issubclass(layer, _BatchNorm)
-}
-# What is not taken as an option: the layer has it, or the kind fixes it.
-_OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype", "predecessor_features"})
-_FIXED: dict[str, dict[str, object]] = {
-    "ln": {"num_groups": 1},
-    "in": {"momentum": None, "track_running_stats": False},
-}
-_DEFAULTS: dict[str, dict[str, object]] = {"gn": {"num_groups": 32}}
+from wellcond.runtime.checks import Predicate, check_choice, check_positive_integer, checked
 
 
 class _Found(NamedTuple):
@@ -156,7 +107,7 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_choice("to", to, tuple(_KINDS))
+    check_choice("to", to, tuple(KINDS))
     if where is not None and not callable(where):
         raise ValueError(f"where must be a predicate of (name, module) or None, got {where!r}")
     _check_options(to, options)
@@ -190,14 +141,13 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     }
     before = [_Change(each.layer, type(each.layer), dict(vars(each.layer))) for each in changes.values()]
     _apply(changes.values())
-    if any(isinstance(module, KalmanBatchNorm2d) for module in model.modules()):
-        try:
-            connect_kalman(model)
-        except (TypeError, ValueError) as error:
-            _apply(before)
-            raise type(error)(
-                f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
-            ) from error
+    try:
+        connect(model)
+    except (TypeError, ValueError) as error:
+        _apply(before)
+        raise type(error)(
+            f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
+        ) from error
     for name, change in changes.items():
         if not issubclass(change.to, _BatchNorm):
             change.layer.register_forward_pre_hook(RefuseSingleValues(name or "the model itself"))
@@ -257,7 +207,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
         raise _NotConvertibleError(
             f"is one layer under the names {_listed(found.names)}, of which `where` selects only some"
         )
-    target = _KINDS[to][_DIMENSIONS[plain]]
+    target = KINDS[to].layers[DIMENSIONS[plain]]
     if target is None:
         raise _NotConvertibleError(f"has no counterpart: {to!r} is for inputs [N, C, H, W] only")
     if target is plain and not options:
@@ -276,14 +226,10 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
 def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
     """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
     kind = type(layer)
-    if isinstance(layer, ThenActivation) and kind is FUSED.get((layer.normalization, layer.original)):
-        return layer.normalization, layer.original
-    if kind in _DIMENSIONS:
+    if kind in DIMENSIONS:
         return kind, None
-    # If there is such a layer, its module has been imported.
-    timm = sys.modules.get("timm.layers.norm_act")
-    if timm is not None and kind is timm.BatchNormAct2d:
-        return nn.BatchNorm2d, kind
+    if (parts := parts_of(layer)) is not None:
+        return parts
     if is_parametrized(layer):
         raise _NotConvertibleError("is parametrized: remove the parametrization first")
     if isinstance(layer, _LazyNormBase):
@@ -320,7 +266,7 @@ def _check_state(layer: _BatchNorm, target: Norm) -> None:
             f"has track_running_stats={layer.track_running_stats}, which contradicts its buffers: "
             "set running_mean and running_var to None, or track_running_stats back to True, first"
         )
-    if layer.running_mean is None and "track_running_stats" not in _arguments(target):
+    if layer.running_mean is None and "track_running_stats" not in options_of(target):
         raise _NotConvertibleError(
             f"has no running statistics (track_running_stats=False), which {target.__name__} needs: "
             "convert to 'bn' with track_running_stats=True and let it see data first"
@@ -330,30 +276,7 @@ def _check_state(layer: _BatchNorm, target: Norm) -> None:
 def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mapping[str, Any]) -> nn.Module:
     """Make a layer of the target type with the arguments that the given layer was made with, and the options."""
     ours = isinstance(layer, StatisticsNorm)
-    accepted = _arguments(target)
-    # A population is averaged far longer than a moving average that is only evaluated with.
-    kept = ["eps"] if to == "pn" else ["eps", "momentum"]
-    if ours:
-        kept += accepted if target is plain else ["group_size", "synchronize"]
-    arguments: dict[str, Any] = _DEFAULTS.get(to, {}) | {
-        name: getattr(layer, name) for name in kept if hasattr(layer, name)
-    }
-    if target is plain and isinstance(layer, KalmanBatchNorm2d):
-        if options.get("learned", layer.learned) != layer.learned:
-            del arguments["gain"]  # The one form's default is no use for the other.
-        elif layer.learned:
-            arguments["predecessor_features"] = layer.predecessor_features
-            accepted = {
-                **accepted,
-                "predecessor_features": inspect.signature(target).parameters["predecessor_features"],
-            }
-    arguments["affine"] = layer.weight is not None or layer.bias is not None
-    arguments["track_running_stats"] = layer.running_mean is not None
-    arguments = {name: value for name, value in (arguments | dict(options)).items() if name in accepted}
-    arguments |= _FIXED.get(to, {})
-    for name, argument in accepted.items():
-        if argument.default is argument.empty and arguments.get(name) is None:
-            raise TypeError(f"{target.__name__} needs the option {name!r}")
+    arguments = arguments_for(layer, target is plain, to, target, options)
     # Torch's kernels want statistics in the parameters' dtype, so that decides, except between torch's own layers.
     tensors = [tensor for tensor in (layer.weight, layer.bias, layer.running_mean) if tensor is not None]
     if tensors:
@@ -364,7 +287,7 @@ def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mappi
             raise ValueError(f"num_groups={arguments['num_groups']} does not divide {layer.num_features} channels")
         return target(num_channels=layer.num_features, **arguments)
     new = target(layer.num_features, **arguments)
-    if isinstance(new, StatisticsNorm) and "momentum" not in accepted:
+    if isinstance(new, StatisticsNorm) and "momentum" not in options_of(target):
         new.momentum = layer.momentum
     return new
 
@@ -412,7 +335,7 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
 
 def _blank(plain: Norm) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
-    required = [name for name, argument in _arguments(plain).items() if argument.default is argument.empty]
+    required = [name for name, argument in options_of(plain).items() if argument.default is argument.empty]
     return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.
 
 
@@ -420,15 +343,10 @@ def _blank(plain: Norm) -> nn.Module:
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    taken = [name for name in _arguments(_KINDS[to][1]) if name not in _FIXED.get(to, {})]
+    taken = [name for name in options_of(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
     unknown = [name for name in options if name not in taken]
     if unknown:
         raise TypeError(f"convert_norm(to={to!r}) takes the options {_listed(taken)}, got {_listed(unknown)}")
-
-
-def _arguments(layer: Norm) -> dict[str, inspect.Parameter]:
-    """Return a constructor's arguments but for those that the converted layer decides."""
-    return {name: value for name, value in inspect.signature(layer).parameters.items() if name not in _OF_THE_LAYER}
 
 
 def _listed(names: Iterable[str]) -> str:

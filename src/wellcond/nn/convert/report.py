@@ -1,4 +1,4 @@
-"""What a conversion or calibration of a model changed, what it left, and why."""
+"""Reports of a conversion or calibration: the layers that changed, the layers that stayed, and the reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What refuses inputs of which a normalization without batch statistics would leave nothing but its bias."""
+"""Refuses inputs whose every value would be normalized alone, which leaves nothing but the bias."""
 
 from __future__ import annotations
 

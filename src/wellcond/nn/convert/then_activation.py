@@ -1,7 +1,8 @@
-"""timm's layers with an activation: a normalization of any kind, and then what `BatchNormAct2d` does."""
+"""timm's layers with an activation: they normalize, drop and activate, as `BatchNormAct2d` does, in any kind."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -48,6 +49,19 @@ def fused_type(normalization: Norm, original: Norm) -> Norm:
         name = normalization.__name__.removesuffix("2d") + "Act2d"
         FUSED[normalization, original] = type(name, (ThenActivation, *bases), members)
     return FUSED[normalization, original]
+
+
+def parts_of(layer: nn.Module) -> tuple[Norm, Norm] | None:
+    """Return the type that normalizes and timm's type that acts after it; None if a layer is not one of theirs."""
+    kind = type(layer)
+    if isinstance(layer, ThenActivation) and kind is FUSED.get((layer.normalization, layer.original)):
+        return layer.normalization, layer.original
+    return (nn.BatchNorm2d, kind) if kind is timm_class("BatchNormAct2d") else None
+
+
+def timm_class(name: str) -> Any:
+    """Return a class of timm's; None if there can be no layer of it, since its module was not imported."""
+    return getattr(sys.modules.get("timm.layers.norm_act"), name, None)
 
 
 def _empty_fused(normalization: Norm, original: Norm) -> nn.Module:

@@ -1,1 +1,1 @@
-"""What the layers compute with."""
+"""The computations of the layers, as functions."""

@@ -1,4 +1,4 @@
-"""Normalizations that are no fixed scale and shift in evaluation, and so cannot be fused into a convolution."""
+"""Keeps torch from fusing a normalization into a convolution where evaluation is no fixed scale and shift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Covariances of groups of channels, their inverse square roots, and one matrix a group applied to the features.
+"""Covariances of groups of channels, and one matrix a group applied to the features.
 
 All of it is differentiable and keeps the features' memory format; for the backward only x itself is kept.
 """
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wellcond.numerics.moments import positions
-from wellcond.runtime.checks import check_positive_integer
 
 
 def group_width(channels: int, at_most: int) -> int:
@@ -72,71 +71,6 @@ def map_groups(x: Tensor, matrices: Tensor, offset: Tensor | None = None) -> Ten
     """
     output: Tensor = _MapGroups.apply(x, matrices, offset)
     return output
-
-
-def zca(covariance: Tensor, eps: float) -> Tensor:
-    """Return the symmetric (Σ + εI)^(−1/2), by eigendecomposition, differentiable any number of times.
-
-    The gradient is exact and finite for repeated eigenvalues too, where that of `torch.linalg.eigh` is not: W is a
-    smooth function of Σ although its eigenvectors are not. A matrix that is not finite gives NaN, as the variance of
-    batch normalization does, not the error of `torch.linalg.eigh`.
-
-    Args:
-        covariance: Σ, symmetric, shape [..., d, d]; negative eigenvalues count as 0.
-        eps: ε.
-
-    Returns:
-        Shape [..., d, d].
-
-    Example:
-        >>> zca(torch.diag(torch.tensor([3.0, 15.0])), eps=1.0)
-        tensor([[0.5000, 0.0000],
-                [0.0000, 0.2500]])
-    """
-    whitening: Tensor = _Zca.apply(covariance, eps)[0]
-    return whitening
-
-
-def newton_whitening(covariance: Tensor, eps: float, steps: int) -> Tensor:
-    """Return an approximation of (Σ + εI)^(−1/2) by Newton's iteration, which matrix products alone make (IterNorm).
-
-    Σ_N = (Σ + εI)/tr(Σ + εI), P₀ = I, P ← (3P − P³Σ_N)/2, W = P/√tr(Σ + εI). Directions of large variance converge
-    first; `steps` bounds how much small ones are magnified (at most 1.5^steps/√tr), as ε does in another way.
-
-    Of as many products the coupled form, in which P²Σ_N is carried along, has the same iterates but does not magnify
-    rounding, which makes the plain one diverge after about ten steps in float32: any number of steps converges.
-
-    Args:
-        covariance: Σ, symmetric, shape [..., d, d].
-        eps: ε.
-        steps: T, at least 1.
-
-    Returns:
-        Shape [..., d, d].
-
-    Raises:
-        ValueError: If steps is no positive integer.
-
-    Source: Huang et al., "Iterative Normalization: Beyond Standardization towards Efficient Whitening", 2019.
-
-    Example:
-        >>> covariance = torch.diag(torch.tensor([1.0, 0.1, 0.01, 0.001]))
-        >>> whitening = newton_whitening(covariance, 1e-5, steps=5)
-        >>> (whitening @ covariance @ whitening).diagonal()  # the variances after it
-        tensor([1.0000, 0.9915, 0.4011, 0.0505])
-    """
-    check_positive_integer("steps", steps)
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    damped = covariance + eps * identity
-    trace = damped.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    residual = damped / trace  # P²Σ_N
-    power = identity
-    for step in range(steps):
-        factor = 1.5 * identity - 0.5 * residual
-        power = factor if step == 0 else power @ factor
-        if step < steps - 1:
-            residual = factor @ factor @ residual
-    return power * trace.rsqrt()
 
 
 class _GroupCovariance(torch.autograd.Function):
@@ -236,79 +170,6 @@ class _OuterGroups(torch.autograd.Function):
             map_groups(a, grad.mT) if ctx.needs_input_grad[1] else None,
             None,
         )
-
-
-class _Zca(torch.autograd.Function):
-    """`zca`, and what its backward needs."""
-
-    @staticmethod
-    def forward(covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return W, the eigenvectors U, and the roots √(λ + ε)."""
-        finite, values, vectors = _eigh(covariance)
-        roots = (values.clamp_min(0) + eps).sqrt()
-        whitening = (vectors / roots.unsqueeze(-2)) @ vectors.mT
-        return torch.where(finite, whitening, torch.nan), vectors, roots
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Keep U and the roots; Σ and W for second derivatives."""
-        whitening, vectors, roots = output
-        ctx.mark_non_differentiable(vectors, roots)
-        ctx.save_for_backward(inputs[0], whitening, vectors, roots)
-        ctx.eps = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        """Return U (K ∘ Uᵀ ∂L/∂W U) Uᵀ (Daleckii and Krein), K the divided differences of λ^(−1/2).
-
-        (a^(−1/2) − b^(−1/2))/(a − b) = −1/(√a √b (√a + √b)), which holds for a = b too.
-        """
-        covariance, whitening, vectors, roots = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The same without eigenvectors, which have no derivative where eigenvalues are equal: with S = W⁻¹,
-            # dW = −W dS W and S dS + dS S = dΣ.
-            identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-            root = (covariance + ctx.eps * identity) @ whitening
-            inner = whitening @ ((grad + grad.mT) / 2) @ whitening
-            return -_Lyapunov.apply((root + root.mT) / 2, inner), None
-        a, b = roots.unsqueeze(-1), roots.unsqueeze(-2)
-        divided = -1.0 / (a * b * (a + b))
-        inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
-        return vectors @ (divided * inner) @ vectors.mT, None
-
-
-class _Lyapunov(torch.autograd.Function):
-    """X of S X + X S = Q, for symmetric positive definite S; differentiable any number of times."""
-
-    @staticmethod
-    def forward(root: Tensor, right: Tensor) -> Tensor:
-        """Return X."""
-        finite, values, vectors = _eigh(root)
-        inner = (vectors.mT @ right @ vectors) / (values.unsqueeze(-1) + values.unsqueeze(-2))
-        return torch.where(finite, vectors @ inner @ vectors.mT, torch.nan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep S and X."""
-        ctx.save_for_backward(inputs[0], output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return −(Y Xᵀ + Xᵀ Y) for S and Y for Q, with S Y + Y S = g."""
-        root, solution = ctx.saved_tensors
-        back: Tensor = _Lyapunov.apply(root, grad)
-        return -(back @ solution.mT + solution.mT @ back), back
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where symmetric matrices [..., d, d] are finite, and their eigenvalues and eigenvectors; else those of I.
-
-    `torch.linalg.eigh` raises an error at what is not finite.
-    """
-    finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, identity))
-    return finite, values, vectors
 
 
 def _times(matrices: Tensor, vector: Tensor) -> Tensor:

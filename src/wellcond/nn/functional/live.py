@@ -1,4 +1,4 @@
-"""Moments, and normalization by them, with gradients through what is computed from the one for the other.
+"""Normalizes with moments that layers combine by plain operations, and differentiates through them.
 
 For layers that combine the moments of instances, layers, batches or earlier layers: they do so by plain operations on
 [N, C], and both passes over the features stay those of batch normalization.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wellcond.nn.functional.batch_norm_kernels import gradient_sums, over, plain_gradient_sums, standardized
 from wellcond.numerics.moments import Moments, instance_moments, positions, statistics_dtype
+from wellcond.runtime.tracing import is_recorded
 
 
 class Carried(NamedTuple):
@@ -50,7 +51,7 @@ def live_moments(inputs: Tensor) -> tuple[Moments, Carried]:
         >>> normalize_with(features, batch_mean, batch_var, None, None, eps=0.0).flatten()
         tensor([-1.5076, -0.3015,  0.9045,  0.9045], grad_fn=<ViewBackward0>)
     """
-    if _records_plain_operations():
+    if is_recorded():
         wide = inputs.to(statistics_dtype(inputs.dtype))
         if inputs.dim() == 2 or positions(inputs) == 1:
             mean = wide.flatten(1)
@@ -82,7 +83,7 @@ def normalize_with(
     inputs, edge, scale = features
     shape = inputs.shape[:2]
     mean, var = mean.expand(shape), var.expand(shape)
-    if _records_plain_operations():
+    if is_recorded():
         factor = torch.rsqrt(var + eps)
         factor = factor if weight is None else factor * weight.to(factor.dtype)
         y = (inputs.to(mean.dtype) - over(mean, inputs)) * over(factor, inputs)
@@ -91,11 +92,6 @@ def normalize_with(
         return y.to(inputs.dtype)
     output: Tensor = _NormalizeWith.apply(inputs, edge, scale, mean, var, weight, bias, eps)
     return output
-
-
-def _records_plain_operations() -> bool:
-    """Whether a compiler or a function transform is to see what is computed."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _LiveMoments(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Normalization with given moments, of which a given weight comes from the batch: one backward for every variant."""
+"""Normalizes with given moments, of which a given share comes from the batch; one backward serves every variant."""
 
 from __future__ import annotations
 

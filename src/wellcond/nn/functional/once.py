@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again: they say so, also where torch's decorator would be silent."""
+"""Gradients that cannot be differentiated again, and raise an error if someone tries."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""What the layers that stand in for `nn.BatchNorm*` share: which statistics a batch has, and what is kept of them."""
+"""The base of the layers that stand in for `nn.BatchNorm*`: it takes a batch's statistics and keeps running ones."""
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -29,7 +27,6 @@ from wellcond.numerics.moments import (
 )
 from wellcond.runtime.checks import LARGEST_SIZE, check_positive_integer
 from wellcond.runtime.ranks import Ranks
-from wellcond.runtime.warning import WellcondWarning
 
 
 class Batch(NamedTuple):
@@ -79,6 +76,10 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
 
     # Whether the running statistics take in a batch's plain mean and variance, and nothing else.
     tracks_batch_moments: ClassVar[bool] = True
+    # Arguments that `convert_norm` takes over from a batch normalization of another kind.
+    inherited_arguments: ClassVar[tuple[str, ...]] = ("eps", "momentum")
+    # Arguments that follow from the model that a layer is in: no options of `convert_norm`.
+    decided_by_model: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -260,6 +261,18 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
             arguments["synchronize"] = True if self.synchronize is True else "<process group>"
         return arguments
 
+    def own_arguments(self, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the layer was made with, to make another one like it.
+
+        Args:
+            names: Of the constructor's arguments.
+            options: What the other one is given instead.
+
+        Returns:
+            Arguments by name, over which the options go.
+        """
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
     def extra_repr(self) -> str:
         """Say what the layer was made with."""
         return ", ".join([str(self.num_features), *(f"{name}={value}" for name, value in self.described().items())])
@@ -292,92 +305,6 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
     def _bias(self) -> Tensor | None:
         """Return β in the statistics' dtype."""
         return self.bias if self.bias is None or self.running_mean is None else self.bias.to(self.running_mean)
-
-
-class PastStatistics:
-    """What recent batches were normalized with, for layers whose statistics depend on earlier batches.
-
-    Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its
-    own mean, and gets what it had. Of several batches with equal means, the latest is taken first, as a backward pass
-    comes to them.
-
-    Args:
-        length: How many batches to remember: those between a forward pass and its backward.
-    """
-
-    def __init__(self, length: int = 128) -> None:
-        self._length = length
-        self._past: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=length)
-
-    def remember(self, batch: Moments, used: tuple[Tensor, ...]) -> None:
-        """Keep what a batch is normalized with, if its forward pass may be run again."""
-        if torch.compiler.is_compiling():
-            return
-        # Checkpointing runs the first time without gradients (reentrant) or under hooks on what autograd saves.
-        if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            self._past.append((batch.mean, used))
-
-    def of(
-        self, layer: StatisticsNorm, batch: Moments, make: Callable[[Moments], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """Return what a layer normalizes a batch with: what it had, if the pass is repeated, or what `make` gives."""
-        used = self.recall(batch) if layer.recomputing else None
-        if used is None:
-            used = make(batch)
-            if layer.training and not layer.recomputing:
-                self.remember(batch, used)
-        return used
-
-    def recall(self, batch: Moments) -> tuple[Tensor, ...] | None:
-        """Return what the batch with this mean was normalized with; None if no batch of its shape is remembered."""
-        alike = [index for index, (mean, _) in enumerate(self._past) if mean.shape == batch.mean.shape]
-        if not alike:
-            return None
-        latest_first = alike[::-1]
-        distances = torch.stack([(self._past[index][0] - batch.mean).abs().sum() for index in latest_first]).tolist()
-        if min(distances) > 1e-3 * float(batch.var.sqrt().sum()):
-            warnings.warn(
-                f"a forward pass inside a backward pass is none of the last {self._length} that activation "
-                "checkpointing could repeat: it is normalized with the statistics of now, so its gradients may be off",
-                WellcondWarning,
-                stacklevel=2,
-            )
-            return None
-        index = latest_first[distances.index(min(distances))]
-        found = self._past[index]
-        # The next one with the same mean is the one before; a second backward pass finds them in the same order.
-        del self._past[index]
-        self._past.appendleft(found)
-        return found[1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PastStatistics:
-        return PastStatistics(self._length)
-
-    def __reduce__(self) -> tuple[type[PastStatistics], tuple[int]]:
-        return PastStatistics, (self._length,)
-
-
-@torch.library.custom_op("wellcond::snapshot", mutates_args=())
-def _snapshot(buffer: Tensor) -> Tensor:
-    return buffer.clone()
-
-
-@_snapshot.register_fake
-def _(buffer: Tensor) -> Tensor:
-    return torch.empty_like(buffer)
-
-
-def before_update(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a buffer's value of now, for a computation whose backward comes after the buffer's next update.
-
-    The compiler recomputes cheap operations in the backward, from inputs that the forward has changed by then; it does
-    not see into a custom operator, and keeps what that returned.
-
-    Args:
-        buffer: That this forward pass will change.
-        dtype: Of the value.
-    """
-    return (_snapshot(buffer) if torch.compiler.is_compiling() else buffer).to(dtype)
 
 
 def _merge_over_ranks(moments: Moments, ranks: Ranks) -> Moments:

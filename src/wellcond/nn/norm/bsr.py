@@ -22,6 +22,7 @@ from wellcond.nn.norm.base import Batch
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import checked
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.tracing import is_script_traced, is_transformed
 
 # In `var_weights`, which are never negative: not solved yet. Any average with it is negative, too.
 _UNSOLVED = torch.finfo(torch.float32).min
@@ -189,9 +190,9 @@ class BSRBatchNorm(InstanceInference):
         if torch.compiler.is_compiling():
             # An exported program takes the solution of the change to evaluation for constants.
             return kept if torch.compiler.is_exporting() else self._solution()
-        if torch._C._get_tracing_state() is not None or self._is_captured():
+        if is_script_traced() or self._is_captured():
             return kept
-        if torch._C._functorch.peek_interpreter_stack() is not None or not self._has_values():
+        if is_transformed() or not self._has_values():
             return self._solution()
         if not self._is_solved():
             self.solve()

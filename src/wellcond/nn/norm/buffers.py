@@ -1,4 +1,4 @@
-"""Statistics that keep their precision when a module is cast, and that a repeated forward pass leaves alone."""
+"""Buffers of statistics: they keep their precision when a module is cast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from wellcond.runtime.tracing import is_repeated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +29,7 @@ class KeptStatistics(nn.Module):
     @property
     def recomputing(self) -> bool:
         """Whether this forward pass runs inside a backward pass: activation checkpointing repeats an earlier one."""
-        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return is_repeated()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name, _ in self.statistics()}

@@ -1,4 +1,4 @@
-"""Decorrelated Batch Normalization: the channels of a batch are whitened, not standardized one by one."""
+"""Decorrelated Batch Normalization whitens the channels of a batch, by eigendecomposition."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.functional.fusion import Unfusible
-from wellcond.nn.functional.group_whitening import group_covariance, group_width, in_format_of, map_groups, zca
+from wellcond.nn.functional.group_whitening import group_covariance, group_width, in_format_of, map_groups
 from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.numerics.differentiable_root import zca
 from wellcond.numerics.moments import Moments, ghost_sizes, positions, statistics_dtype
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
 

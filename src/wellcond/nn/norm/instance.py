@@ -1,4 +1,4 @@
-"""Evaluation with statistics predicted for each instance from its own: what BSR and EvalNorm share."""
+"""The base of BSR and EvalNorm: evaluation predicts statistics for each instance from the instance's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.numerics.moments import instance_moments, positions, statistics_dtype
+from wellcond.runtime.tracing import is_recorded
 
 
 class InstanceInference(Unfusible, StatisticsNorm):
@@ -29,8 +30,7 @@ class InstanceInference(Unfusible, StatisticsNorm):
 
     def normalize_with_estimates(self, input: Tensor) -> Tensor:
         """Normalize each instance with the statistics predicted for it."""
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if input.requires_grad or transformed or torch.compiler.is_compiling():
+        if input.requires_grad or is_recorded():
             return self._formula(input)
         moments = instance_moments(input)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Iterative Normalization: the whitening of Decorrelated Batch Normalization by Newton's iteration, cut short."""
+"""Iterative Normalization whitens the channels of a batch by a few steps of Newton's iteration."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.nn.functional.group_whitening import newton_whitening
 from wellcond.nn.norm.decorrelated import BatchWhitening
+from wellcond.numerics.newton_schulz import newton_whitening
 from wellcond.runtime.checks import check_positive_integer, checked
 
 

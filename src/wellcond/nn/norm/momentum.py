@@ -1,4 +1,4 @@
-"""Momentum Batch Normalization (thesis ch. 2): training, too, normalizes with a moving average of statistics."""
+"""Momentum Batch Normalization (thesis ch. 2): training normalizes with a moving average of statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from wellcond import theory
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.history import PastStatistics, before_update
 from wellcond.numerics.moments import Moments
 from wellcond.runtime.checks import check_positive_integer, checked
 

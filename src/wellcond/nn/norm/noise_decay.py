@@ -1,4 +1,4 @@
-"""Gamma decay of the strength that batch normalization's noise would have, measured while population norms train."""
+"""Measures batch normalization's noise while population norms train, and sets gamma decay to its strength."""
 
 from __future__ import annotations
 

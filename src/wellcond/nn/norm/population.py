@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.history import PastStatistics, before_update
 from wellcond.numerics.moments import Moments, statistics_dtype
 from wellcond.runtime.checks import checked
 
 
 class PopulationNorm(StatisticsNorm):
     """Population normalization of inputs of any number of dimensions; use `PopulationNorm1d`, `2d` or `3d`."""
+
+    # A population is averaged far longer than a moving average that is only evaluated with.
+    inherited_arguments = ("eps",)
 
     @checked
     def __init__(

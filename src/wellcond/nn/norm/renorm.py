@@ -1,4 +1,4 @@
-"""Batch Renormalization (Ioffe, 2017): training outputs are pulled toward what evaluation would give, within bounds."""
+"""Batch Renormalization (Ioffe, 2017): training outputs follow evaluation's, within bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import PastStatistics, StatisticsNorm, before_update
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.history import PastStatistics, before_update
 from wellcond.numerics.moments import Moments
 from wellcond.runtime.checks import checked
 

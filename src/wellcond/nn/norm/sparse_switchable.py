@@ -1,4 +1,4 @@
-"""Sparse Switchable Normalization: the switch of each layer closes during training, until one normalizer is left."""
+"""Sparse Switchable Normalization: training drives each layer's shares to a single normalizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switchable Normalization: each layer learns how much of instance, layer and batch statistics it normalizes with."""
+"""Switchable Normalization: each layer learns the shares of instance, layer and batch statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear maps between constants that are renewed now and then from statistics: what WNN, GWNN and EigenNet share.
+"""The base of WNN, GWNN and EigenNet: a linear map between constants that are renewed from statistics.
 
 Such a layer multiplies its weight by matrices that are constants to the gradient. Statistics for them are taken every
 few steps, the matrices renewed more rarely, and the whole is one linear map: a forward pass costs a plain layer's and
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from wellcond.layouts import Layout, layout_of
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
 from wellcond.nn.whitened.optimizer_steps import OPTIMIZER_STEPS
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import DampingMode, check_damping
-from wellcond.runtime.checks import check_positive_integer, checked
-from wellcond.runtime.warning import WellcondWarning
+from wellcond.runtime.autocast import without_autocast
+from wellcond.runtime.checks import WellcondWarning, check_positive_integer, checked
+from wellcond.runtime.tracing import has_saved_tensor_hooks, is_repeated, is_transformed
 
 _COUNTS = ("steps", "failed_refreshes", "recomputes")
 
@@ -168,16 +168,16 @@ class AmortizedLayer(KeptStatistics):
 
     def _attend(self, input: Tensor) -> bool:
         """Count the step, renew the constants if that is due, and observe; return whether this pass is observed."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed():
             return False
         self._check_weight()
         if not isinstance(self.weight, nn.Parameter):  # `functional_call` with other tensors
             return False
-        repeated = torch._C._current_graph_task_id() != -1
+        repeated = is_repeated()
         if repeated:
             # Activation checkpointing repeats a pass. Without reentrance its first run was seen, and this one runs
             # under hooks on what autograd saves; with reentrance the first run had no gradients, and this one counts.
-            if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            if has_saved_tensor_hooks():
                 return False
             self._recomputes = True
         OPTIMIZER_STEPS.tell(self)

@@ -1,4 +1,4 @@
-"""Network Deconvolution: a convolution that whitens the patches it reads, and not only centres and scales channels."""
+"""Network Deconvolution: a convolution that whitens the patches it reads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from wellcond.layouts import ConvLayout, WhitenedConvLayout, register_layout
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
 from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, geometry_of, with_parameters
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.numerics.patches import Window, patch_rows
+from wellcond.numerics.newton_schulz import newton_schulz_root
+from wellcond.numerics.windows import Window, patch_rows
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked, checks_itself, is_finite_number, shown
 
 _LAYOUT = ConvLayout()
@@ -339,40 +340,6 @@ steps=5, block=3, sampling_stride=3)
                     state_dict[prefix + name] = found.reshape(own.shape)
                 state_dict.setdefault(prefix + "num_batches_tracked", self.own_or("num_batches_tracked", 0, found))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def newton_schulz_root(matrix: Tensor, steps: int) -> Tensor:
-    """Approximate M^(−1/2) by a fixed number of Newton-Schulz steps, differentiably.
-
-    With A = M/‖M‖ (Frobenius): Y₀ = A, Z₀ = I, T = (3I − ZY)/2, Y ← YT, Z ← TZ; then M^(−1/2) ≈ Z/√‖M‖. A small
-    eigenvalue a of A is raised to a·2.25^steps at most: stopped early, it whitens large directions and leaves small
-    ones small.
-
-    Args:
-        matrix: Symmetric positive definite matrices, shape (..., d, d), float32 or wider.
-        steps: How many steps, at least 1.
-
-    Returns:
-        Shape (..., d, d).
-
-    Example:
-        >>> matrix = torch.diag(torch.tensor([4.0, 1.0]))
-        >>> torch.allclose(newton_schulz_root(matrix, 10), torch.diag(torch.tensor([0.5, 1.0])))
-        True
-    """
-    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
-    scaled = matrix / norm
-    three = 3 * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    # The first step multiplies by identities, and the last one needs no Y.
-    inverse = (three - scaled) / 2
-    root = scaled @ inverse
-    for step in range(1, steps):
-        factor = (three - inverse @ root) / 2
-        inverse = factor @ inverse
-        if step < steps - 1:
-            root = root @ factor
-    result: Tensor = inverse / norm.sqrt()
-    return result
 
 
 register_layout(NetworkDeconvolution2d, WhitenedConvLayout())

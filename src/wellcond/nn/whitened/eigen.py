@@ -1,4 +1,4 @@
-"""EigenNet: linear layers that are whitened on both sides, in their inputs and in the errors that come back."""
+"""EigenNet: linear layers that are whitened in their inputs and in the errors that come back."""
 
 from __future__ import annotations
 

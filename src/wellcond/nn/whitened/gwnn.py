@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.whitened.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear, take_over
 from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Layers with amortized constants as linear layers and as convolutions, made from plain ones and made plain again."""
+"""Amortized layers as linear layers and as convolutions; plain layers become them, and they become plain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wellcond.layouts import WhitenedConvLayout, WhitenedLinearLayout, register_layout
 from wellcond.nn.whitened.amortized import AmortizedLayer
 from wellcond.nn.whitened.plain_layers import arguments_of, geometry_of, with_parameters
-from wellcond.numerics.patches import CHUNK
+from wellcond.numerics.pieces import in_pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,7 +73,7 @@ class AmortizedConv2d(AmortizedLayer, nn.Conv2d):
         """Lay the padded input's patches out as rows, a few samples at a time."""
         batch = input.unsqueeze(0) if input.dim() == 3 else input
         numbers = batch[:1].numel() * math.prod(self.kernel_size) // math.prod(self.stride)
-        for piece in batch.split(max(1, CHUNK // max(1, numbers))):
+        for piece in in_pieces(batch, numbers):
             yield cast(Tensor, self.layout.rows(self, piece))
 
     @classmethod

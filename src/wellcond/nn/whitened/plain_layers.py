@@ -1,4 +1,4 @@
-"""`nn.Linear` and `nn.Conv2d`: the arguments that they were made with, and plain layers of given parameters."""
+"""Reads the arguments of `nn.Linear` and `nn.Conv2d`, and makes plain layers of given parameters."""
 
 from __future__ import annotations
 

@@ -1,55 +1,21 @@
-"""Moving averages of covariances, which wait for their ranks and stay in float32."""
+"""Moving averages of covariances: they wait to be summed over ranks, and stay in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.norm.buffers import KeptStatistics
+from wellcond.numerics.second_moments import Covariance
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Covariance(NamedTuple):
-    """How rows are distributed, in each of several groups.
-
-    Attributes:
-        number: How many rows are behind it, a scalar tensor.
-        mean: μ, shape [groups, d]; zero where second moments are meant.
-        covariance: E[(o − μ)(o − μ)ᵀ], shape [groups, d, d].
-    """
-
-    number: Tensor
-    mean: Tensor
-    covariance: Tensor
-
-    def merged(self, other: Covariance) -> Covariance:
-        """Return the covariance of both sets of rows together, about their common mean."""
-        count = self.number + other.number
-        share = torch.where(count > 0, other.number / count, 0.0)
-        apart = other.mean - self.mean
-        between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * (1 - share))
-        return Covariance(
-            count,
-            torch.lerp(self.mean, other.mean, share),
-            torch.lerp(self.covariance, other.covariance, share) + between,
-        )
-
-    def over_ranks(self, ranks: Ranks) -> Covariance:
-        """Return the covariance of all ranks' rows together."""
-        count, mean = self.number.clone(), self.mean * self.number
-        ranks.add([count, mean])
-        mean = mean / count.clamp_min(1)
-        apart = self.mean - mean
-        covariance = ranks.total((self.covariance + apart.unsqueeze(-1) * apart.unsqueeze(-2)) * self.number)
-        return Covariance(count, mean, covariance / count.clamp_min(1))
 
 
 class RunningCovariance(KeptStatistics):

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.whitened.amortized import AmortizedLayer, ScheduleOptions
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.whitened.plain_layers import check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked
 
 if TYPE_CHECKING:

@@ -14,15 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wellcond.numerics.linalg import (
-    DampingMode,
-    Solver,
-    damped_eigenvalues,
-    try_eigh,
-    try_low_rank_power,
-    try_symmetric_power,
-    try_truncated_power,
-)
+from wellcond.numerics.linalg import DampingMode, Solver, damped_eigenvalues, try_eigh, try_symmetric_power
+from wellcond.numerics.low_rank import try_low_rank_power, try_truncated_power
 from wellcond.transforms.base import State
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from wellcond.layouts import Layer
 from wellcond.layouts.layout import Rows
-from wellcond.numerics.patches import Window, patch_margins, patch_moment, patch_rows
+from wellcond.numerics.patches import patch_margins, patch_moment
+from wellcond.numerics.windows import Window, patch_rows
 from wellcond.transforms.base import State
 from wellcond.transforms.preconditioner.factors import (
     DiagonalFactor,

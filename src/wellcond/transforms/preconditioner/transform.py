@@ -17,17 +17,9 @@ from torch import Tensor
 
 from wellcond.layouts import Layer, LinearLayout
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
-from wellcond.runtime.checks import check_fields, check_positive_integer
+from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import (
-    Coverage,
-    GradientTransform,
-    Predicate,
-    Slot,
-    State,
-    WellcondWarning,
-    check_choice,
-)
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, WellcondWarning, check_choice
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.forms import Form, Scratch, SecondMoment, choose_form
 from wellcond.transforms.preconditioner.norm_recovery import Product, joint_norm, norm_ratios

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wellcond.calibration.training_pass import unwrapped
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.splits import derived_seed
@@ -36,6 +35,7 @@ from wellcond.lab.tasks.reid.images import (
 from wellcond.lab.tasks.reid.networks import build_reid, reid_loss
 from wellcond.lab.tasks.reid.scores import guessing_precision, search_scores
 from wellcond.lab.tasks.reid.specs import select_reid
+from wellcond.runtime.models import unwrapped
 from wellcond.runtime.ranks import Ranks
 
 _HEIGHT = 256

@@ -1,4 +1,4 @@
-"""What a Kalman-normalized layer's prediction is made of: statistics of the layers before it, in a forward pass."""
+"""Carries statistics from layer to layer in a forward pass; a Kalman-normalized layer predicts its own from them."""
 
 from __future__ import annotations
 

@@ -1,18 +1,20 @@
-"""Kalman Normalization: a micro-batch's statistics, filtered with what the layers before it let expect."""
+"""Kalman Normalization filters a micro-batch's statistics with a prediction from the layers before it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.nn.functional.autocast import without_autocast
 from wellcond.nn.functional.live import live_moments, normalize_with
-from wellcond.nn.norm.base import PastStatistics, StatisticsNorm
+from wellcond.nn.norm.base import StatisticsNorm
+from wellcond.nn.norm.history import PastStatistics
 from wellcond.nn.norm.kalman.graph import Read, Statistics, StatisticsGraph, propagate
 from wellcond.numerics.moments import Moments, ghost_sizes, merge_samples, spread_samples
+from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import check_positive_integer, checked, checks_itself
 
 __all__ = ["KalmanBatchNorm2d", "filter_moments", "propagate"]
@@ -115,6 +117,7 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
     """
 
     tracks_batch_moments = False
+    decided_by_model = frozenset({"predecessor_features"})
     transition: nn.Parameter | None  # E, [C, predecessor_features]
     transition_bias: nn.Parameter | None  # b, [C]
     log_noise: nn.Parameter | None  # log R, [C]
@@ -178,6 +181,15 @@ class KalmanBatchNorm2d(StatisticsNorm, nn.BatchNorm2d):
             like = self.running_mean if self.weight is None else self.weight
             assert like is not None
             self._make_transition(predecessor_features, like.device, like.dtype)
+
+    def own_arguments(self, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the layer was made with; of a layer that changes its form, not the other form's gain."""
+        arguments = super().own_arguments(names, options)
+        if options.get("learned", self.learned) != self.learned:
+            del arguments["gain"]
+        elif self.learned:
+            arguments["predecessor_features"] = self.predecessor_features
+        return arguments
 
     @property
     def connected(self) -> bool:

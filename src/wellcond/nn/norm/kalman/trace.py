@@ -1,4 +1,4 @@
-"""Find out which Kalman-normalized layers come before which: from a symbolic trace of the model."""
+"""Traces a model symbolically and connects each Kalman-normalized layer to the layers before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics for a model that is trained already, from one pass over data at the batch size it was trained with."""
+"""Calibrates a trained model: one pass over data gives its norms statistics at the training batch size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.estimates import Average, Kind, Mixture, RegressionSums, RunningStatistics
-from wellcond.calibration.replay import Seen
-from wellcond.calibration.training_pass import Call, Passed, device_of, named_batch_norms, training_pass, unwrapped
+from wellcond.calibration.replay import Passed, Seen, named_batch_norms, training_pass
 from wellcond.nn.convert.frozen import frozen_norms, lookalikes, thawed
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import is_other_norm, keep_report
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.models import Call, device_of, unwrapped
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Predicate, WellcondWarning
+from wellcond.transforms.base import WellcondWarning
 
 
 @checked

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import wellcond
-from wellcond.calibration.calibrate import calibrate
+from wellcond.calibration.models import calibrate
 from wellcond.nn import (
     BatchRenorm2d,
     BSRBatchNorm1d,

@@ -1,0 +1,95 @@
+"""Operations on any model: unwrap it, find its device, run it on a batch, restore its random state."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+Call = Callable[[Any, Any], object]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside `DistributedDataParallel`, `DataParallel` and `torch.compile`.
+
+    >>> model = nn.Linear(2, 1)
+    >>> unwrapped(nn.DataParallel(model)) is model
+    True
+    """
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of a model's first parameter or buffer; None if it has neither."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+
+
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """Move a batch's tensors, and whatever has a method ``to``, to a device; other things stay as they are.
+
+    >>> moved([torch.zeros(1), {"label": "cat"}], torch.device("cpu"))
+    [tensor([0.]), {'label': 'cat'}]
+    """
+    if device is None:
+        return batch
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def run_on(model: nn.Module, batch: Any, call: Call | None = None) -> Any:
+    """Run a model on a batch: on its first element, if it has several; on keywords, if it is a mapping.
+
+    Args:
+        model: Without a wrapper.
+        batch: On the model's device.
+        call: ``call(model, batch)``, for a model that is run otherwise.
+
+    Returns:
+        The output.
+    """
+    if call is not None:
+        return call(model, batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def samples_of(batch: Any) -> int | None:
+    """Return how many samples a batch has; None where that cannot be told."""
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0] if batch else None
+    if isinstance(batch, Mapping):
+        batch = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+    return batch.shape[0] if isinstance(batch, Tensor) and batch.dim() else None
+
+
+@contextlib.contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Restore torch's random state afterwards: data loaders draw from it, too."""
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    indices: dict[str, list[torch.device]] = {}
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            indices.setdefault(device.type, []).append(device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, own in indices.items():
+            stack.enter_context(torch.random.fork_rng(devices=own, device_type=kind))
+        yield
