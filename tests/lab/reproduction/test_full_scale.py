@@ -21,7 +21,8 @@ from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled
 from wellcond.lab.reproduction.recipe import bundled_recipes
 from wellcond.lab.tasks.base import Defaults
 from wellcond.lab.tasks.detection.task import DetectionTask
-from wellcond.lab.tasks.reid.networks import build_reid, select_reid
+from wellcond.lab.tasks.reid.networks import build_reid
+from wellcond.lab.tasks.reid.specs import select_reid
 
 RECIPES = {recipe.name: recipe for recipe in bundled_recipes()}
 
