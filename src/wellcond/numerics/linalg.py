@@ -20,6 +20,8 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 # From this width on, "auto" prefers matrix products to eigh on a GPU.
 _WIDE = 1024
 _KRYLOV_SIZE = 48
+# So many squares lose less than the rounding of a few of them, in float32.
+_ADDED_IN_A_ROW = 1 << 18
 
 
 def symmetric_power(
@@ -188,7 +190,7 @@ def frobenius_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the root of the sum of squares, with many millions of numbers too.
 
     On CPUs torch adds the squares one after another: of 13 million in float32, what comes last is lost, up to a
-    hundredth of the norm. So there the norms of rows are added.
+    hundredth of the norm. So there the norms of rows are added, of tensors that are large enough for it to matter.
 
     Args:
         tensor: Of any shape.
@@ -201,7 +203,7 @@ def frobenius_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         >>> frobenius_norm(torch.full((4, 4), 2.0))
         tensor(8.)
     """
-    if tensor.device.type == "cpu" and tensor.dim() > 1:
+    if tensor.numel() > _ADDED_IN_A_ROW and tensor.device.type == "cpu" and tensor.dim() > 1:
         tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm
