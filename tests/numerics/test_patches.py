@@ -107,7 +107,7 @@ def test_sums_equal_those_of_the_rows(seed: int) -> None:
     assert_same(patches._moment_by_autocorrelation(inputs, window), expected)
     if inputs.shape[1] == window.groups:
         assert_same(patches._tap_moment(inputs, window), expected)
-    cropped = patches._crop(inputs, window)
+    cropped = patches.crop(inputs, window)
     assert torch.equal(patch_rows(*cropped), rows)
     assert_same(patches._moment_by_autocorrelation(*cropped), expected)
     assert_same_margins(patch_margins(inputs, window), margins_of(rows, window))
@@ -172,7 +172,7 @@ def test_the_estimate_prefers_the_rows_where_channels_or_batches_are_few() -> No
     def prefers_rows(*shape: int) -> bool:
         window = Window((3, 3), (1, 1), (1, 1))
         size = torch.Size(shape)
-        return patches._rows_cost(size, window) < patches._autocorrelation_cost(size, window)
+        return patches._rows_cost(size, window) < patches.autocorrelation_cost(size, window)
 
     assert not prefers_rows(32, 64, 34, 34)
     assert not prefers_rows(32, 256, 10, 10)

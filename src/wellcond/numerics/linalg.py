@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-DampingMode = Literal["relative", "absolute"]
+DampingMode = Literal["relative", "mean", "absolute"]
 Solver = Literal["auto", "eigh", "newton_schulz", "cholesky"]
 
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
@@ -34,14 +34,15 @@ def symmetric_power(
     """Return ``(matrix + δ I) ** exponent`` for symmetric positive semi-definite matrices.
 
     δ is ``damping * λ_max(matrix)`` when ``damping_mode="relative"`` (thesis 6.5: the condition number of the damped
-    matrix is at most ``(1 + damping) / damping``), and ``damping`` itself when ``"absolute"`` (thesis 5.7). A zero
-    matrix with relative damping gives the identity: it says nothing about the directions.
+    matrix is at most ``(1 + damping) / damping``), ``damping`` times the mean eigenvalue, trace/d, when ``"mean"``, and
+    ``damping`` itself when ``"absolute"`` (thesis 5.7). A zero matrix gives the identity unless damping is absolute: it
+    says nothing about the directions.
 
     Args:
         matrix: Symmetric matrices, shape (..., d, d), float32 or float64. Only the lower triangle is read.
         exponent: The power, for instance -1/2 or -1.
         damping: Non-negative; see above.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
         solver: ``"eigh"`` for any power, ``"newton_schulz"`` for -1/2 and -1, ``"cholesky"`` for -1, or ``"auto"``:
             see `choose_solver`. Newton-Schulz and Cholesky take the λ_max of relative damping from
             `largest_eigenvalue`.
@@ -68,12 +69,7 @@ def symmetric_power(
         return _symmetric(root @ root) if exponent == -1 else root
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
     # Rounding makes the smallest eigenvalues of a singular matrix slightly negative.
-    eigenvalues = eigenvalues.clamp_min(0)
-    if damping_mode == "relative":
-        largest = eigenvalues[..., -1:]
-        eigenvalues = torch.where(largest > 0, eigenvalues + damping * largest, 1.0)
-    else:
-        eigenvalues = eigenvalues + damping
+    eigenvalues = damped_eigenvalues(eigenvalues.clamp_min(0), damping, damping_mode)
     power: Tensor = (eigenvectors * eigenvalues.pow(exponent).unsqueeze(-2)) @ eigenvectors.mT
     return power
 
@@ -109,7 +105,7 @@ def choose_solver(
 
     Args:
         exponent: The power that is wanted.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
         solver: One of ``SOLVERS``.
         device_type: Type of the device of the matrix.
         width: Number of its rows.
@@ -288,41 +284,52 @@ def low_rank_power(
     damping: float = 0.0,
     *,
     damping_mode: DampingMode = "relative",
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gains c and t of ``(M + δ I) ** exponent = U diag(c) Uᵀ + t (I − U Uᵀ)``.
 
     M = U diag(s) Uᵀ + τ (I − U Uᵀ), so that c = (s + δ)^exponent and t = (τ + δ)^exponent; δ as in `symmetric_power`,
-    with λ_max the largest of s and τ. A zero M with relative damping gives the identity: c = t = 1.
+    with λ_max the largest of s and τ. A zero M gives the identity, c = t = 1, unless damping is absolute.
 
     Args:
         eigenvalues: The eigenvalues s, shape (..., r).
         tail: The eigenvalue τ of all the other directions, shape (...).
         exponent: The power, for instance -1/2 or -1.
         damping: Non-negative; as for `symmetric_power`.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
+        size: The order of M, of which ``"mean"`` needs to know how often τ counts.
 
     Returns:
         The gains c, shape (..., r), and t, shape (...).
 
     Raises:
-        ValueError: If the damping is outside its range.
+        ValueError: If the damping is outside its range, or ``size`` is missing.
 
     Example:
         >>> low_rank_power(torch.tensor([15.0, 3.0]), torch.tensor(0.0), -0.5, 1.0, damping_mode="absolute")
         (tensor([0.2500, 0.5000]), tensor(1.))
     """
     values = torch.cat([eigenvalues, tail.unsqueeze(-1)], -1)
-    gains = damped_eigenvalues(values, damping, damping_mode).pow(exponent)
+    reference = None
+    if damping_mode == "mean":
+        if size is None:
+            raise ValueError("damping_mode='mean' needs the size of the matrix, got None")
+        reference = (eigenvalues.sum(-1) + (size - eigenvalues.shape[-1]) * tail).unsqueeze(-1) / size
+    gains = damped_eigenvalues(values, damping, damping_mode, reference=reference).pow(exponent)
     return gains[..., :-1], gains[..., -1]
 
 
-def damped_eigenvalues(eigenvalues: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
+def damped_eigenvalues(
+    eigenvalues: Tensor, damping: float, damping_mode: DampingMode, *, reference: Tensor | None = None
+) -> Tensor:
     """Add δ to the eigenvalues of a matrix, as `symmetric_power` does; those of a zero matrix become 1 if relative.
 
     Args:
-        eigenvalues: All of a matrix's distinct eigenvalues in any order, shape (..., n).
+        eigenvalues: All of a matrix's eigenvalues in any order, shape (..., n).
         damping: Non-negative.
-        damping_mode: ``"relative"`` to the largest of them, or ``"absolute"``.
+        damping_mode: ``"relative"`` to the largest of them, to their ``"mean"``, or ``"absolute"``.
+        reference: What δ is relative to, where ``eigenvalues`` are not all there are of the matrix; of a shape that
+            broadcasts to theirs.
 
     Returns:
         Shape (..., n).
@@ -333,12 +340,16 @@ def damped_eigenvalues(eigenvalues: Tensor, damping: float, damping_mode: Dampin
     Example:
         >>> damped_eigenvalues(torch.tensor([2.0, 0.0]), 0.5, "relative")
         tensor([3., 1.])
+        >>> damped_eigenvalues(torch.tensor([2.0, 0.0]), 0.5, "mean")
+        tensor([2.5000, 0.5000])
     """
     check_damping(damping, damping_mode)
     if damping_mode == "absolute":
         return eigenvalues + damping
-    largest = eigenvalues.amax(-1, keepdim=True)
-    return torch.where(largest > 0, eigenvalues + damping * largest, 1.0)
+    if reference is None:
+        relative = damping_mode == "relative"
+        reference = eigenvalues.amax(-1, keepdim=True) if relative else eigenvalues.mean(-1, keepdim=True)
+    return torch.where(reference > 0, eigenvalues + damping * reference, 1.0)
 
 
 def try_eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -391,7 +402,9 @@ def try_truncated_power(
         return None
     eigenvalues, eigenvectors = found
     tail = eigenvalues[..., :-rank].mean(dim=-1)
-    gains, tail_gain = low_rank_power(eigenvalues[..., -rank:], tail, exponent, damping, damping_mode=damping_mode)
+    gains, tail_gain = low_rank_power(
+        eigenvalues[..., -rank:], tail, exponent, damping, damping_mode=damping_mode, size=matrix.shape[-1]
+    )
     if not bool(torch.isfinite(gains).all() & torch.isfinite(tail_gain).all()):
         return None
     return eigenvectors[..., -rank:], gains, tail_gain
@@ -433,7 +446,9 @@ def try_low_rank_power(
             eigenvectors, eigenvalues, tail = nystrom(product.to(dtype), basis.to(dtype), trace.to(dtype))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        gains, tail_gain = low_rank_power(eigenvalues, tail, exponent, damping, damping_mode=damping_mode)
+        gains, tail_gain = low_rank_power(
+            eigenvalues, tail, exponent, damping, damping_mode=damping_mode, size=basis.shape[-2]
+        )
         if basis.shape[-2] == basis.shape[-1]:
             tail_gain = gains[..., -1]
         eigenvectors, eigenvalues, tail, gains, tail_gain = (
@@ -446,12 +461,15 @@ def try_low_rank_power(
 
 
 def _damped(matrix: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
-    """Return M + δ I, for a zero M with relative damping the identity."""
+    """Return M + δ I, for a zero M the identity unless damping is absolute."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     if damping_mode == "absolute":
         return matrix + damping * identity
-    largest = largest_eigenvalue(matrix)[..., None, None]
-    return torch.where(largest > 0, matrix + damping * largest * identity, identity)
+    if damping_mode == "mean":
+        reference = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    else:
+        reference = largest_eigenvalue(matrix)[..., None, None]
+    return torch.where(reference > 0, matrix + damping * reference * identity, identity)
 
 
 def _inverse_root(matrix: Tensor) -> Tensor:

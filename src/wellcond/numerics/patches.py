@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,10 +26,10 @@ _STRIPS = 6
 # Positions per block of products, in `_tap_gram`.
 _BLOCK = 16
 
-# What `_autocorrelation_cost` counts besides multiplications, in multiplications: one cell's fixed cost, and one
+# What `autocorrelation_cost` counts besides multiplications, in multiplications: one cell's fixed cost, and one
 # number read or written.
-_CALL_COST = 2_000_000.0
-_COPY_COST = 32.0
+CALL_COST = 2_000_000.0
+COPY_COST = 32.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def patch_rows(padded: Tensor, window: Window) -> Tensor:
                  [1., 2.],
                  [2., 3.]]])
     """
-    _check(padded, window)
+    check_fit(padded, window)
     axes = len(window.size)
     patches = padded
     for axis, (size, stride, dilation) in enumerate(
@@ -158,11 +159,11 @@ def patch_moment(padded: Tensor, window: Window) -> Tensor:
         tensor([[[ 5.,  8.],
                  [ 8., 14.]]])
     """
-    _check(padded, window)
-    padded, window = _crop(padded, window)
+    check_fit(padded, window)
+    padded, window = crop(padded, window)
     if window.taps > 1 and padded.shape[1] == window.groups:
         moment = _tap_moment
-    elif _autocorrelation_cost(padded.shape, window) < _rows_cost(padded.shape, window):
+    elif autocorrelation_cost(padded.shape, window) < _rows_cost(padded.shape, window):
         moment = _moment_by_autocorrelation
     else:
         moment = _moment_by_rows
@@ -192,8 +193,8 @@ def patch_margins(padded: Tensor, window: Window) -> PatchMargins:
         tensor([[[ 5.,  8.],
                  [ 8., 14.]]])
     """
-    _check(padded, window)
-    padded, window = _crop(padded, window)
+    check_fit(padded, window)
+    padded, window = crop(padded, window)
     with torch.autocast(padded.device.type, enabled=False):
         return _margins(padded, window)
 
@@ -207,7 +208,7 @@ def _margins(padded: Tensor, window: Window) -> PatchMargins:
     sums = padded.new_zeros(groups, c)
     plan = _tap_plan(space, window)
     reads = _reads(space, window, padded)
-    for chunk in _chunks(padded, padded[:1].numel()):
+    for chunk in chunks(padded, padded[:1].numel()):
         if window.taps == 1:
             rows = patch_rows(chunk, window)
             sums += rows.sum(dim=1)
@@ -224,14 +225,14 @@ def _margins(padded: Tensor, window: Window) -> PatchMargins:
     return PatchMargins(channels, taps, sums, len(padded) * math.prod(window.positions(space)))
 
 
-def _check(padded: Tensor, window: Window) -> None:
+def check_fit(padded: Tensor, window: Window) -> None:
     """Raise if the window does not fit the input."""
     window.positions(tuple(padded.shape[2:]))
     if padded.shape[1] % window.groups:
         raise ValueError(f"{padded.shape[1]} channels do not divide into {window.groups} groups")
 
 
-def _crop(padded: Tensor, window: Window) -> tuple[Tensor, Window]:
+def crop(padded: Tensor, window: Window) -> tuple[Tensor, Window]:
     """Drop positions that no window reads, as far as that leaves a regular grid."""
     stride, dilation = list(window.stride), list(window.dilation)
     for axis, (size, positions) in enumerate(zip(window.size, window.positions(tuple(padded.shape[2:])), strict=True)):
@@ -248,7 +249,7 @@ def _crop(padded: Tensor, window: Window) -> tuple[Tensor, Window]:
     return padded, Window(window.size, tuple(stride), tuple(dilation), window.groups)
 
 
-def _chunks(padded: Tensor, per_sample: int) -> tuple[Tensor, ...]:
+def chunks(padded: Tensor, per_sample: int) -> tuple[Tensor, ...]:
     """Split an input along its batch axis into pieces of about CHUNK temporary numbers, given those of one sample."""
     if padded.numel() == 0:
         return ()
@@ -284,13 +285,13 @@ def _reads(space: tuple[int, ...], window: Window, like: Tensor) -> Tensor:
     """Count how often each position is read, shape [positions]."""
     total = like.new_ones(1)
     for reads in map(_axis_reads, space, window.size, window.stride, window.dilation):
-        count = _constant(tuple(map(sum, zip(*reads, strict=True))), like.dtype, like.device)
+        count = constant(tuple(map(sum, zip(*reads, strict=True))), like.dtype, like.device)
         total = (total[:, None] * count).flatten()
     return total
 
 
 @lru_cache(maxsize=1024)
-def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Put numbers on a device once: copying them there waits for it."""
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -361,11 +362,11 @@ def _tap_gram(line: Tensor, plan: _TapPlan) -> Tensor:
     """
     groups, width = line.shape[0], line.shape[2] * line.shape[3]
     length, blocks = math.prod(plan.space), line.shape[1] // _BLOCK
-    reads = [_constant(axis, line.dtype, line.device) for axis in plan.reads]
+    reads = [constant(axis, line.dtype, line.device) for axis in plan.reads]
     found = []
     for start, stop, wanted in plan.segments:
         span = _BLOCK + stop - start
-        index = _constant(wanted, torch.int64, line.device)
+        index = constant(wanted, torch.int64, line.device)
         parts = []
         for part in line.split(max(1, CHUNK // (blocks * _BLOCK * span))):
             # Blocks are views; those of the second factor overlap. The groups' blocks are one after the other, and the
@@ -390,7 +391,7 @@ def _tap_gram(line: Tensor, plan: _TapPlan) -> Tensor:
         found.append(torch.cat(parts))
     sums = torch.cat(found, dim=2)
     first, second, distance = (
-        _constant(values, torch.int64, line.device) for values in (plan.first, plan.second, plan.distance)
+        constant(values, torch.int64, line.device) for values in (plan.first, plan.second, plan.distance)
     )
     gram = line.new_empty(groups, sums.shape[1], sums.shape[1])
     values = sums[:, first, distance]
@@ -403,7 +404,7 @@ def _tap_moment(padded: Tensor, window: Window) -> Tensor:
     """Sum x xᵀ over the patches of single channels."""
     plan = _tap_plan(tuple(padded.shape[2:]), window)
     total = padded.new_zeros(window.groups, window.taps, window.taps)
-    for chunk in _chunks(padded, padded[:1].numel()):
+    for chunk in chunks(padded, padded[:1].numel()):
         total += _tap_gram(_line(chunk, window.groups, plan.tail), plan)
     return total
 
@@ -419,7 +420,7 @@ def _moment_by_rows(padded: Tensor, window: Window) -> Tensor:
     # Half of a symmetric sum is left out where it is large: a strip of it at a time, from the diagonal on.
     strips = 1 if width < _WIDE else _STRIPS
     edges = [width * strip // strips for strip in range(strips + 1)]
-    for chunk in _chunks(padded, per_sample):
+    for chunk in chunks(padded, per_sample):
         rows = patch_rows(chunk, window)
         for low, high in itertools.pairwise(edges):
             total[:, low:high, low:].baddbmm_(rows[:, :, low:high].mT, rows[:, :, low:])
@@ -492,20 +493,42 @@ def _moment_by_autocorrelation(padded: Tensor, window: Window) -> Tensor:
     groups, c = window.groups, padded.shape[1] // window.groups
     width = c * window.taps
     total = padded.new_zeros(groups, c, window.taps, window.taps, c)
-    half = _half(window, tuple(padded.shape[2:]))
-    for chunk in _chunks(padded, padded[:1].numel()):
-        image = _line(chunk, groups, 0).unflatten(1, tuple(padded.shape[2:]))  # (groups, *space, N, c)
-        for strips in half:
-            _correlate(image, strips, window, total)
+    for first, second, sums in pair_products(padded, window):
+        for i, j, block in zip(first, second, sums, strict=True):
+            total[:, :, i, j] += block
+            if i != j:
+                total[:, :, j, i] += block.mT
     # Bring each row from (tap, channel) to (channel, tap), in place: a second sum of this size would cost more.
     for part in total.view(-1, window.taps, c).split(max(1, (1 << 18) // width)):
         part.view(-1, c, window.taps).copy_(part.mT.clone(memory_format=torch.contiguous_format))
     return total.view(groups, width, width)
 
 
-def _correlate(image: Tensor, strips: tuple[_Strip, ...], window: Window, total: Tensor) -> None:
-    """Add the products of all pairs of taps of one distance, and their transposes, to (groups, c, tap, tap, c)."""
-    groups, c = total.shape[0], total.shape[-1]
+def pair_products(padded: Tensor, window: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+    """Sum the products of any two taps' channels, from the input's autocorrelation.
+
+    Every pair of taps comes once for each piece of the input, in one of its two orders.
+
+    Args:
+        padded: A cropped input (`crop`), shape (N, C, *space).
+        window: Its window.
+
+    Yields:
+        Pairs of taps that lie equally far apart, as the first taps, the second taps, and the sums over positions of
+        their products, shape [pairs, groups, c, c].
+    """
+    half = _half(window, tuple(padded.shape[2:]))
+    for chunk in chunks(padded, padded[:1].numel()):
+        image = _line(chunk, window.groups, 0).unflatten(1, tuple(padded.shape[2:]))  # (groups, *space, N, c)
+        for strips in half:
+            yield _correlate(image, strips, window)
+
+
+def _correlate(
+    image: Tensor, strips: tuple[_Strip, ...], window: Window
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """Sum the products of all pairs of taps of one distance."""
+    groups, c = image.shape[0], image.shape[-1]
     cells = list(itertools.product(*(strip.cells for strip in strips)))
     products = image.new_empty(len(cells), groups, c, c)
     offsets = [strip.offset for strip in strips]
@@ -516,14 +539,10 @@ def _correlate(image: Tensor, strips: tuple[_Strip, ...], window: Window, total:
     covers = image.new_ones(1, 1)
     first, second = [0], [0]
     for strip, size in zip(strips, window.size, strict=True):
-        covers = torch.kron(covers, image.new_tensor(strip.covers))
+        covers = torch.kron(covers, constant(strip.covers, image.dtype, image.device))
         first = [tap * size + i for tap in first for i in strip.first]
         second = [tap * size + j for tap in second for j in strip.second]
-    sums = (covers @ products.flatten(1)).view(-1, groups, c, c)
-    for i, j, block in zip(first, second, sums, strict=True):
-        total[:, :, i, j] += block
-        if i != j:
-            total[:, :, j, i] += block.mT
+    return tuple(first), tuple(second), (covers @ products.flatten(1)).view(-1, groups, c, c)
 
 
 def _cell_product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -543,16 +562,16 @@ def _rows_cost(shape: torch.Size, window: Window) -> float:
     width = shape[1] // window.groups * window.taps
     rows = shape[0] * window.groups * math.prod(window.positions(tuple(shape[2:])))
     share = 1.0 if width < _WIDE else (_STRIPS + 1) / (2 * _STRIPS)
-    return rows * width * (width * share + _COPY_COST) + _CALL_COST
+    return rows * width * (width * share + COPY_COST) + CALL_COST
 
 
-def _autocorrelation_cost(shape: torch.Size, window: Window) -> float:
+def autocorrelation_cost(shape: torch.Size, window: Window) -> float:
     """Estimate the work of `_moment_by_autocorrelation`, in multiplications."""
     c = shape[1] // window.groups
     positions = products = 0
     for strips in _half(window, tuple(shape[2:])):
         positions += math.prod(sum(len(range(s.start, s.stop, s.step)) for s in strip.cells) for strip in strips)
         products += math.prod(len(strip.cells) for strip in strips)
-    read = shape[0] * positions * c * (c + _COPY_COST)
-    written = (products + 2 * window.taps**2) * c * c * _COPY_COST
-    return window.groups * (read + written) + products * _CALL_COST
+    read = shape[0] * positions * c * (c + COPY_COST)
+    written = (products + 2 * window.taps**2) * c * c * COPY_COST
+    return window.groups * (read + written) + products * CALL_COST

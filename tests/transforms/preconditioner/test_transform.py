@@ -1057,7 +1057,7 @@ def test_defaults_are_the_sources() -> None:
     assert (descent.damping, descent.damping_mode) == (0.1, "absolute")
     for transform in (whitening, descent):
         assert (transform.stats_decay, transform.stats_every, transform.solve_every) == (0.95, 50, 500)
-        assert transform.restore_norm is True
+        assert (transform.norm, transform.restore_norm) == ("restore", None)
         assert transform.solve_warmup is True
 
 
@@ -1094,6 +1094,7 @@ def test_defaults_are_the_sources() -> None:
         ("norm_layers", "no"),
         ("where", "linear"),
         ("restore_norm", "no"),
+        ("norm", "keep"),
         ("solve_warmup", "no"),
     ],
 )
@@ -1103,14 +1104,14 @@ def test_bad_arguments_are_named_with_their_value(transform_type: type, argument
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+@pytest.mark.parametrize("damping_mode", ["relative", "mean", "absolute"])
 def test_a_solver_that_does_not_apply_is_refused_at_construction(damping_mode: str) -> None:
     with pytest.raises(ValueError, match="cholesky"):
         FeatureWhitening(solver="cholesky", damping_mode=damping_mode)
     assert FeatureDescent(solver="cholesky", damping_mode=damping_mode).solver == "cholesky"
 
 
-@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+@pytest.mark.parametrize("damping_mode", ["relative", "mean", "absolute"])
 @pytest.mark.parametrize("solver", ["eigh", "cholesky"])
 def test_descent_gives_the_same_with_either_solver(solver: str, damping_mode: str) -> None:
     models = []

@@ -30,7 +30,7 @@ from wellcond.transforms.base import (
 )
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.forms import Form, Scratch, SecondMoment, choose_form
-from wellcond.transforms.preconditioner.norm_recovery import Product, joint_norm, norm_ratios
+from wellcond.transforms.preconditioner.norm_recovery import Norm, Product, joint_norm, norm_ratios
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
     Precision,
@@ -55,20 +55,23 @@ class FeaturePreconditioner(GradientTransform):
         stats_every: Steps between two updates of M (T_xx in the source).
         solve_every: Steps between two factorizations of M (T_inv, T_svd in the source). Where they are expensive they
             are spread: each step takes the layers that have waited longest, until all that are due have had their turn.
-        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
-        restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
+        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"mean"``: by its mean eigenvalue,
+            trace / n; ``"absolute"``: it is not.
+        restore_norm: The older name of ``norm``: True is ``"restore"``, False is ``"none"``.
         norm_layers: Precondition the scale and shift of LayerNorm, GroupNorm and RMSNorm too, each channel with the
             2 × 2 second moment of (x̂, 1) (thesis 5.13).
         solve_warmup: Factorize early too, after 1, 2, 4, … times ``stats_every`` steps until ``solve_every`` is
             reached. False is the source's: its first ``solve_every`` steps use the first batch alone.
         second_moment: ``"dense"``: the formula as it stands; ``"kronecker"``: convolutions by their margins over
-            channels and over kernel taps; ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``:
-            dense up to a width of 128, beyond it Kronecker factors for convolutions, of low rank from a width of 256.
+            channels and over kernel taps; ``"blocks"``: convolutions by one matrix over channels for each frequency of
+            the taps, closer to the formula than Kronecker factors and as many times larger as there are taps;
+            ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``: dense up to a width of 128, beyond
+            it Kronecker factors for convolutions, of low rank from a width of 256.
         max_dim: The widest matrix that is kept and factorized; wider ones are sketched at low rank. None: no bound,
             under ``"auto"`` 1024. A table tied to a linear layer with more features than this keeps its plain gradient;
             kernel taps are not bounded.
         solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width. Of whole
-            matrices: low-rank forms and tied tables need eigenvectors, and take them by eigh.
+            matrices: all other forms need eigenvectors, and take them by eigh.
         precision: Of the products with gradients: ``"float32"`` (float64 for float64 weights), ``"tf32"`` (on GPUs that
             have it; elsewhere float32), or ``"bfloat16"`` (slow on CPUs without bfloat16 instructions). Statistics and
             factorizations are float32 or wider in any case.
@@ -76,6 +79,9 @@ class FeaturePreconditioner(GradientTransform):
         rank: Of low-rank forms; None: an eighth of the width, at most an eighth of ``max_dim`` (or of 1024).
         gradient_momentum: β of a moving average m ← β m + G that is taken before the product (the thesis's momentum
             variant I; for an optimizer without momentum of its own). 0: none.
+        norm: What norm each layer's product gets, weight and bias together. ``"restore"``: the one that its gradient
+            had (thesis 5.16, 6.7), the default; ``"fixed"``: √min(out, inputs), as an orthogonal update has, whatever
+            the gradient's was: it wants a lower learning rate, and decoupled weight decay; ``"none"``: its own.
 
     Raises:
         ValueError: If an argument is outside its range; the message names it.
@@ -88,7 +94,7 @@ class FeaturePreconditioner(GradientTransform):
     stats_every: int = 50
     solve_every: int = 500
     damping_mode: DampingMode = "relative"
-    restore_norm: bool = True
+    restore_norm: bool | None = None
     norm_layers: bool = False
     solve_warmup: bool = True
     second_moment: SecondMoment = "auto"
@@ -98,6 +104,7 @@ class FeaturePreconditioner(GradientTransform):
     where: Predicate | None = None
     rank: int | None = None
     gradient_momentum: float = 0.0
+    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
@@ -115,12 +122,26 @@ class FeaturePreconditioner(GradientTransform):
             if getattr(self, option) is not None:
                 check_positive_integer(option, getattr(self, option))
         choose_solver(-self.exponent, self.damping_mode, self.solver)
-        for option in ("solve_warmup", "restore_norm", "norm_layers"):
+        for option in ("solve_warmup", "norm_layers"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
+        self._choose_norm()
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
         check_fields(self)
+
+    def _choose_norm(self) -> None:
+        """Set ``norm`` from either of its names."""
+        older: dict[bool | None, Norm] = {None: "restore", True: "restore", False: "none"}
+        if not (self.restore_norm is None or isinstance(self.restore_norm, bool)):
+            raise ValueError(f"restore_norm must be True, False or None, got {self.restore_norm!r}")
+        if self.norm is None:
+            object.__setattr__(self, "norm", older[self.restore_norm])
+        check_choice("norm", self.norm, get_args(Norm))
+        if self.restore_norm is not None and self.norm != older[self.restore_norm]:
+            raise ValueError(
+                f"norm={self.norm!r} and restore_norm={self.restore_norm} contradict each other: give norm alone"
+            )
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a layer's gradient is preconditioned."""
@@ -321,14 +342,15 @@ class FeaturePreconditioner(GradientTransform):
     # gradients ------------------------------------------------------------------------------------------------------
 
     def update(self, slots: Sequence[Slot]) -> None:
-        """Multiply each gradient by its preconditioner and give it its norm back."""
+        """Multiply each gradient by its preconditioner and give it the norm that it is to have."""
         if not slots:
             return
         scratch = slots[0].shared.setdefault("scratch", Scratch())
         with tensor_cores(self.precision):
             products = [self._multiply(slot, scratch) for slot in slots]
-        if self.restore_norm:
-            ratios = norm_ratios(slots, products)
+        assert self.norm is not None
+        if self.norm != "none":
+            ratios = norm_ratios(slots, products, self.norm)
             in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
             if in_place:
                 torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
@@ -362,9 +384,9 @@ class FeaturePreconditioner(GradientTransform):
             used.to(product),
             None if used_bias is None else used_bias.to(product),
             scratch,
-            scaled=not self.restore_norm,
+            scaled=self.norm == "none",
         )
-        result = Product(before, joint_norm(changed, changed_bias, dtype), partial)
+        result = Product(before, joint_norm(changed, changed_bias, dtype), partial, form.fixed_norm)
         result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
         if bias is not None and bias.grad is not None:
             assert bias_gradient is not None
@@ -435,7 +457,7 @@ class FeatureDescent(FeaturePreconditioner):
         stats_every: T_xx.
         solve_every: T_inv.
         damping_mode: What ε is relative to.
-        restore_norm: Whether each layer's gradient gets its norm back.
+        restore_norm: The older name of ``norm``.
         norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
         second_moment: Which form of M.
@@ -445,6 +467,7 @@ class FeatureDescent(FeaturePreconditioner):
         where: Which layers.
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
+        norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
 
     Example:
         >>> import wellcond
@@ -476,7 +499,7 @@ class FeatureWhitening(FeaturePreconditioner):
         stats_every: T_xx.
         solve_every: T_svd.
         damping_mode: What ε is relative to.
-        restore_norm: Whether each layer's gradient gets its norm back.
+        restore_norm: The older name of ``norm``.
         norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
         second_moment: Which form of M.
@@ -486,6 +509,7 @@ class FeatureWhitening(FeaturePreconditioner):
         where: Which layers.
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
+        norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
 
     Example:
         >>> import wellcond
