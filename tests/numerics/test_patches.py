@@ -119,7 +119,7 @@ def test_chunks_add_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, window = draw(seed)
     rows = patch_rows(inputs, window)
     monkeypatch.setattr(patches, "CHUNK", 2 * inputs[0].numel())
-    assert len(patches._chunks(inputs, inputs[0].numel())) == -(-len(inputs) // 2)
+    assert len(patches.chunks(inputs, inputs[0].numel())) == -(-len(inputs) // 2)
     assert_same(patch_moment(inputs, window), moment_of(rows))
     assert_same(patches._moment_by_rows(inputs, window), moment_of(rows))
     assert_same(patches._moment_by_autocorrelation(inputs, window), moment_of(rows))

@@ -100,6 +100,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "kronecker": {"second_moment": "kronecker"},
     "low rank": {"second_moment": "low_rank"},
     "sketched": {"second_moment": "kronecker", "max_dim": 64, "rank": 5},
+    "blocks": {"second_moment": "blocks", "norm": "fixed"},
+    "sketched blocks": {"second_moment": "blocks", "max_dim": 64, "rank": 5},
     "norm layers and gradient momentum": {"norm_layers": True, "gradient_momentum": 0.9},
     "bfloat16 products": {"second_moment": "low_rank", "precision": "bfloat16"},
 }
@@ -112,6 +114,8 @@ KEPT = {
     "kronecker": {"mix": "tap_second_moment", "fc": "preconditioner"},
     "low rank": {"mix": "sketch", "fc": "sketch"},
     "sketched": {"mix": "channel_sketch", "fc": "sketch"},
+    "blocks": {"mix": "block_preconditioner", "fc": "preconditioner"},
+    "sketched blocks": {"mix": "block_sketch", "fc": "sketch"},
     "norm layers and gradient momentum": {"norm": "second_moment", "fc": "gradient_momentum_of_bias"},
     "bfloat16 products": {"mix": "sketch", "fc": "sketch"},
 }
@@ -304,6 +308,8 @@ OTHERS = [
     ("dense", {"second_moment": "kronecker"}),
     ("kronecker", {"second_moment": "dense"}),
     ("dense", {"second_moment": "low_rank"}),
+    ("blocks", {"second_moment": "kronecker"}),
+    ("dense", {"second_moment": "blocks"}),
     ("low rank", {"second_moment": "dense"}),
     ("sketched", {"second_moment": "kronecker", "max_dim": 64, "rank": 7}),
 ]

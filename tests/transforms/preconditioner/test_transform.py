@@ -693,7 +693,7 @@ def test_an_unbatched_convolution_is_seen_like_a_batch_of_one(transform_type: ty
 @pytest.mark.parametrize("numbers", [1, 400, 10**9])
 def test_laying_rows_out_in_pieces_changes_nothing(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of one sample, of a few, and of the whole batch; the batch is no multiple of the few."""
-    monkeypatch.setattr("wellcond.transforms.preconditioner.forms.ROWS_CHUNK", numbers)
+    monkeypatch.setattr("wellcond.transforms.preconditioner.form.ROWS_CHUNK", numbers)
     monkeypatch.setattr("wellcond.numerics.patches.CHUNK", numbers)
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 4, 2, groups=2, dtype=torch.float64)
