@@ -122,7 +122,7 @@ def frequency_rows(padded: Tensor, window: Window) -> Iterator[Tensor]:
         window: The sliding window.
 
     Returns:
-        An iterator over pieces [groups · taps, n, c].
+        An iterator over pieces [groups · taps, n, c], at least one.
     """
     per_sample = 2 * padded.shape[1] * window.taps * math.prod(window.positions(tuple(padded.shape[2:])))
 
@@ -130,7 +130,7 @@ def frequency_rows(padded: Tensor, window: Window) -> Iterator[Tensor]:
         rows = patch_rows(chunk, window).unflatten(2, (-1, window.taps)) @ cosine_basis_like(window.size, chunk).mT
         return rows.permute(0, 3, 1, 2).flatten(0, 1)
 
-    return map(turned, chunks(padded, per_sample))
+    return map(turned, chunks(padded, per_sample) or (padded,))
 
 
 def _rows_cost(shape: torch.Size, window: Window) -> float:

@@ -170,7 +170,7 @@ class KroneckerForm(Form):
 
     def _tap_rows(self, padded: Tensor, window: Window) -> Any:
         """Lay out rows over channels in pieces, every tap of every patch being one."""
-        for piece in chunks(padded, padded[:1].numel() * self.taps):
+        for piece in chunks(padded, padded[:1].numel() * self.taps) or (padded,):
             rows = patch_rows(piece, window).unflatten(2, (-1, self.taps)).transpose(2, 3).flatten(1, 2)
             yield F.pad(rows, (0, 1), value=1 / math.sqrt(self.taps)) if self.bias else rows
 

@@ -55,10 +55,10 @@ class TapBlocksForm(Form):
             return [*sums_of_pieces(self.factor.from_rows(state, rows) for rows in pieces), counts]
         moment = patch_blocks(padded, window).flatten(0, 1)
         if self.bias:
-            constant = self._at_frequency_0(counts)
+            first = self._at_frequency_0(torch.ones_like(counts))
             sums = tap_sums(padded, window).unflatten(1, (-1, self.taps)).sum(dim=2) / math.sqrt(self.taps)
-            sums = sums.repeat_interleave(self.taps, dim=0) * (constant / count).unsqueeze(1)
-            moment = with_border(moment, sums, constant)
+            sums = sums.repeat_interleave(self.taps, dim=0) * first.unsqueeze(1)
+            moment = with_border(moment, sums, first * count)
         return [moment, counts]
 
     def _with_constant(self, rows: Tensor) -> Tensor:
