@@ -127,8 +127,9 @@ def frequency_rows(padded: Tensor, window: Window) -> Iterator[Tensor]:
     per_sample = 2 * padded.shape[1] * window.taps * math.prod(window.positions(tuple(padded.shape[2:])))
 
     def turned(chunk: Tensor) -> Tensor:
-        rows = patch_rows(chunk, window).unflatten(2, (-1, window.taps)) @ cosine_basis_like(window.size, chunk).mT
-        return rows.permute(0, 3, 1, 2).flatten(0, 1)
+        patches = torch.unflatten(patch_rows(chunk, window), 2, (-1, window.taps))
+        rows = patches @ cosine_basis_like(window.size, chunk).mT
+        return torch.flatten(rows.permute(0, 3, 1, 2), 0, 1)
 
     return map(turned, chunks(padded, per_sample) or (padded,))
 

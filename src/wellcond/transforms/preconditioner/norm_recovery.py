@@ -90,7 +90,8 @@ def norm_ratios(slots: Sequence[Slot], products: Sequence[Product], norm: Norm) 
     ratios = []
     for slot, product, (_, after) in zip(slots, products, norms, strict=True):
         scale = product.fixed_norm if slot.grad_scale is None else product.fixed_norm * slot.grad_scale
-        ratios.append((scale / after).clamp_max(torch.finfo(after.dtype).max))
+        # A norm that underflows says nothing of the direction: no step then, rather than a huge one.
+        ratios.append(torch.where(after == 0, 0.0, (scale / after).clamp_max(torch.finfo(after.dtype).max)))
     return ratios
 
 

@@ -29,7 +29,8 @@ from wellcond.transforms.base import (
     check_choice,
 )
 from wellcond.transforms.preconditioner.factors import Power
-from wellcond.transforms.preconditioner.forms import Form, Scratch, SecondMoment, choose_form
+from wellcond.transforms.preconditioner.form import Form, Scratch
+from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
 from wellcond.transforms.preconditioner.norm_recovery import Norm, Product, joint_norm, norm_ratios
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
