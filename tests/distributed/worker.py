@@ -177,12 +177,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "kronecker": {"second_moment": "kronecker"},
     "low_rank": {"second_moment": "low_rank", "rank": 6},
     "momentum": {"gradient_momentum": 0.5},
+    "blocks": {"second_moment": "blocks", "norm": "fixed"},
 }
 SPREAD = [("whitening", "dense"), ("whitening", "kronecker"), ("descent", "dense")]
 MAKERS: dict[str, Callable[..., Any]] = {
     "dense": sgd,
     "kronecker": adamw,
     "low_rank": sgd,
+    "blocks": sgd,
     # The moving average before the product is for an optimizer without one.
     "momentum": lambda params: torch.optim.SGD(params, lr=0.05),
 }

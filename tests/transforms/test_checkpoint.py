@@ -100,6 +100,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "kronecker": {"second_moment": "kronecker"},
     "low rank": {"second_moment": "low_rank"},
     "sketched": {"second_moment": "kronecker", "max_dim": 64, "rank": 5},
+    "blocks": {"second_moment": "blocks", "norm": "fixed"},
+    "sketched blocks": {"second_moment": "blocks", "max_dim": 64, "rank": 5},
     "norm layers and gradient momentum": {"norm_layers": True, "gradient_momentum": 0.9},
     "bfloat16 products": {"second_moment": "low_rank", "precision": "bfloat16"},
 }
@@ -112,6 +114,8 @@ KEPT = {
     "kronecker": {"mix": "tap_second_moment", "fc": "preconditioner"},
     "low rank": {"mix": "sketch", "fc": "sketch"},
     "sketched": {"mix": "channel_sketch", "fc": "sketch"},
+    "blocks": {"mix": "block_preconditioner", "fc": "preconditioner"},
+    "sketched blocks": {"mix": "block_sketch", "fc": "sketch"},
     "norm layers and gradient momentum": {"norm": "second_moment", "fc": "gradient_momentum_of_bias"},
     "bfloat16 products": {"mix": "sketch", "fc": "sketch"},
 }
@@ -172,7 +176,7 @@ def test_a_fresh_object_resumed_late_runs_to_the_same_end(form: str) -> None:
 
 def test_spread_factorizations_resume_exactly_while_some_layers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """With next to no budget a step each layer waits for its turn; a checkpoint may fall in between."""
-    monkeypatch.setattr("wellcond.transforms.preconditioner.transform.SOLVED_AT_ONCE", 1.0)
+    monkeypatch.setattr("wellcond.transforms.preconditioner.solves.SOLVED_AT_ONCE", 1.0)
     transform = FeatureWhitening(stats_every=12, solve_every=12, stats_decay=0.8, second_moment="dense")
     model = net()
     optimizer = sgd(model)
@@ -304,6 +308,8 @@ OTHERS = [
     ("dense", {"second_moment": "kronecker"}),
     ("kronecker", {"second_moment": "dense"}),
     ("dense", {"second_moment": "low_rank"}),
+    ("blocks", {"second_moment": "kronecker"}),
+    ("dense", {"second_moment": "blocks"}),
     ("low rank", {"second_moment": "dense"}),
     ("sketched", {"second_moment": "kronecker", "max_dim": 64, "rank": 7}),
 ]
