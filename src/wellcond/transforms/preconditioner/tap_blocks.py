@@ -107,7 +107,7 @@ class TapBlocksForm(Form):
         matrix = scratch.take("matrix", (groups, self.taps, units, width), weight)
         matrix[..., : self.channels] = turned.view(groups, units, self.channels, self.taps).permute(0, 3, 1, 2)
         if bias is not None:
-            matrix[..., -1] = 0
+            matrix[..., -1].zero_()
             matrix[:, 0, :, -1] = bias
         flat = matrix.flatten(0, 1)
         # Blocks differ in their tails: no factor is common to them.
