@@ -336,6 +336,57 @@ def test_state_of_another_form_starts_anew_or_is_refused_naming_the_layer(form: 
     assert all(bool(torch.isfinite(parameter).all()) for parameter in resumed.parameters())
 
 
+def with_each_factor_damped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Give Kronecker forms the tensors that they had when each factor was damped and raised by itself."""
+    found = copy.deepcopy(state_dict)
+    for entry in found["state"].values():
+        kept = {k.removeprefix("wellcond_whitening_"): v for k, v in entry.items() if str(k).startswith("wellcond_")}
+        if "tap_second_moment" not in kept:
+            continue
+        for key in ("tap_directions", "excess", "tail"):
+            entry.pop(f"wellcond_whitening_{key}", None)
+        powers = {"tap_preconditioner": torch.zeros_like(kept["tap_second_moment"])}
+        if "tail" in kept:
+            powers["channel_excess"] = torch.zeros(kept["channel_directions"].shape[::2])
+            powers["channel_tail"] = torch.ones(len(kept["channel_directions"]))
+        else:
+            powers["channel_preconditioner"] = entry.pop("wellcond_whitening_channel_directions")
+        entry |= {f"wellcond_whitening_{key}": value for key, value in powers.items()}
+    return found
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+@pytest.mark.parametrize("form", ["auto", "kronecker", "sketched"])
+def test_kronecker_state_from_when_each_factor_was_damped_starts_anew_naming_the_layer(
+    form: str, attached_first: bool
+) -> None:
+    model, resumed = net(), net()
+    optimizer, theirs = sgd(model), sgd(resumed)
+    wellcond.attach(optimizer, model, transform_of(form))
+    train(model, optimizer, range(5))
+    before = everything(model, optimizer)
+    old = with_each_factor_damped(optimizer.state_dict())
+    layers = ["mix"] if form == "auto" else ["conv", "mix"]
+    if attached_first:
+        wellcond.attach(theirs, resumed, transform_of(form))
+        (message,) = caught(lambda: theirs.load_state_dict(old))
+        assert f"no statistics of whitening for {len(layers)} of the weights ({layers[0]}.weight" in message
+    else:
+        theirs.load_state_dict(old)
+        messages = caught(lambda: wellcond.attach(theirs, resumed, transform_of(form)))
+        told = [message.split(" in another form")[0] for message in messages if "start anew" in message]
+        assert [words.split()[-1] for words in told] == [f"{layer}.weight" for layer in layers]
+    found = everything(resumed, theirs)
+    for name, value in found.items():
+        if "wellcond" not in name:
+            continue
+        assert name in before, f"left over: {name}"
+        if name.split(".")[0] in layers and name.endswith(("second_moment", "sketch", "mass")):
+            assert not value.any(), name
+    assert torch.equal(found["fc.weight wellcond_whitening_mass"], before["fc.weight wellcond_whitening_mass"])
+    assert caught(lambda: train(resumed, theirs, range(5, 10))) == []
+
+
 @pytest.mark.parametrize(("form", "other"), OTHERS)
 def test_after_state_of_another_form_no_entry_of_it_is_left_behind(form: str, other: dict[str, Any]) -> None:
     model, resumed, fresh = net(), net(), net()
