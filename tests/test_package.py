@@ -50,7 +50,7 @@ def test_the_source_distribution_holds_what_its_checks_need_and_no_results_of_ru
     # pyproject.toml is always there.
     assert top <= sdist
     folders = {name.partition("/")[0] for name in sdist if "/" in name}
-    assert folders <= {"src", "tests", "docs", "benchmarks", "examples", "recipes"}
+    assert folders <= {"src", "tests", "docs", "benchmarks", "examples", "recipes", "tools"}
 
 
 def test_the_metadata_say_what_the_package_says() -> None:

@@ -73,7 +73,7 @@ def _with_options_of(base: type[torch.optim.Optimizer]) -> Callable[[Named], Nam
 
         # Where inspect looks, and what it is asked by.
         begin.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        kind.__init__ = begin  # type: ignore[method-assign]
+        kind.__init__ = checked(checks_itself("model")(begin))  # type: ignore[method-assign]
         return kind
 
     return show

@@ -44,7 +44,7 @@ class TestRefusals:
         [
             (GradientCentralization, r"did you mean GradientCentralization\(\)\?"),
             ([GradientCentralization()], "give them one by one, not as a sequence"),
-            ("gc", "'gc'$"),
+            (("whitening",), "give them one by one, not as a sequence"),
         ],
     )
     def test_what_is_no_transform(self, transform: Any, hint: str) -> None:

@@ -19,6 +19,7 @@ from wellcond.lab.runs.settings import Settings
 
 PACKAGE = Path(wellcond.__file__).parent
 TELLS_ALONE = {
+    "lab.data.named_data",
     "lab.errors",
     "lab.given_paths",
     "lab.hardware.code_digest",

@@ -22,7 +22,8 @@ _COMPUTING = (
     "tasks",
     "training",
 )
-# In these folders, only these files do not: they find data by its name, and show how far runs are.
+# In these folders, only these files do not: they hold the names that settings choose from, find data by its name, and
+# show how far runs are.
 _PRESENTING = ("data/named_data", "training/logs", "training/progress", "training/run_display")
 _PACKAGE = Path(wellcond.__file__).parent
 

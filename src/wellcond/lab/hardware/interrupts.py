@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.launch import launched
 
 _SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
@@ -53,7 +54,7 @@ def ending_at_once() -> Iterator[None]:
 
     Nothing is unwound: files appear complete or not at all, and processes of our own are killed.
     """
-    with _handling(_end) if launched().size == 1 else _ending_together():
+    with _ending_together() if _is_one_of_several() else _handling(_end):
         yield
 
 
@@ -66,7 +67,7 @@ def interruptible() -> Iterator[None]:
     Raises:
         Interrupted: For the first signal.
     """
-    with _handling(_interrupt) if launched().size == 1 else _ending_together():
+    with _ending_together() if _is_one_of_several() else _handling(_interrupt):
         yield
 
 
@@ -126,6 +127,13 @@ def _say(ended: Interrupted, more: str) -> None:
 
 
 # several processes ---------------------------------------------------------------------------------------------------
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return launched().size > 1
+    except LabError:  # a launch that cannot be: the command says so
+        return False
 
 
 @contextmanager

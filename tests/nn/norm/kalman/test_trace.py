@@ -292,7 +292,7 @@ def test_what_cannot_be_told_is_named() -> None:
         connect_kalman(nn.Sequential(layer, nn.ReLU(), layer))
     with pytest.raises(ValueError, match="Sequential has no KalmanBatchNorm2d"):
         connect_kalman(nn.Sequential(nn.BatchNorm2d(3)))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got 3"):
         connect_kalman(3)
 
 
