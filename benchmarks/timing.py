@@ -55,8 +55,10 @@ def setting(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     capability = "" if device.type == "cuda" else f" ({torch.backends.cpu.get_cpu_capability()})"
     processor = platform.processor() or platform.machine()
+    # Which folders a machine keeps its files in is nobody else's business.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *words]),
         "torch": torch.__version__,
         "machine": f"{processor}, {torch.get_num_threads()} threads, {where}{capability}",
         **{name: getattr(options, name) for name in ("batch", "model", "rounds") if hasattr(options, name)},

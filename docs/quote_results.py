@@ -141,6 +141,31 @@ def cost_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", base, "", _made_by(results)])
 
 
+def fidelity_table(results: dict[str, Any]) -> str:
+    """Return how close each form's direction comes to the whole second moment's, with the command that made it."""
+    powers = list(next(iter(results["results"].values()))["cosine"])
+    heads = ["form", *(f"cosine, p = {p}: mean (lowest to highest layer)" for p in powers), "numbers kept / weights"]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    for name, row in results["results"].items():
+        cells = [name]
+        for p in powers:
+            layers = [fmean(seeds) for seeds in row["cosine"][p].values()]
+            cells.append(f"{row['mean_cosine'][p]:.3f} ({min(layers):.3f} to {max(layers):.3f})")
+        lines.append(f"| {' | '.join([*cells, format(row['kept'], '.2f')])} |")
+    run, layers = results["fidelity"], len(next(iter(results["results"].values()))["cosine"][powers[0]])
+    size = f"{run['image_size']}x{run['image_size']}"
+    trained = f"{results['model']} after {run['steps']} steps of batch {results['batch']}"
+    averaged = f"mean over {layers} 3 × 3 convolutions and {run['seeds']} seeds"
+    lines += [
+        "",
+        f"{run['data']}, {run['train_images']} training images of {size}: {trained}; {averaged}; second moments of "
+        f"{run['observed']} further batches, the same for every form.",
+        "",
+        f"`{results['command']}` (wellcond {run['wellcond']}, torch {results['torch']}, {results['machine']})",
+    ]
+    return "\n".join(lines)
+
+
 def layers_table(results: dict[str, Any]) -> str:
     """Return a benchmark of normalization layers as Markdown tables, with the command and the machine that made it."""
     shapes = results["shapes"]
@@ -420,6 +445,8 @@ def quoted(page: str) -> str:
             body = figure_table(results)
         elif "options" in results:
             body = inference_table(results)
+        elif "fidelity" in results:
+            body = fidelity_table(results)
         else:
             body = step_table(results) if "plain SGD" in results["results"] else cost_table(results)
         head = name if rows is None else f"{name}, rows: {rows}"

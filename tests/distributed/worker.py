@@ -20,8 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import wellcond
-from wellcond.transforms.preconditioner import forms
-from wellcond.transforms.preconditioner import transform as precondition
+from wellcond.transforms.preconditioner import forms, solves
 
 Result = dict[str, Any]
 STEPS = 8
@@ -177,12 +176,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "kronecker": {"second_moment": "kronecker"},
     "low_rank": {"second_moment": "low_rank", "rank": 6},
     "momentum": {"gradient_momentum": 0.5},
+    "blocks": {"second_moment": "blocks", "norm": "fixed"},
 }
 SPREAD = [("whitening", "dense"), ("whitening", "kronecker"), ("descent", "dense")]
 MAKERS: dict[str, Callable[..., Any]] = {
     "dense": sgd,
     "kronecker": adamw,
     "low_rank": sgd,
+    "blocks": sgd,
     # The moving average before the product is for an optimizer without one.
     "momentum": lambda params: torch.optim.SGD(params, lr=0.05),
 }
@@ -214,7 +215,7 @@ def everything_under_ddp(rank: int, world: int, transform: Any, make: Callable[.
     optimizer = make(model.parameters())
     wellcond.attach(optimizer, wrapped, transform)
     solved_at = []
-    with replaced(precondition, "SOLVED_AT_ONCE", 1.0 if spread else precondition.SOLVED_AT_ONCE):
+    with replaced(solves, "SOLVED_AT_ONCE", 1.0 if spread else solves.SOLVED_AT_ONCE):
         for step in range(STEPS):
             rank_step(wrapped, optimizer, step, rank, world)
             solved_at.append([v for k, v in snapshot(wrapped, optimizer).items() if k.endswith("solved_at")])

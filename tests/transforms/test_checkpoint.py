@@ -100,6 +100,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "kronecker": {"second_moment": "kronecker"},
     "low rank": {"second_moment": "low_rank"},
     "sketched": {"second_moment": "kronecker", "max_dim": 64, "rank": 5},
+    "blocks": {"second_moment": "blocks", "norm": "fixed"},
+    "sketched blocks": {"second_moment": "blocks", "max_dim": 64, "rank": 5},
     "norm layers and gradient momentum": {"norm_layers": True, "gradient_momentum": 0.9},
     "bfloat16 products": {"second_moment": "low_rank", "precision": "bfloat16"},
 }
@@ -112,6 +114,8 @@ KEPT = {
     "kronecker": {"mix": "tap_second_moment", "fc": "preconditioner"},
     "low rank": {"mix": "sketch", "fc": "sketch"},
     "sketched": {"mix": "channel_sketch", "fc": "sketch"},
+    "blocks": {"mix": "block_preconditioner", "fc": "preconditioner"},
+    "sketched blocks": {"mix": "block_sketch", "fc": "sketch"},
     "norm layers and gradient momentum": {"norm": "second_moment", "fc": "gradient_momentum_of_bias"},
     "bfloat16 products": {"mix": "sketch", "fc": "sketch"},
 }
@@ -172,7 +176,7 @@ def test_a_fresh_object_resumed_late_runs_to_the_same_end(form: str) -> None:
 
 def test_spread_factorizations_resume_exactly_while_some_layers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """With next to no budget a step each layer waits for its turn; a checkpoint may fall in between."""
-    monkeypatch.setattr("wellcond.transforms.preconditioner.transform.SOLVED_AT_ONCE", 1.0)
+    monkeypatch.setattr("wellcond.transforms.preconditioner.solves.SOLVED_AT_ONCE", 1.0)
     transform = FeatureWhitening(stats_every=12, solve_every=12, stats_decay=0.8, second_moment="dense")
     model = net()
     optimizer = sgd(model)
@@ -304,6 +308,8 @@ OTHERS = [
     ("dense", {"second_moment": "kronecker"}),
     ("kronecker", {"second_moment": "dense"}),
     ("dense", {"second_moment": "low_rank"}),
+    ("blocks", {"second_moment": "kronecker"}),
+    ("dense", {"second_moment": "blocks"}),
     ("low rank", {"second_moment": "dense"}),
     ("sketched", {"second_moment": "kronecker", "max_dim": 64, "rank": 7}),
 ]
@@ -328,6 +334,57 @@ def test_state_of_another_form_starts_anew_or_is_refused_naming_the_layer(form: 
     assert any(f"({name}.weight" in messages[0] for name in ("conv", "mix", "fc"))
     assert caught(lambda: train(resumed, theirs, range(5, 10))) == []
     assert all(bool(torch.isfinite(parameter).all()) for parameter in resumed.parameters())
+
+
+def with_each_factor_damped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Give Kronecker forms the tensors that they had when each factor was damped and raised by itself."""
+    found = copy.deepcopy(state_dict)
+    for entry in found["state"].values():
+        kept = {k.removeprefix("wellcond_whitening_"): v for k, v in entry.items() if str(k).startswith("wellcond_")}
+        if "tap_second_moment" not in kept:
+            continue
+        for key in ("tap_directions", "excess", "tail"):
+            entry.pop(f"wellcond_whitening_{key}", None)
+        powers = {"tap_preconditioner": torch.zeros_like(kept["tap_second_moment"])}
+        if "tail" in kept:
+            powers["channel_excess"] = torch.zeros(kept["channel_directions"].shape[::2])
+            powers["channel_tail"] = torch.ones(len(kept["channel_directions"]))
+        else:
+            powers["channel_preconditioner"] = entry.pop("wellcond_whitening_channel_directions")
+        entry |= {f"wellcond_whitening_{key}": value for key, value in powers.items()}
+    return found
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+@pytest.mark.parametrize("form", ["auto", "kronecker", "sketched"])
+def test_kronecker_state_from_when_each_factor_was_damped_starts_anew_naming_the_layer(
+    form: str, attached_first: bool
+) -> None:
+    model, resumed = net(), net()
+    optimizer, theirs = sgd(model), sgd(resumed)
+    wellcond.attach(optimizer, model, transform_of(form))
+    train(model, optimizer, range(5))
+    before = everything(model, optimizer)
+    old = with_each_factor_damped(optimizer.state_dict())
+    layers = ["mix"] if form == "auto" else ["conv", "mix"]
+    if attached_first:
+        wellcond.attach(theirs, resumed, transform_of(form))
+        (message,) = caught(lambda: theirs.load_state_dict(old))
+        assert f"no statistics of whitening for {len(layers)} of the weights ({layers[0]}.weight" in message
+    else:
+        theirs.load_state_dict(old)
+        messages = caught(lambda: wellcond.attach(theirs, resumed, transform_of(form)))
+        told = [message.split(" in another form")[0] for message in messages if "start anew" in message]
+        assert [words.split()[-1] for words in told] == [f"{layer}.weight" for layer in layers]
+    found = everything(resumed, theirs)
+    for name, value in found.items():
+        if "wellcond" not in name:
+            continue
+        assert name in before, f"left over: {name}"
+        if name.split(".")[0] in layers and name.endswith(("second_moment", "sketch", "mass")):
+            assert not value.any(), name
+    assert torch.equal(found["fc.weight wellcond_whitening_mass"], before["fc.weight wellcond_whitening_mass"])
+    assert caught(lambda: train(resumed, theirs, range(5, 10))) == []
 
 
 @pytest.mark.parametrize(("form", "other"), OTHERS)

@@ -217,6 +217,7 @@ TRANSFORMS: dict[str, tuple[type, dict[str, Any]]] = {
     "whitening kronecker": (FeatureWhitening, {"second_moment": "kronecker", "precision": "bfloat16"}),
     "whitening low rank": (FeatureWhitening, {"second_moment": "low_rank"}),
     "whitening sketched": (FeatureWhitening, {"max_dim": 64, "rank": 4}),
+    "whitening blocks": (FeatureWhitening, {"second_moment": "blocks", "norm": "fixed", "damping_mode": "mean"}),
     "descent": (FeatureDescent, {"restore_norm": False, "precision": "tf32"}),
     "descent kronecker": (FeatureDescent, {"second_moment": "kronecker"}),
 }

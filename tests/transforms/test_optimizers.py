@@ -59,14 +59,14 @@ class ByHand:
     """The technique beside a plain loop, from the formulas: dense, or for the convolution its two margins.
 
     Q[c, k, c', k'] is the second moment of a patch, R_C = mean_k Q[:, k, :, k], R_K = mean_c Q[c, :, c, :]; the bias is
-    one more channel of 1/√K at every tap. Ĝ = R_C-power · G · R_K-power, each factor damped relative to its own λ_max.
+    one more channel of 1/√K at every tap. Ĝ = G times the power of R_C ⊗ R_K / m, m the mean of either diagonal.
     """
 
     def __init__(self, model: Net, name: str, damping: float, kronecker: bool) -> None:
         self.model, self.name, self.damping, self.kronecker = model, name, damping, kronecker
         self.inputs: dict[nn.Module, Tensor] = {}
         self.averages: dict[nn.Module, list[Tensor]] = {}
-        self.powers: dict[nn.Module, list[Tensor]] = {}
+        self.powers: dict[nn.Module, Tensor] = {}
         self.step = self.updates = 0
         for layer in (model.embed, model.conv, model.fc, model.out):
             layer.register_forward_pre_hook(lambda module, args: self.inputs.update({module: args[0].detach()}))
@@ -80,7 +80,7 @@ class ByHand:
             if self.kronecker:
                 patches = torch.cat([patches, patches.new_full((len(patches), 1, 3), 3**-0.5)], dim=1)
                 q = torch.einsum("nck,ndl->ckdl", patches, patches) / len(patches)
-                return [torch.einsum("ckdk->cd", q) / 3, torch.einsum("ckcl->kl", q) / 5]
+                return [torch.einsum("ckdk->cd", q) / 3, torch.einsum("ckcl->kl", q) / 5]  # linear in q, as averages
             rows = patches.flatten(1)
         else:
             rows = x.double()
@@ -98,7 +98,10 @@ class ByHand:
         if self.step in (0, 2, 4, 8):
             mass = 1 - DECAY**self.updates
             for layer, averages in self.averages.items():
-                self.powers[layer] = [power(m / mass, self.name, self.damping) for m in averages]
+                moment = averages[0]
+                if len(averages) == 2:
+                    moment = torch.kron(*averages) / averages[0].diagonal().mean()
+                self.powers[layer] = power(moment / mass, self.name, self.damping)
         for layer in self.inputs:
             self._change(layer)
         self.step += 1
@@ -106,14 +109,13 @@ class ByHand:
     def _change(self, layer: nn.Module) -> None:
         weight, bias = layer.weight.grad, layer.bias.grad if getattr(layer, "bias", None) is not None else None
         g = weight.double().T if isinstance(layer, nn.Embedding) else weight.double()
-        powers = self.powers[layer]
-        if len(powers) == 2:
+        if len(self.averages[layer]) == 2:
             g = torch.cat([g, bias.double().view(-1, 1, 1).expand(-1, 1, 3) * 3**-0.5], dim=1)
-            changed = torch.einsum("cd,ndl,lk->nck", powers[0], g, powers[1])
+            changed = (g.flatten(1) @ self.powers[layer]).view_as(g)
             parts = [changed[:, :-1], changed[:, -1].sum(dim=1) * 3**-0.5]
         else:
             g = g.flatten(1) if bias is None else torch.cat([g.flatten(1), bias.double().unsqueeze(1)], dim=1)
-            changed = g @ powers[0]
+            changed = g @ self.powers[layer]
             parts = [changed] if bias is None else [changed[:, :-1], changed[:, -1]]
         if isinstance(layer, nn.Embedding):
             parts = [parts[0].T]
@@ -225,7 +227,7 @@ class ByHandWithoutBias(ByHand):
             super()._change(layer)
             return
         g = layer.weight.grad
-        changed = g @ self.powers[layer][0]
+        changed = g @ self.powers[layer]
         layer.weight.grad = changed * (g.norm() / changed.norm())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,14 +12,12 @@ import torch
 from torch import Tensor
 
 from wellcond.numerics.pieces import samples_in_pieces
-from wellcond.numerics.taps import in_line
+from wellcond.numerics.taps import constant, in_line
 from wellcond.numerics.windows import Window
 
 # What `autocorrelation_cost` counts besides multiplications, in multiplications: one cell's fixed cost, and one
 # number read or written.
 CALL_COST = 2_000_000.0
-
-
 COPY_COST = 32.0
 
 
@@ -85,20 +84,42 @@ def moment_by_autocorrelation(padded: Tensor, window: Window) -> Tensor:
     groups, c = window.groups, padded.shape[1] // window.groups
     width = c * window.taps
     total = padded.new_zeros(groups, c, window.taps, window.taps, c)
-    half = _half(window, tuple(padded.shape[2:]))
-    for chunk in samples_in_pieces(padded, padded[:1].numel()):
-        image = in_line(chunk, groups, 0).unflatten(1, tuple(padded.shape[2:]))  # (groups, *space, N, c)
-        for strips in half:
-            _correlate(image, strips, window, total)
+    for first, second, sums in pair_products(padded, window):
+        for i, j, block in zip(first, second, sums, strict=True):
+            total[:, :, i, j] += block
+            if i != j:
+                total[:, :, j, i] += block.mT
     # Bring each row from (tap, channel) to (channel, tap), in place: a second sum of this size would cost more.
     for part in total.view(-1, window.taps, c).split(max(1, (1 << 18) // width)):
         part.view(-1, c, window.taps).copy_(part.mT.clone(memory_format=torch.contiguous_format))
     return total.view(groups, width, width)
 
 
-def _correlate(image: Tensor, strips: tuple[_Strip, ...], window: Window, total: Tensor) -> None:
-    """Add the products of all pairs of taps of one distance, and their transposes, to (groups, c, tap, tap, c)."""
-    groups, c = total.shape[0], total.shape[-1]
+def pair_products(padded: Tensor, window: Window) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+    """Sum the products of any two taps' channels, from the input's autocorrelation.
+
+    Every pair of taps comes once for each piece of the input, in one of its two orders.
+
+    Args:
+        padded: A cropped input (`crop`), shape (N, C, *space).
+        window: Its window.
+
+    Yields:
+        Pairs of taps that lie equally far apart, as the first taps, the second taps, and the sums over positions of
+        their products, shape [pairs, groups, c, c].
+    """
+    half = _half(window, tuple(padded.shape[2:]))
+    for chunk in samples_in_pieces(padded, padded[:1].numel()):
+        image = in_line(chunk, window.groups, 0).unflatten(1, tuple(padded.shape[2:]))  # (groups, *space, N, c)
+        for strips in half:
+            yield _correlate(image, strips, window)
+
+
+def _correlate(
+    image: Tensor, strips: tuple[_Strip, ...], window: Window
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """Sum the products of all pairs of taps of one distance."""
+    groups, c = image.shape[0], image.shape[-1]
     cells = list(itertools.product(*(strip.cells for strip in strips)))
     products = image.new_empty(len(cells), groups, c, c)
     offsets = [strip.offset for strip in strips]
@@ -109,14 +130,10 @@ def _correlate(image: Tensor, strips: tuple[_Strip, ...], window: Window, total:
     covers = image.new_ones(1, 1)
     first, second = [0], [0]
     for strip, size in zip(strips, window.size, strict=True):
-        covers = torch.kron(covers, image.new_tensor(strip.covers))
+        covers = torch.kron(covers, constant(strip.covers, image.dtype, image.device))
         first = [tap * size + i for tap in first for i in strip.first]
         second = [tap * size + j for tap in second for j in strip.second]
-    sums = (covers @ products.flatten(1)).view(-1, groups, c, c)
-    for i, j, block in zip(first, second, sums, strict=True):
-        total[:, :, i, j] += block
-        if i != j:
-            total[:, :, j, i] += block.mT
+    return tuple(first), tuple(second), (covers @ products.flatten(1)).view(-1, groups, c, c)
 
 
 def _cell_product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from wellcond.numerics.newton_schulz import converged_inverse_root
 from wellcond.numerics.symmetry import positive_or_one, symmetric, symmetric_from_lower
 
-DampingMode = Literal["relative", "absolute"]
+DampingMode = Literal["relative", "mean", "absolute"]
 Solver = Literal["auto", "eigh", "newton_schulz", "cholesky"]
 
 DAMPING_MODES: tuple[str, ...] = get_args(DampingMode)
@@ -35,14 +35,15 @@ def symmetric_power(
     """Return ``(matrix + δ I) ** exponent`` for symmetric positive semi-definite matrices.
 
     δ is ``damping * λ_max(matrix)`` when ``damping_mode="relative"`` (thesis 6.5: the condition number of the damped
-    matrix is at most ``(1 + damping) / damping``), and ``damping`` itself when ``"absolute"`` (thesis 5.7). A zero
-    matrix with relative damping gives the identity: it says nothing about the directions.
+    matrix is at most ``(1 + damping) / damping``), ``damping`` times the mean eigenvalue, trace/d, when ``"mean"``, and
+    ``damping`` itself when ``"absolute"`` (thesis 5.7). A zero matrix gives the identity unless damping is absolute: it
+    says nothing about the directions.
 
     Args:
         matrix: Symmetric matrices, shape (..., d, d), float32 or float64. Only the lower triangle is read.
         exponent: The power, for instance -1/2 or -1.
         damping: Non-negative; see above.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
         solver: ``"eigh"`` for any power, ``"newton_schulz"`` for -1/2 and -1, ``"cholesky"`` for -1, or ``"auto"``:
             see `choose_solver`. Newton-Schulz and Cholesky take the λ_max of relative damping from
             `largest_eigenvalue`.
@@ -69,12 +70,7 @@ def symmetric_power(
         return symmetric(root @ root) if exponent == -1 else root
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
     # Rounding makes the smallest eigenvalues of a singular matrix slightly negative.
-    eigenvalues = eigenvalues.clamp_min(0)
-    if damping_mode == "relative":
-        largest = eigenvalues[..., -1:]
-        eigenvalues = torch.where(largest > 0, eigenvalues + damping * largest, 1.0)
-    else:
-        eigenvalues = eigenvalues + damping
+    eigenvalues = damped_eigenvalues(eigenvalues.clamp_min(0), damping, damping_mode)
     power: Tensor = (eigenvectors * eigenvalues.pow(exponent).unsqueeze(-2)) @ eigenvectors.mT
     return power
 
@@ -110,7 +106,7 @@ def choose_solver(
 
     Args:
         exponent: The power that is wanted.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
         solver: One of ``SOLVERS``.
         device_type: Type of the device of the matrix.
         width: Number of its rows.
@@ -246,13 +242,17 @@ def try_symmetric_power(
     return None
 
 
-def damped_eigenvalues(eigenvalues: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
+def damped_eigenvalues(
+    eigenvalues: Tensor, damping: float, damping_mode: DampingMode, *, reference: Tensor | None = None
+) -> Tensor:
     """Add δ to the eigenvalues of a matrix, as `symmetric_power` does; those of a zero matrix become 1 if relative.
 
     Args:
-        eigenvalues: All of a matrix's distinct eigenvalues in any order, shape (..., n).
+        eigenvalues: All of a matrix's eigenvalues in any order, shape (..., n).
         damping: Non-negative.
-        damping_mode: ``"relative"`` to the largest of them, or ``"absolute"``.
+        damping_mode: ``"relative"`` to the largest of them, to their ``"mean"``, or ``"absolute"``.
+        reference: What δ is relative to, where ``eigenvalues`` are not all there are of the matrix; of a shape that
+            broadcasts to theirs.
 
     Returns:
         Shape (..., n).
@@ -263,12 +263,16 @@ def damped_eigenvalues(eigenvalues: Tensor, damping: float, damping_mode: Dampin
     Example:
         >>> damped_eigenvalues(torch.tensor([2.0, 0.0]), 0.5, "relative")
         tensor([3., 1.])
+        >>> damped_eigenvalues(torch.tensor([2.0, 0.0]), 0.5, "mean")
+        tensor([2.5000, 0.5000])
     """
     check_damping(damping, damping_mode)
     if damping_mode == "absolute":
         return eigenvalues + damping
-    largest = eigenvalues.amax(-1, keepdim=True)
-    return torch.where(largest > 0, eigenvalues + damping * largest, 1.0)
+    if reference is None:
+        relative = damping_mode == "relative"
+        reference = eigenvalues.amax(-1, keepdim=True) if relative else eigenvalues.mean(-1, keepdim=True)
+    return torch.where(reference > 0, eigenvalues + damping * reference, 1.0)
 
 
 def try_eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -297,9 +301,12 @@ def try_eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _damped(matrix: Tensor, damping: float, damping_mode: DampingMode) -> Tensor:
-    """Return M + δ I, for a zero M with relative damping the identity."""
+    """Return M + δ I, for a zero M the identity unless damping is absolute."""
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     if damping_mode == "absolute":
         return matrix + damping * identity
-    largest = largest_eigenvalue(matrix)[..., None, None]
-    return torch.where(largest > 0, matrix + damping * largest * identity, identity)
+    if damping_mode == "mean":
+        reference = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    else:
+        reference = largest_eigenvalue(matrix)[..., None, None]
+    return torch.where(reference > 0, matrix + damping * reference * identity, identity)

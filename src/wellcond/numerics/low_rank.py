@@ -77,31 +77,38 @@ def low_rank_power(
     damping: float = 0.0,
     *,
     damping_mode: DampingMode = "relative",
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gains c and t of ``(M + δ I) ** exponent = U diag(c) Uᵀ + t (I − U Uᵀ)``.
 
     M = U diag(s) Uᵀ + τ (I − U Uᵀ), so that c = (s + δ)^exponent and t = (τ + δ)^exponent; δ as in `symmetric_power`,
-    with λ_max the largest of s and τ. A zero M with relative damping gives the identity: c = t = 1.
+    with λ_max the largest of s and τ. A zero M gives the identity, c = t = 1, unless damping is absolute.
 
     Args:
         eigenvalues: The eigenvalues s, shape (..., r).
         tail: The eigenvalue τ of all the other directions, shape (...).
         exponent: The power, for instance -1/2 or -1.
         damping: Non-negative; as for `symmetric_power`.
-        damping_mode: ``"relative"`` or ``"absolute"``.
+        damping_mode: ``"relative"``, ``"mean"`` or ``"absolute"``.
+        size: The order of M, of which ``"mean"`` needs to know how often τ counts.
 
     Returns:
         The gains c, shape (..., r), and t, shape (...).
 
     Raises:
-        ValueError: If the damping is outside its range.
+        ValueError: If the damping is outside its range, or ``size`` is missing.
 
     Example:
         >>> low_rank_power(torch.tensor([15.0, 3.0]), torch.tensor(0.0), -0.5, 1.0, damping_mode="absolute")
         (tensor([0.2500, 0.5000]), tensor(1.))
     """
     values = torch.cat([eigenvalues, tail.unsqueeze(-1)], -1)
-    gains = damped_eigenvalues(values, damping, damping_mode).pow(exponent)
+    reference = None
+    if damping_mode == "mean":
+        if size is None:
+            raise ValueError("damping_mode='mean' needs the size of the matrix, got None")
+        reference = (eigenvalues.sum(-1) + (size - eigenvalues.shape[-1]) * tail).unsqueeze(-1) / size
+    gains = damped_eigenvalues(values, damping, damping_mode, reference=reference).pow(exponent)
     return gains[..., :-1], gains[..., -1]
 
 
@@ -130,7 +137,9 @@ def try_truncated_power(
         return None
     eigenvalues, eigenvectors = found
     tail = eigenvalues[..., :-rank].mean(dim=-1)
-    gains, tail_gain = low_rank_power(eigenvalues[..., -rank:], tail, exponent, damping, damping_mode=damping_mode)
+    gains, tail_gain = low_rank_power(
+        eigenvalues[..., -rank:], tail, exponent, damping, damping_mode=damping_mode, size=matrix.shape[-1]
+    )
     if not bool(torch.isfinite(gains).all() & torch.isfinite(tail_gain).all()):
         return None
     return eigenvectors[..., -rank:], gains, tail_gain
@@ -172,7 +181,9 @@ def try_low_rank_power(
             eigenvectors, eigenvalues, tail = nystrom(product.to(dtype), basis.to(dtype), trace.to(dtype))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        gains, tail_gain = low_rank_power(eigenvalues, tail, exponent, damping, damping_mode=damping_mode)
+        gains, tail_gain = low_rank_power(
+            eigenvalues, tail, exponent, damping, damping_mode=damping_mode, size=basis.shape[-2]
+        )
         if basis.shape[-2] == basis.shape[-1]:
             tail_gain = gains[..., -1]
         eigenvectors, eigenvalues, tail, gains, tail_gain = (

@@ -130,7 +130,7 @@ class Published:
 
 
 def first_state(optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> State:
-    """Return a slot's state: what was loaded into the optimizer before, or a new one.
+    """Return a slot's state: what was loaded into the optimizer before, or a new one; what is of no use is dropped.
 
     Args:
         optimizer: The optimizer.
@@ -142,7 +142,10 @@ def first_state(optimizer: Optimizer, transform: GradientTransform, slot: Slot) 
     """
     entry = optimizer.state.get(slot.layer.weight, {})
     found = read_state(transform, slot, entry, warn_if_rounded=True)
-    if found is None and any(str(key).startswith(state_key(transform, "")) for key in entry):
+    others = [key for key in entry if str(key).startswith(state_key(transform, ""))]
+    if found is None and others:
+        for key in others:  # or it would be saved again, beside the new
+            del entry[key]
         warnings.warn(
             f"the optimizer's state holds statistics of {transform.name} for {slot.layer.name} in another form "
             "(saved with other options?): they start anew",

@@ -324,7 +324,7 @@ def test_computed_weights_are_refused(cls: Any, how: str) -> None:
         ({"refresh_every": -1}, "refresh_every must be a positive integer, got -1"),
         ({"stats_decay": 1.0}, r"stats_decay must be in \[0, 1\), got 1.0"),
         ({"damping": -1.0}, "damping must be a finite number of at least 0, got -1.0"),
-        ({"damping_mode": "none"}, "damping_mode must be one of 'relative', 'absolute', got 'none'"),
+        ({"damping_mode": "none"}, "damping_mode must be one of 'relative', 'mean', 'absolute', got 'none'"),
         ({"refresh_warmup": 1}, "refresh_warmup must be True or False, got 1"),
     ],
     ids=str,

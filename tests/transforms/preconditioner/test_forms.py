@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import wellcond
 from wellcond import FeatureDescent, FeatureWhitening
 from wellcond.layouts import find_layers
-from wellcond.transforms.preconditioner import transform as precondition
+from wellcond.transforms.preconditioner import solves
 
 BOTH = pytest.mark.parametrize("transform_type", [FeatureWhitening, FeatureDescent])
 NAMES = {FeatureWhitening: "whitening", FeatureDescent: "descent"}
+MODES = ["relative", "mean", "absolute"]
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 # the formula --------------------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 def power(moment: Tensor, exponent: float, damping: float, mode: str) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(0)
-    damped = values + damping * (values[-1] if mode == "relative" else 1.0)
+    damped = values + damping * {"relative": values[-1], "mean": values.mean(), "absolute": 1.0}[mode]
     return vectors @ torch.diag(damped**-exponent) @ vectors.mT
 
 
@@ -61,15 +62,15 @@ def kronecker(layer: Any, x: Tensor, before: Tensor, exponent: float, damping: f
         q = torch.einsum("nck,ndl->ckdl", rows, rows) / len(rows)
         r_c, r_k = torch.einsum("ckdk->cd", q) / taps, torch.einsum("ckcl->kl", q) / rows.shape[1]
         # Q is R_C ⊗ R_K / m, m being the mean of either diagonal: half of it for either factor.
+        # Q is R_C ⊗ R_K / m, m being the mean of either diagonal.
         mean = r_c.diagonal().mean()
         torch.testing.assert_close(r_k.diagonal().mean(), mean)
-        shared = math.sqrt(damping) if mode == "absolute" else damping
-        t_c, t_k = (power(r / mean.sqrt(), exponent, shared, mode) for r in (r_c, r_k))
+        t = power(torch.kron(r_c, r_k) / mean, exponent, damping, mode)
         whole = gradient[:, : gradient.shape[1] - bias].reshape(len(gradient), -1, taps)
         if bias:
             spread = gradient[:, -1:, None].expand(-1, 1, taps) * taps**-0.5
             whole = torch.cat([whole, spread], 1)
-        product = torch.einsum("cd,odk,kl->ocl", t_c, whole, t_k)
+        product = (whole.flatten(1) @ t).view_as(whole)
         parts = [product[:, : product.shape[1] - bias].flatten(1)]
         if bias:
             parts.append(product[:, -1].sum(1, keepdim=True) * taps**-0.5)
@@ -127,7 +128,7 @@ CONV_CASES: list[tuple[int, dict[str, Any], list[int]]] = [
 
 
 @pytest.mark.parametrize(("axes", "options", "shape"), CONV_CASES)
-@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("mode", MODES)
 @BOTH
 def test_kronecker_form_is_its_definition(
     transform_type: type, mode: str, axes: int, options: dict[str, Any], shape: list[int]
@@ -144,7 +145,7 @@ def test_kronecker_form_is_its_definition(
     close(joint(after, groups), wanted)
 
 
-@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("mode", MODES)
 @BOTH
 def test_kronecker_form_without_norm_recovery_has_the_products_own_scale(transform_type: type, mode: str) -> None:
     """R_C ⊗ R_K / m is of the scale of the second moment itself."""
@@ -167,10 +168,11 @@ def test_kronecker_form_of_a_transposed_convolution(transform_type: type) -> Non
     before, after, report, _ = one_step(layer, chosen, x)
     values = layer(x)[:, 1].flatten()
     rows = torch.stack([torch.autograd.grad(v, layer.weight, retain_graph=True)[0][:, 1] for v in values]).flatten(2)
-    t_c = power(torch.einsum("nck,ndk->cd", rows, rows) / len(rows) / 6, transform_type.exponent, 0.05, "relative")
-    t_k = power(torch.einsum("nck,ncl->kl", rows, rows) / len(rows) / 3, transform_type.exponent, 0.05, "relative")
+    r_c = torch.einsum("nck,ndk->cd", rows, rows) / len(rows) / 6
+    r_k = torch.einsum("nck,ncl->kl", rows, rows) / len(rows) / 3
+    t = power(torch.kron(r_c, r_k) / r_c.diagonal().mean(), transform_type.exponent, 0.05, "relative")
     gradient = before["weight"].transpose(0, 1).flatten(2)
-    wanted = recovered(torch.einsum("cd,odk,kl->ocl", t_c, gradient, t_k), gradient)
+    wanted = recovered((gradient.flatten(1) @ t).view_as(gradient), gradient)
     assert "channels 3 ⊗ taps 6" in report
     close(after["weight"].transpose(0, 1).flatten(2), wanted)
 
@@ -219,12 +221,12 @@ def dense_step(transform_type: type, rows: Tensor, before: Tensor, mode: str, ta
     values = values.clamp_min(0)
     if tail_after is not None:
         values[:-tail_after] = values[:-tail_after].mean()
-    damped = values + 0.05 * (values[-1] if mode == "relative" else 1.0)
+    damped = values + 0.05 * {"relative": values[-1], "mean": values.mean(), "absolute": 1.0}[mode]
     return before @ vectors @ torch.diag(damped**-transform_type.exponent) @ vectors.mT
 
 
 @BOTH
-@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("restore_norm", [True, False])
 @pytest.mark.parametrize(
     "options", [{"second_moment": "low_rank"}, {"max_dim": 64}, {"second_moment": "dense", "max_dim": 64}]
@@ -295,7 +297,7 @@ def test_a_sketch_follows_the_leading_directions_of_a_spectrum_without_end() -> 
 
 @BOTH
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_truncated_form_is_the_dense_one_with_a_flat_tail(
     transform_type: type, bias: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +341,12 @@ def shapes_of(optimizer: Any, weight: Tensor) -> dict[str, tuple[int, ...]]:
         (lambda: nn.Linear(40, 2), {"max_dim": 8}, "41 × 41 sketched at rank 1"),
         (lambda: nn.Conv2d(8, 2, 3), {}, "dense 73 × 73"),
         (lambda: nn.Conv2d(8, 2, 3), {"second_moment": "kronecker"}, "channels 9 ⊗ taps 9"),
+        (lambda: nn.Conv2d(8, 2, 3), {"second_moment": "blocks"}, "tap blocks 9 × 9 × 9"),
+        (lambda: nn.Conv2d(8, 2, 3), {"second_moment": "blocks", "rank": 3}, "tap blocks 9 × 9 × 9 of rank 3"),
+        (lambda: nn.Conv1d(8, 2, 3), {"second_moment": "blocks", "max_dim": 8}, "tap blocks 3 × 9 × 9 sketched at rank 1"),  # noqa: E501
+        (lambda: nn.Conv2d(8, 4, 3, groups=2), {"second_moment": "blocks"}, "tap blocks 18 × 5 × 5"),
+        (lambda: nn.Conv2d(8, 2, 1), {"second_moment": "blocks"}, "dense 9 × 9"),
+        (lambda: nn.Conv2d(8, 8, 3, groups=8), {"second_moment": "blocks"}, "dense 8 × 10 × 10"),
         (lambda: nn.Conv2d(16, 2, 3), {}, "channels 17 ⊗ taps 9"),
         (lambda: nn.Conv2d(32, 4, 3, groups=2), {}, "channels 2 × 17 ⊗ taps 2 × 9"),
         (lambda: nn.Conv2d(300, 2, 3), {}, "channels 301 of rank 37 ⊗ taps 9"),
@@ -375,6 +383,9 @@ FORMS: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
     "truncated": (lambda: nn.Linear(260, 8), {"rank": 20}, [40, 260]),
     "sketched channels": (lambda: nn.Conv1d(66, 8, 3), {"second_moment": "kronecker", "max_dim": 64}, [6, 66, 7]),
     "groups": (lambda: nn.Conv1d(8, 8, 3, groups=2), {"second_moment": "kronecker"}, [6, 8, 7]),
+    "blocks": (lambda: nn.Conv2d(6, 8, 3, groups=2), {"second_moment": "blocks"}, [4, 6, 6, 6]),
+    "truncated blocks": (lambda: nn.Conv2d(6, 8, 3), {"second_moment": "blocks", "rank": 3}, [4, 6, 6, 6]),
+    "sketched blocks": (lambda: nn.Conv1d(20, 8, 3), {"second_moment": "blocks", "max_dim": 8, "rank": 3}, [6, 20, 7]),
     "norm": (lambda: nn.LayerNorm(9), {"norm_layers": True}, [12, 9]),
 }
 
@@ -660,7 +671,7 @@ def test_switches_and_their_statistics_survive_a_checkpoint(start: bool) -> None
 
 
 @BOTH
-@pytest.mark.parametrize("mode", ["relative", "absolute"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("second_moment", ["dense", "kronecker"])
 def test_newton_schulz_trains_as_eigh_does(transform_type: type, mode: Any, second_moment: Any) -> None:
     trained = []
@@ -707,7 +718,7 @@ SPREAD: dict[str, Any] = {"stats_every": 8, "solve_every": 16, "stats_decay": 0.
 
 @pytest.mark.parametrize("at_once", [1.0, 400.0, 800.0, 1e9])
 def test_solves_are_spread_oldest_first_within_the_budget(at_once: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precondition, "SOLVED_AT_ONCE", at_once)
+    monkeypatch.setattr(solves, "SOLVED_AT_ONCE", at_once)
     model = chain()
     optimizer, _ = attached(model, FeatureWhitening(solve_warmup=False, **SPREAD), lr=0.02)
     solved = run_chain(model, optimizer, range(64))
@@ -737,7 +748,7 @@ def test_solves_are_spread_oldest_first_within_the_budget(at_once: float, monkey
 
 
 def test_spread_solves_during_warmup_still_come_to_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precondition, "SOLVED_AT_ONCE", 1.0)
+    monkeypatch.setattr(solves, "SOLVED_AT_ONCE", 1.0)
     model = chain()
     optimizer, _ = attached(model, FeatureWhitening(stats_every=8, solve_every=32), lr=0.02)
     solved = run_chain(model, optimizer, range(64))
@@ -747,7 +758,7 @@ def test_spread_solves_during_warmup_still_come_to_every_layer(monkeypatch: pyte
 
 @pytest.mark.parametrize("stop", [17, 18, 19, 33, 34])
 def test_resuming_in_the_middle_of_a_spread_is_exact(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precondition, "SOLVED_AT_ONCE", 1.0)
+    monkeypatch.setattr(solves, "SOLVED_AT_ONCE", 1.0)
 
     def start() -> tuple[nn.Sequential, Any]:
         model = chain()

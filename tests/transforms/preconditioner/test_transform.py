@@ -693,7 +693,6 @@ def test_an_unbatched_convolution_is_seen_like_a_batch_of_one(transform_type: ty
 @pytest.mark.parametrize("numbers", [1, 400, 10**9])
 def test_laying_rows_out_in_pieces_changes_nothing(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of one sample, of a few, and of the whole batch; the batch is no multiple of the few."""
-    monkeypatch.setattr("wellcond.transforms.preconditioner.forms.ROWS_CHUNK", numbers)
     monkeypatch.setattr("wellcond.numerics.pieces.CHUNK", numbers)
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 4, 2, groups=2, dtype=torch.float64)
@@ -1057,7 +1056,7 @@ def test_defaults_are_the_sources() -> None:
     assert (descent.damping, descent.damping_mode) == (0.1, "absolute")
     for transform in (whitening, descent):
         assert (transform.stats_decay, transform.stats_every, transform.solve_every) == (0.95, 50, 500)
-        assert transform.restore_norm is True
+        assert (transform.norm, transform.restore_norm) == ("restore", None)
         assert transform.solve_warmup is True
 
 
@@ -1094,6 +1093,7 @@ def test_defaults_are_the_sources() -> None:
         ("norm_layers", "no"),
         ("where", "linear"),
         ("restore_norm", "no"),
+        ("norm", "keep"),
         ("solve_warmup", "no"),
     ],
 )
@@ -1103,14 +1103,14 @@ def test_bad_arguments_are_named_with_their_value(transform_type: type, argument
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+@pytest.mark.parametrize("damping_mode", ["relative", "mean", "absolute"])
 def test_a_solver_that_does_not_apply_is_refused_at_construction(damping_mode: str) -> None:
     with pytest.raises(ValueError, match="cholesky"):
         FeatureWhitening(solver="cholesky", damping_mode=damping_mode)
     assert FeatureDescent(solver="cholesky", damping_mode=damping_mode).solver == "cholesky"
 
 
-@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+@pytest.mark.parametrize("damping_mode", ["relative", "mean", "absolute"])
 @pytest.mark.parametrize("solver", ["eigh", "cholesky"])
 def test_descent_gives_the_same_with_either_solver(solver: str, damping_mode: str) -> None:
     models = []

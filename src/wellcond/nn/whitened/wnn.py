@@ -168,7 +168,8 @@ class WhitenedLinear(WhitenedLayer, AmortizedLinear):
         components: d', how many leading directions are kept; None for all. The others are dropped at the first
             refresh, and a refresh is exact only on what is kept.
         damping: ε, added to Σ's eigenvalues.
-        damping_mode: ``"relative"``: ε is multiplied by Σ's largest eigenvalue; ``"absolute"``: it is not.
+        damping_mode: ``"relative"``: ε is multiplied by Σ's largest eigenvalue; ``"mean"``: by its mean eigenvalue;
+            ``"absolute"``: it is not.
         refresh_every: τ, steps between two refreshes; None for calls of `refresh` alone.
         refresh_warmup: Refresh early too, after 1, 2, 4, … times ``stats_every`` steps until ``refresh_every``.
         stats_every: Steps between two that are observed.

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +28,34 @@ class Power:
     solver: Solver = "auto"
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """What is known of the eigenvalues of a factor's moment.
+
+    Attributes:
+        directions: Eigenvectors, shape [groups, width, r].
+        eigenvalues: Theirs, at least 0, shape [groups, r].
+        tail: The eigenvalue of all other directions, shape [groups]; None where there are no others.
+        kept: Further tensors by name to replace in the state.
+    """
+
+    directions: Tensor
+    eigenvalues: Tensor
+    tail: Tensor | None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def largest(self) -> Tensor:
+        """Return the largest eigenvalue, shape [groups]."""
+        largest = self.eigenvalues.amax(dim=-1)
+        return largest if self.tail is None else torch.maximum(largest, self.tail)
+
+    def trace(self) -> Tensor:
+        """Return the sum of all eigenvalues, shape [groups]."""
+        total = self.eigenvalues.sum(dim=-1)
+        width, known = self.directions.shape[-2:]
+        return total if self.tail is None else total + (width - known) * self.tail
+
+
 class Factor(ABC):
     """One symmetric matrix per group.
 
@@ -43,9 +70,9 @@ class Factor(ABC):
 
     # The names of the moving averages, in the order in which `from_rows` returns their sums; of what `solve` replaces;
     # and of those of them that `multiply` uses.
-    averaged: ClassVar[tuple[str, ...]]
-    solved: ClassVar[tuple[str, ...]]
-    products: ClassVar[tuple[str, ...]]
+    averaged: tuple[str, ...]
+    solved: tuple[str, ...]
+    products: tuple[str, ...]
 
     def key(self, name: str) -> str:
         """Return the key of one of the factor's tensors in the slot's state."""
@@ -121,13 +148,34 @@ class Factor(ABC):
         return f"{self.groups} × {self.width} × {self.width}" if self.groups > 1 else f"{self.width} × {self.width}"
 
 
-class WholeFactor(Factor):
+class MatrixFactor(Factor):
+    """A symmetric matrix per group whose leading eigenvectors can be told, and whose power can be written by them."""
+
+    @abstractmethod
+    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+        """Diagonalize the moving average, as far as it is kept; None if that fails."""
+
+    @abstractmethod
+    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+        """Write a power as it is kept.
+
+        Args:
+            spectrum: As `spectrum` returned it.
+            gains: The power's eigenvalues in its directions, shape [groups, r].
+            tail_gain: That in all others, shape [groups]; None where there are no others.
+
+        Returns:
+            Tensors by name.
+        """
+
+
+class WholeFactor(MatrixFactor):
     """The matrix and its power, as they are."""
 
-    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
+    averaged: tuple[str, ...] = ("second_moment",)
 
-    solved: ClassVar[tuple[str, ...]] = ("preconditioner",)
-    products: ClassVar[tuple[str, ...]] = ("preconditioner",)
+    solved: tuple[str, ...] = ("preconditioner",)
+    products: tuple[str, ...] = ("preconditioner",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Two matrices."""
@@ -153,6 +201,15 @@ class WholeFactor(Factor):
         # In one memory layout, whatever the solver returned: products after a resume then agree bit for bit.
         return None if result is None else {"preconditioner": result.contiguous()}
 
+    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+        """Diagonalize it."""
+        found = try_eigh(self.tensor(state, "second_moment") / mass)
+        return None if found is None else Spectrum(found[1].contiguous(), found[0], None)
+
+    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+        """Multiply it out."""
+        return {"preconditioner": (spectrum.directions * gains.unsqueeze(-2)) @ spectrum.directions.mT}
+
     def multiply(self, state: State, matrix: Tensor, out: Tensor, *, scaled: bool) -> Tensor:
         """One product."""
         return torch.bmm(matrix, self.tensor(state, "preconditioner"), out=out)
@@ -167,11 +224,11 @@ class WholeFactor(Factor):
         return self._size()
 
 
-class _LowRankFactor(Factor):
+class _LowRankFactor(MatrixFactor):
     """T = tail · (I + U diag(excess) Uᵀ): the leading directions, and one gain for all others."""
 
-    solved: ClassVar[tuple[str, ...]] = ("directions", "excess", "tail")
-    products: ClassVar[tuple[str, ...]] = ("directions", "excess", "tail")
+    solved: tuple[str, ...] = ("directions", "excess", "tail")
+    products: tuple[str, ...] = ("directions", "excess", "tail")
 
     def __init__(self, groups: int, width: int, rank: int, prefix: str = "") -> None:
         super().__init__(groups, width, prefix)
@@ -193,10 +250,15 @@ class _LowRankFactor(Factor):
     def multiply(self, state: State, matrix: Tensor, out: Tensor, *, scaled: bool) -> Tensor:
         """Two thin products."""
         directions = self.tensor(state, "directions")
-        inner = torch.bmm(matrix, directions, out=_leading(out, (*matrix.shape[:2], self.rank)))
+        inner = torch.bmm(matrix, directions, out=leading(out, (*matrix.shape[:2], self.rank)))
         inner.mul_(self.tensor(state, "excess").unsqueeze(1))
         matrix.baddbmm_(inner, directions.mT)
         return matrix.mul_(self.tensor(state, "tail").view(-1, 1, 1)) if scaled else matrix
+
+    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+        """Keep the directions."""
+        assert tail_gain is not None
+        return spectrum.kept | self.power_tensors(spectrum.directions, gains, tail_gain)
 
     def power_tensors(self, directions: Tensor, gains: Tensor, tail: Tensor) -> dict[str, Tensor]:
         """Write T = U diag(gains) Uᵀ + tail · (I − U Uᵀ) as it is kept."""
@@ -210,7 +272,7 @@ class _LowRankFactor(Factor):
 class TruncatedFactor(_LowRankFactor):
     """The matrix whole, its power by the leading eigenvectors: cheaper products, the same statistics."""
 
-    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
+    averaged: tuple[str, ...] = ("second_moment",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The moment and the power's tensors."""
@@ -231,6 +293,15 @@ class TruncatedFactor(_LowRankFactor):
         )
         return None if found is None else self.power_tensors(*found)
 
+    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+        """Diagonalize the moment; all eigenvalues but the leading ones become their mean."""
+        found = try_eigh(self.tensor(state, "second_moment") / mass)
+        if found is None:
+            return None
+        eigenvalues, directions = found
+        tail = eigenvalues[..., : -self.rank].mean(dim=-1)
+        return Spectrum(directions[..., -self.rank :].contiguous(), eigenvalues[..., -self.rank :], tail)
+
     @property
     def cost(self) -> float:
         """Cubic in the width."""
@@ -248,9 +319,9 @@ class SketchedFactor(_LowRankFactor):
     (Tropp, Yurtsever, Udell & Cevher 2017) and takes its eigenvectors as the next basis: a subspace iteration.
     """
 
-    averaged: ClassVar[tuple[str, ...]] = ("sketch", "trace")
+    averaged: tuple[str, ...] = ("sketch", "trace")
 
-    solved: ClassVar[tuple[str, ...]] = ("sketch", "basis", "directions", "excess", "tail")
+    solved: tuple[str, ...] = ("sketch", "basis", "directions", "excess", "tail")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The sketch, its basis, the trace, and the power's tensors."""
@@ -283,10 +354,21 @@ class SketchedFactor(_LowRankFactor):
         if found is None:
             return None
         directions, eigenvalues, _, gains, tail = found
-        # What M times the new basis is, as far as M is known: the average goes on from there.
+        return self._next(directions, eigenvalues, mass) | self.power_tensors(directions, gains, tail)
+
+    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+        """Take the eigenvectors of the Nyström approximation."""
+        sketch, basis = self.tensor(state, "sketch") / mass, self.tensor(state, "basis")
+        found = try_low_rank_power(sketch, basis, self.tensor(state, "trace") / mass, 1.0, damping_mode="absolute")
+        if found is None:
+            return None
+        directions, eigenvalues, tail, _, _ = found
+        return Spectrum(directions.contiguous(), eigenvalues, tail, self._next(directions, eigenvalues, mass))
+
+    def _next(self, directions: Tensor, eigenvalues: Tensor, mass: Tensor) -> dict[str, Tensor]:
+        """Return what M times the new basis is, as far as M is known: the average goes on from there."""
         sketch = directions * (eigenvalues * mass).unsqueeze(-2)
-        basis = directions.contiguous()
-        return {"sketch": sketch, "basis": basis, **self.power_tensors(directions, gains, tail)}
+        return {"sketch": sketch, "basis": directions.contiguous()}
 
     @property
     def cost(self) -> float:
@@ -301,10 +383,10 @@ class SketchedFactor(_LowRankFactor):
 class DiagonalFactor(Factor):
     """A diagonal matrix: the frequencies of one-hot inputs."""
 
-    averaged: ClassVar[tuple[str, ...]] = ("second_moment",)
+    averaged: tuple[str, ...] = ("second_moment",)
 
-    solved: ClassVar[tuple[str, ...]] = ("preconditioner",)
-    products: ClassVar[tuple[str, ...]] = ("preconditioner",)
+    solved: tuple[str, ...] = ("preconditioner",)
+    products: tuple[str, ...] = ("preconditioner",)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Two diagonals."""
@@ -339,82 +421,6 @@ class DiagonalFactor(Factor):
         return f"diagonal of {self.width}"
 
 
-class TiedFactor(Factor):
-    """A table's two inputs, tokens on one side and features on the other.
-
-    The second moment of both uses together is D ⊗ I + I ⊗ M: D the frequencies of the tokens that it embeds,
-    M = E[x xᵀ] of the linear layer's inputs. With M = Q Λ Qᵀ, its power p acts on G as
-    ((G Q) ∘ (d_i + λ_j + damping)^p) Qᵀ: for p = −1 the least-squares step on the outputs of both.
-
-    Args:
-        tokens: Rows of the table.
-        width: Columns of the table.
-        exponent: The power.
-    """
-
-    averaged: ClassVar[tuple[str, ...]] = ("token_moment", "second_moment")
-
-    solved: ClassVar[tuple[str, ...]] = ("frequencies", "directions", "eigenvalues")
-    products: ClassVar[tuple[str, ...]] = ("frequencies", "directions", "eigenvalues")
-
-    def __init__(self, tokens: int, width: int, exponent: float) -> None:
-        super().__init__(1, width)
-        self.tokens, self.exponent = tokens, exponent
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Both moments; the damped diagonal form of their sum."""
-        square = (1, self.width, self.width)
-        return {
-            "token_moment": (1, self.tokens),
-            "second_moment": square,
-            "frequencies": (1, self.tokens),
-            "directions": square,
-            "eigenvalues": (1, self.width),
-        }
-
-    def first(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Start with zero moments and the identity."""
-        if name == "directions":
-            return torch.eye(self.width, dtype=dtype, device=device).unsqueeze(0)
-        start = torch.ones if name == "eigenvalues" else torch.zeros
-        return start(self.shapes()[name], dtype=dtype, device=device)
-
-    def from_rows(self, state: State, rows: Tensor) -> list[Tensor]:
-        """Sum x xᵀ of the linear layer's rows."""
-        return [rows.mT @ rows]
-
-    def solve(self, state: State, mass: Tensor, power: Power) -> dict[str, Tensor] | None:
-        """Diagonalize M, and add the damping to its eigenvalues."""
-        frequencies = self.tensor(state, "token_moment") / mass
-        found = try_eigh(self.tensor(state, "second_moment") / mass)
-        if found is None:
-            return None
-        eigenvalues, directions = found
-        if power.damping_mode == "absolute":
-            damped = eigenvalues + power.damping
-        else:
-            largest = frequencies.amax() + eigenvalues.amax()
-            damped = torch.where(largest > 0, eigenvalues + power.damping * largest, 1.0)
-        return {"frequencies": frequencies, "directions": directions.contiguous(), "eigenvalues": damped}
-
-    def multiply(self, state: State, matrix: Tensor, out: Tensor, *, scaled: bool) -> Tensor:
-        """Turn to M's eigenvectors, divide by the sum of both sides' eigenvalues, turn back."""
-        directions = self.tensor(state, "directions")
-        turned = torch.bmm(matrix, directions, out=out)
-        sums = self.tensor(state, "frequencies").unsqueeze(-1) + self.tensor(state, "eigenvalues").unsqueeze(1)
-        turned *= sums.pow_(self.exponent)
-        return turned @ directions.mT
-
-    @property
-    def cost(self) -> float:
-        """Cubic in the width."""
-        return float(self.width) ** 3
-
-    def describe(self) -> str:
-        """Give both sizes."""
-        return f"tokens (diagonal of {self.tokens}) ⊕ features {self._size()}"
-
-
-def _leading(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+def leading(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
     """View the first elements of a contiguous buffer in another shape."""
     return buffer.view(-1)[: math.prod(shape)].view(shape)

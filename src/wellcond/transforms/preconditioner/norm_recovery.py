@@ -1,9 +1,10 @@
-"""Changed gradients on their way back: written where they belong, with the norm that the original had."""
+"""Changed gradients on their way back: written where they belong, with the norm that they are to have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from wellcond.numerics.linalg import frobenius_norm
 from wellcond.transforms.base import Slot
 from wellcond.transforms.sharding import is_sharded, local, sum_over_shards, whole, write_whole
+
+Norm = Literal["restore", "fixed", "none"]
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Product:
         norm_before: ‖G‖ of weight and bias together; of this rank's rows if ``is_partial``.
         norm_after: ‖Ĝ‖ likewise.
         is_partial: Whether other ranks have further rows.
+        fixed_norm: The norm that ``norm="fixed"`` gives Ĝ.
         written: Views of gradients that hold Ĝ.
         kept: Gradients that do not: those of lower precision than Ĝ, or gathered from several ranks.
     """
@@ -44,6 +48,7 @@ class Product:
     norm_before: Tensor
     norm_after: Tensor
     is_partial: bool
+    fixed_norm: float
     written: list[Tensor] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
 
@@ -60,12 +65,14 @@ class Product:
             self.kept.append(Kept(local(target) if self.is_partial else target, changed, make_view))
 
 
-def norm_ratios(slots: Sequence[Slot], products: Sequence[Product]) -> list[Tensor]:
-    """Return ‖G‖ / ‖Ĝ‖ of each layer, by which norm recovery multiplies (thesis 5.16, 6.7).
+def norm_ratios(slots: Sequence[Slot], products: Sequence[Product], norm: Norm) -> list[Tensor]:
+    """Return by which number each layer's changed gradient is to be multiplied.
 
     Args:
         slots: The layers.
         products: Their changed gradients.
+        norm: ``"restore"``: ‖G‖ / ‖Ĝ‖ (thesis 5.16, 6.7); ``"fixed"``: ``fixed_norm`` / ‖Ĝ‖, multiplied by the loss
+            scale where the optimizer is to divide by that.
 
     Returns:
         A scalar a layer; finite where Ĝ = 0.
@@ -79,7 +86,14 @@ def norm_ratios(slots: Sequence[Slot], products: Sequence[Product]) -> list[Tens
             partial, sum_over_shards(squares, [slots[index].layer.weight for index in partial]), strict=True
         ):
             norms[index] = total.sqrt()
-    return [norm[0] / norm[1].clamp_min(torch.finfo(norm.dtype).tiny) for norm in norms]
+    if norm == "restore":
+        return [each[0] / each[1].clamp_min(torch.finfo(each.dtype).tiny) for each in norms]
+    ratios = []
+    for slot, product, (_, after) in zip(slots, products, norms, strict=True):
+        scale = product.fixed_norm if slot.grad_scale is None else product.fixed_norm * slot.grad_scale
+        # A norm that underflows says nothing of the direction: no step then, rather than a huge one.
+        ratios.append(torch.where(after == 0, 0.0, (scale / after).clamp_max(torch.finfo(after.dtype).max)))
+    return ratios
 
 
 def joint_norm(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

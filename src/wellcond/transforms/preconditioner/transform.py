@@ -21,8 +21,9 @@ from wellcond.runtime.checks import Predicate, check_fields, check_positive_inte
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, WellcondWarning, check_choice
 from wellcond.transforms.preconditioner.factors import Power
-from wellcond.transforms.preconditioner.forms import Form, Scratch, SecondMoment, choose_form
-from wellcond.transforms.preconditioner.norm_recovery import Product, joint_norm, norm_ratios
+from wellcond.transforms.preconditioner.form import Scratch
+from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
+from wellcond.transforms.preconditioner.norm_recovery import Norm, Product, joint_norm, norm_ratios
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
     Precision,
@@ -30,10 +31,8 @@ from wellcond.transforms.preconditioner.precision import (
     statistics_dtype,
     tensor_cores,
 )
+from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
-
-# Solves of together this cost (the sum of widths cubed) are not worth spreading over steps.
-SOLVED_AT_ONCE = 2e9
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,23 @@ class FeaturePreconditioner(GradientTransform):
         stats_every: Steps between two updates of M (T_xx in the source).
         solve_every: Steps between two factorizations of M (T_inv, T_svd in the source). Where they are expensive they
             are spread: each step takes the layers that have waited longest, until all that are due have had their turn.
-        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"absolute"``: it is not.
-        restore_norm: Scale each layer's gradient back to the norm it had (thesis 5.16, 6.7).
+        damping_mode: ``"relative"``: ε is multiplied by M's largest eigenvalue; ``"mean"``: by its mean eigenvalue,
+            trace / n; ``"absolute"``: it is not.
+        restore_norm: The older name of ``norm``: True is ``"restore"``, False is ``"none"``.
         norm_layers: Precondition the scale and shift of LayerNorm, GroupNorm and RMSNorm too, each channel with the
             2 × 2 second moment of (x̂, 1) (thesis 5.13).
         solve_warmup: Factorize early too, after 1, 2, 4, … times ``stats_every`` steps until ``solve_every`` is
             reached. False is the source's: its first ``solve_every`` steps use the first batch alone.
         second_moment: ``"dense"``: the formula as it stands; ``"kronecker"``: convolutions by their margins over
-            channels and over kernel taps; ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``:
-            dense up to a width of 128, beyond it Kronecker factors for convolutions, of low rank from a width of 256.
+            channels and over kernel taps; ``"blocks"``: convolutions by one matrix over channels for each frequency of
+            the taps, closer to the formula than Kronecker factors and as many times larger as there are taps;
+            ``"low_rank"``: the leading directions of M and a flat tail; ``"auto"``: dense up to a width of 128, beyond
+            it Kronecker factors for convolutions, of low rank from a width of 256.
         max_dim: The widest matrix that is kept and factorized; wider ones are sketched at low rank. None: no bound,
             under ``"auto"`` 1024. A table tied to a linear layer with more features than this keeps its plain gradient;
             kernel taps are not bounded.
         solver: ``"eigh"``, ``"newton_schulz"``, ``"cholesky"`` (p = 1), or ``"auto"``: by device and width. Of whole
-            matrices: low-rank forms and tied tables need eigenvectors, and take them by eigh.
+            matrices: all other forms need eigenvectors, and take them by eigh.
         precision: Of the products with gradients: ``"float32"`` (float64 for float64 weights), ``"tf32"`` (on GPUs that
             have it; elsewhere float32), or ``"bfloat16"`` (slow on CPUs without bfloat16 instructions). Statistics and
             factorizations are float32 or wider in any case.
@@ -68,6 +70,9 @@ class FeaturePreconditioner(GradientTransform):
         rank: Of low-rank forms; None: an eighth of the width, at most an eighth of ``max_dim`` (or of 1024).
         gradient_momentum: β of a moving average m ← β m + G that is taken before the product (the thesis's momentum
             variant I; for an optimizer without momentum of its own). 0: none.
+        norm: What norm each layer's product gets, weight and bias together. ``"restore"``: the one that its gradient
+            had (thesis 5.16, 6.7), the default; ``"fixed"``: √min(out, inputs), as an orthogonal update has, whatever
+            the gradient's was: it wants a lower learning rate, and decoupled weight decay; ``"none"``: its own.
 
     Raises:
         ValueError: If an argument is outside its range; the message names it.
@@ -80,7 +85,7 @@ class FeaturePreconditioner(GradientTransform):
     stats_every: int = 50
     solve_every: int = 500
     damping_mode: DampingMode = "relative"
-    restore_norm: bool = True
+    restore_norm: bool | None = None
     norm_layers: bool = False
     solve_warmup: bool = True
     second_moment: SecondMoment = "auto"
@@ -90,6 +95,7 @@ class FeaturePreconditioner(GradientTransform):
     where: Predicate | None = None
     rank: int | None = None
     gradient_momentum: float = 0.0
+    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
@@ -107,12 +113,26 @@ class FeaturePreconditioner(GradientTransform):
             if getattr(self, option) is not None:
                 check_positive_integer(option, getattr(self, option))
         choose_solver(-self.exponent, self.damping_mode, self.solver)
-        for option in ("solve_warmup", "restore_norm", "norm_layers"):
+        for option in ("solve_warmup", "norm_layers"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
+        self._choose_norm()
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where must be a predicate of (name, module) or None, got {self.where!r}")
         check_fields(self)
+
+    def _choose_norm(self) -> None:
+        """Set ``norm`` from either of its names."""
+        older: dict[bool | None, Norm] = {None: "restore", True: "restore", False: "none"}
+        if not (self.restore_norm is None or isinstance(self.restore_norm, bool)):
+            raise ValueError(f"restore_norm must be True, False or None, got {self.restore_norm!r}")
+        if self.norm is None:
+            object.__setattr__(self, "norm", older[self.restore_norm])
+        check_choice("norm", self.norm, get_args(Norm))
+        if self.restore_norm is not None and self.norm != older[self.restore_norm]:
+            raise ValueError(
+                f"norm={self.norm!r} and restore_norm={self.restore_norm} contradict each other: give norm alone"
+            )
 
     def cover(self, layer: Layer) -> Coverage:
         """Decide whether a layer's gradient is preconditioned."""
@@ -160,7 +180,7 @@ class FeaturePreconditioner(GradientTransform):
         weight = slot.layer.weight
         dtype = statistics_dtype(slot.layer)
         state: State = {
-            **_form(slot).start(dtype, product_dtype(slot.layer, self.precision), weight.device),
+            **form_of(slot).start(dtype, product_dtype(slot.layer, self.precision), weight.device),
             # 1 − αⁿ after n updates: the moving average's share that is not its zero start.
             "mass": torch.zeros((), dtype=dtype, device=weight.device),
             "skipped": torch.zeros((), dtype=torch.int64, device=weight.device),
@@ -184,12 +204,12 @@ class FeaturePreconditioner(GradientTransform):
         """Ask for inputs from the step at which an update of M is due until one has come."""
         if not slot.state:
             return False
-        step, updated_at = _count(slot, "step"), _count(slot, "updated_at")
+        step, updated_at = count_of(slot, "step"), count_of(slot, "updated_at")
         return updated_at < 0 or step // self.stats_every > updated_at // self.stats_every
 
     def waited(self, slot: Slot) -> int:
         """Count the steps since an update of M was last due: from 0 again every ``stats_every`` steps."""
-        return _count(slot, "step") % self.stats_every
+        return count_of(slot, "step") % self.stats_every
 
     def observe(self, slot: Slot, layer: Layer, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Sum x xᵀ over the input's rows; an input that is not finite leaves zeros and is counted.
@@ -199,32 +219,30 @@ class FeaturePreconditioner(GradientTransform):
         device_type = layer.weight.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             seen = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
-            sums = _form(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
+            sums = form_of(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
             finite = torch.stack([torch.isfinite(total).all() for total in sums]).all()
             return [*(total.masked_fill_(~finite, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
 
     def pending_like(self, slot: Slot) -> list[Tensor]:
         """Return a sum over no rows."""
-        form, mass = _form(slot), _tensor(slot, "mass")
-        sums = [torch.zeros_like(_tensor(slot, key)) for key in form.averaged_keys()]
+        form, mass = form_of(slot), tensor_of(slot, "mass")
+        sums = [torch.zeros_like(tensor_of(slot, key)) for key in form.averaged_keys()]
         return [*sums, mass.new_zeros(form.count_shape()), mass.new_zeros(())]
 
     def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Take observations into M, and factorize the M of the layers whose turn it is."""
         unseen: list[str] = []
-        due: list[Slot] = []
         for slot in slots:
-            step = _count(slot, "step")
+            step = count_of(slot, "step")
             if slot.pending is not None:
                 self._update_moment(slot, slot.pending)
                 slot.state["updated_at"] = step
-            if self._is_due(slot):
-                due.append(slot)
-            if step == 1 and _count(slot, "updated_at") < 0 and slot.unseen is not None:
+            if step == 1 and count_of(slot, "updated_at") < 0 and slot.unseen is not None:
                 unseen.append(slot.layer.module_name)
-        self._solve(self._whose_turn(due, slots), ranks)
+        schedule = Schedule(self.stats_every, self.solve_every, self.solve_warmup)
+        solve(schedule.whose_turn(slots), Power(-self.exponent, self.damping, self.damping_mode, self.solver), ranks)
         for slot in slots:
-            slot.state["step"] = _count(slot, "step") + 1
+            slot.state["step"] = count_of(slot, "step") + 1
         if unseen:
             warnings.warn(
                 f"for {len(unseen)} of {len(slots)} weights inputs were not seen, so their gradients stay as they are "
@@ -238,89 +256,24 @@ class FeaturePreconditioner(GradientTransform):
         """M ← α M + (1 − α) X Xᵀ/N, without waiting for the device to say whether N is zero."""
         *sums, counts, not_finite = pending
         gain = (counts.sum() > 0).to(counts.dtype) * (1 - self.stats_decay)
-        form = _form(slot)
+        form = form_of(slot)
         for key, mean in zip(form.averaged_keys(), form.means(sums, counts), strict=True):
-            _tensor(slot, key).mul_(1 - gain).add_(gain * mean)
-        _tensor(slot, "mass").mul_(1 - gain).add_(gain)
-        _tensor(slot, "skipped").add_(not_finite.to(torch.int64))
-
-    # factorizations -------------------------------------------------------------------------------------------------
-
-    def _is_due(self, slot: Slot) -> bool:
-        step, solved_at = _count(slot, "step"), _count(slot, "solved_at")
-        return _count(slot, "updated_at") >= 0 and self._solves_until(step) > self._solves_until(solved_at)
-
-    def _solves_until(self, step: int) -> int:
-        """Count the scheduled factorizations at steps 0 … step: it grows exactly where one is due."""
-        if step < 0:
-            return 0
-        regular = step // self.solve_every + 1
-        if not self.solve_warmup:
-            return regular
-        # stats_every · 2^k for k = 0, 1, … below solve_every, as far as they have been reached.
-        reached = min(step, self.solve_every - 1) // self.stats_every
-        return regular + reached.bit_length()
-
-    def _whose_turn(self, due: Sequence[Slot], slots: Sequence[Slot]) -> list[Slot]:
-        """Choose which of the due factorizations to do in this step: all that are a layer's first, or cheap together.
-
-        Of the others those that have waited longest, so many that all are done before statistics change again.
-        """
-        chosen = [slot for slot in due if _count(slot, "solved_at") < 0]
-        waiting = sorted((s for s in due if _count(s, "solved_at") >= 0), key=lambda s: _count(s, "solved_at"))
-        budget = max(SOLVED_AT_ONCE, sum(_form(slot).cost for slot in slots) / self.stats_every)
-        for slot in waiting:
-            if budget <= 0:
-                break
-            budget -= _form(slot).cost
-            chosen.append(slot)
-        return chosen
-
-    def _solve(self, slots: Sequence[Slot], ranks: Ranks) -> None:
-        """T ← (M + damping)^(−p), each by one rank for all; the last good T stays if that fails."""
-        if not slots:
-            return
-        power = Power(-self.exponent, self.damping, self.damping_mode, self.solver)
-        owners = ranks.owners([_form(slot).cost for slot in slots])
-        # Per layer: was anything seen, and could it be factorized?
-        outcome = torch.zeros(len(slots), 2, dtype=torch.int64, device=slots[0].layer.weight.device)
-        for index, (slot, owner) in enumerate(zip(slots, owners, strict=True)):
-            if owner != ranks.rank or not bool(_tensor(slot, "mass") > 0):
-                continue  # nothing seen yet (every input so far was not finite): this solve stays due
-            solved = _form(slot).solve(slot.state, _tensor(slot, "mass"), power)
-            outcome[index] = torch.tensor([1, solved is not None], device="cpu")
-            if solved is not None:
-                slot.state |= {key: value.to(_tensor(slot, key).dtype) for key, value in solved.items()}
-        ranks.add([outcome])
-        results = outcome.tolist()
-        for rank in range(ranks.size):
-            sent = [s for s, owner, (_, good) in zip(slots, owners, results, strict=True) if owner == rank and good]
-            ranks.send([_tensor(slot, key) for slot in sent for key in _form(slot).solved_keys()], rank)
-        for slot, (seen, good) in zip(slots, results, strict=True):
-            if seen:
-                slot.state["solved_at"] = _count(slot, "step")
-            if seen and not good:
-                if _count(slot, "failed") == 0:
-                    warnings.warn(
-                        f"the second moment of layer '{slot.layer.module_name}' could not be factorized: "
-                        "its last good preconditioner stays in use (handle.stats() counts how often; a larger damping "
-                        "helps)",
-                        WellcondWarning,
-                        stacklevel=2,
-                    )
-                slot.state["failed"] = _count(slot, "failed") + 1
+            tensor_of(slot, key).mul_(1 - gain).add_(gain * mean)
+        tensor_of(slot, "mass").mul_(1 - gain).add_(gain)
+        tensor_of(slot, "skipped").add_(not_finite.to(torch.int64))
 
     # gradients ------------------------------------------------------------------------------------------------------
 
     def update(self, slots: Sequence[Slot]) -> None:
-        """Multiply each gradient by its preconditioner and give it its norm back."""
+        """Multiply each gradient by its preconditioner and give it the norm that it is to have."""
         if not slots:
             return
         scratch = slots[0].shared.setdefault("scratch", Scratch())
         with tensor_cores(self.precision):
             products = [self._multiply(slot, scratch) for slot in slots]
-        if self.restore_norm:
-            ratios = norm_ratios(slots, products)
+        assert self.norm is not None
+        if self.norm != "none":
+            ratios = norm_ratios(slots, products, self.norm)
             in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
             if in_place:
                 torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
@@ -333,7 +286,7 @@ class FeaturePreconditioner(GradientTransform):
 
     def _multiply(self, slot: Slot, scratch: Scratch) -> Product:
         """Ĝ = G T for one weight, and its bias if they go together."""
-        layer, form, bias = slot.layer, _form(slot), slot.bias
+        layer, form, bias = slot.layer, form_of(slot), slot.bias
         assert layer.weight.grad is not None
         partial = is_sharded(layer.weight) and rows_are_whole(layer)
         part = local if partial else whole
@@ -354,9 +307,9 @@ class FeaturePreconditioner(GradientTransform):
             used.to(product),
             None if used_bias is None else used_bias.to(product),
             scratch,
-            scaled=not self.restore_norm,
+            scaled=self.norm == "none",
         )
-        result = Product(before, joint_norm(changed, changed_bias, dtype), partial)
+        result = Product(before, joint_norm(changed, changed_bias, dtype), partial, form.fixed_norm)
         result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
         if bias is not None and bias.grad is not None:
             assert bias_gradient is not None
@@ -369,7 +322,7 @@ class FeaturePreconditioner(GradientTransform):
 
         A gradient that is not finite because a loss scaler's scale was too high, whose step is skipped, stays out of m.
         """
-        average = view(local(_tensor(slot, key)))
+        average = view(local(tensor_of(slot, key)))
         scale = 1.0 if slot.grad_scale is None else slot.grad_scale
         latest = self.gradient_momentum * average + gradient / scale
         if slot.found_inf is not None:
@@ -384,8 +337,8 @@ class FeaturePreconditioner(GradientTransform):
         """
         counts = {
             "weights": len(slots),
-            "failed_solves": sum(_count(slot, "failed") for slot in slots),
-            "skipped_updates": sum(int(_tensor(slot, "skipped")) for slot in slots),
+            "failed_solves": sum(count_of(slot, "failed") for slot in slots),
+            "skipped_updates": sum(int(tensor_of(slot, "skipped")) for slot in slots),
         }
         if unseen := sum(slot.unseen is not None for slot in slots):
             counts["unseen"] = unseen
@@ -395,24 +348,6 @@ class FeaturePreconditioner(GradientTransform):
 def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
     """Whether a table is embedded and also read as a linear layer, as language models tie their input and output."""
     return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
-
-
-def _form(slot: Slot) -> Form:
-    form = slot.coverage.plan
-    assert isinstance(form, Form)
-    return form
-
-
-def _tensor(slot: Slot, key: str) -> Tensor:
-    value = slot.state[key]
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _count(slot: Slot, key: str) -> int:
-    value = slot.state[key]
-    assert isinstance(value, int)
-    return value
 
 
 @dataclass(frozen=True)
@@ -427,7 +362,7 @@ class FeatureDescent(FeaturePreconditioner):
         stats_every: T_xx.
         solve_every: T_inv.
         damping_mode: What ε is relative to.
-        restore_norm: Whether each layer's gradient gets its norm back.
+        restore_norm: The older name of ``norm``.
         norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
         second_moment: Which form of M.
@@ -437,6 +372,7 @@ class FeatureDescent(FeaturePreconditioner):
         where: Which layers.
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
+        norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
 
     Example:
         >>> import wellcond
@@ -470,7 +406,7 @@ class FeatureWhitening(FeaturePreconditioner):
         stats_every: T_xx.
         solve_every: T_svd.
         damping_mode: What ε is relative to.
-        restore_norm: Whether each layer's gradient gets its norm back.
+        restore_norm: The older name of ``norm``.
         norm_layers: Whether LayerNorm, GroupNorm and RMSNorm are preconditioned too.
         solve_warmup: Whether to factorize early too.
         second_moment: Which form of M.
@@ -480,6 +416,7 @@ class FeatureWhitening(FeaturePreconditioner):
         where: Which layers.
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
+        norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
 
     Example:
         >>> import wellcond
