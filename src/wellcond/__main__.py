@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 _EXTRA = "lab"
 
@@ -70,5 +73,18 @@ def _run(argv: Sequence[str] | None) -> int:
     return run(argv)
 
 
+def _end(code: int) -> NoReturn:
+    """End the process; one of several without taking the interpreter apart, which has aborted it (code 134).
+
+    Threads of torch may still run after the process group is gone. What was registered for the end is done first.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
