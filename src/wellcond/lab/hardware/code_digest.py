@@ -22,9 +22,15 @@ _COMPUTING = (
     "tasks",
     "training",
 )
-# In these folders, only these files do not: they hold the names that settings choose from, find data by its name, and
+# In these folders, only these files do not: they hold the names that settings choose from, find data and weights by name, and
 # show how far runs are.
-_PRESENTING = ("data/named_data", "training/logs", "training/progress", "training/run_display")
+_PRESENTING = (
+    "data/named_data",
+    "networks/named_weights",
+    "training/logs",
+    "training/progress",
+    "training/run_display",
+)
 _PACKAGE = Path(wellcond.__file__).parent
 
 
