@@ -22,8 +22,8 @@ _COMPUTING = (
     "tasks",
     "training",
 )
-# In these folders, only these files do not: they hold the names that settings choose from, find data and weights by name, and
-# show how far runs are.
+# In these folders, only these files do not: they hold the names that settings choose from, find data and weights by
+# name, and show how far runs are.
 _PRESENTING = (
     "data/named_data",
     "networks/named_weights",
