@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Collection, Iterable, Iterator
@@ -28,10 +29,27 @@ class EagerWithGradients:
     skip_guard_eval_unsafe = False
     backend = None
 
+    def __init__(self) -> None:
+        self._answered = threading.local()
+
     @property
     def stance(self) -> str:
-        """What the compiler asks at each call of compiled code."""
-        if not torch.is_grad_enabled():
+        """The stance for the call of compiled code that asks now.
+
+        The compiler reads this several times in one call and compares it with one name after the other. All reads of a
+        call get one answer, also if an owner is collected between two of them.
+        """
+        asks = sys._getframe(1)
+        call, instruction, answer = getattr(self._answered, "last", (0, 0, ""))
+        # A later call may reuse a frame's address; its first read comes from the first instruction that reads.
+        if id(asks) == call and asks.f_lasti > instruction:
+            return str(answer)
+        answer = self._answer()
+        self._answered.last = (id(asks), asks.f_lasti, answer)
+        return answer
+
+    def _answer(self) -> str:
+        if not _probed or not torch.is_grad_enabled():
             return "default"
         try:
             return "force_eager" if _may_meet_probes() else "default"
@@ -50,25 +68,26 @@ def run_eagerly(owner: object, probed: Collection[nn.Module], *, stepped: bool =
     known = id(owner) in _probed
     if stepped:
         _new.discard(id(owner))
-        if stale := _probed.keys() & _new:
-            for other in stale:
-                del _probed[other]
-            _set()
+        for other in _probed.keys() & _new:
+            _forget(other)
     elif probed and not known:
         _new.add(id(owner))
     if probed:
         _probed[id(owner)] = weakref.WeakSet(probed)
         if not known:
-            weakref.finalize(owner, _leave, id(owner)).atexit = False
+            weakref.finalize(owner, _forget, id(owner)).atexit = False
             _set()
     elif known:
-        _leave(id(owner))
+        _forget(id(owner))
+    if _ours and not _probed:
+        _set()
 
 
-def _leave(owner: int) -> None:
+def _forget(owner: int) -> None:
+    # An owner may be collected at any moment, also while the compiler reads the stance, so the stance stays as it is:
+    # ours says "default" when nobody wants anything else.
     _probed.pop(owner, None)
     _new.discard(owner)
-    _set()
 
 
 def _set() -> None:
@@ -93,12 +112,12 @@ def _may_meet_probes() -> bool:
     modules = None if called is None else list(_modules_of(*called))
     if not modules:
         return True
-    return any(part in probed for module in modules for part in module.modules() for probed in _probed.values())
+    return any(part in probed for module in modules for part in module.modules() for probed in list(_probed.values()))
 
 
 def _called() -> tuple[Any, Iterable[Any]] | None:
     """Return the function that torch is about to run compiled, and its arguments; None if they are not found."""
-    frame: types.FrameType | None = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(3)
     for _ in range(3):
         frame = None if frame is None else frame.f_back
         if frame is not None and frame.f_code.co_name == "compile_wrapper":

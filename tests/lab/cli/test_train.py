@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.launch import Launched, launched
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.training.logs import _wait_for_a_later_name
 from wellcond.lab.training.run_memory import RunMemory
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -206,3 +208,15 @@ def test_slurm_says_which_process_this_is(monkeypatch):
 def test_an_unknown_strategy_or_accelerator_is_no_setting():
     with pytest.raises(LabError, match="unknown strategy"):
         Settings(strategy="deepspeed")
+
+
+def test_a_run_that_goes_on_within_the_same_second_is_read_after_its_beginning(tmp_path):
+    """TensorBoard reads files by name: a process's tenth file of a second would come before its ninth."""
+    begun = f"events.out.tfevents.{int(time.time()) + 1}.host.1.9"
+    (tmp_path / begun).touch()
+    (tmp_path / f"events.out.tfevents.{int(time.time())}.host.1.8").touch()
+    _wait_for_a_later_name(tmp_path)
+    assert not (tmp_path / f"events.out.tfevents.{int(time.time())}.host.1.8").exists()
+    time.sleep(max(0.0, float(begun.split(".")[3]) - time.time()) + 0.01)
+    _wait_for_a_later_name(tmp_path)
+    assert int(time.time()) > int(begun.split(".")[3])

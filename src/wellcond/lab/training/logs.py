@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,7 @@ class RunLog(pl.Callback):
         for row in kept:
             self._csv.log_metrics(row, int(row.pop("step")))
         self._csv.save()
+        _wait_for_a_later_name(self.folder / _FOLDER / self.name)
         self._board = TensorBoardLogger(self.folder, name=_FOLDER, version=self.name, purge_step=step + 1)
 
     def on_train_batch_end(
@@ -92,6 +94,16 @@ class RunLog(pl.Callback):
     def _save(self) -> None:
         if self._csv is not None:
             self._csv.save()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until TensorBoard's next file is named after those there: it reads files in the order of their names.
+
+    A name begins with the second in which the file was opened; a process's files of one second are in no order.
+    """
+    seconds = {file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")}
+    while str(int(time.time())) in seconds:
+        time.sleep(0.05)
 
 
 def _rows(file: Path, step: int) -> list[dict[str, Tensor | float]]:
