@@ -22,7 +22,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "wellcond.optim", "wellcond.theory"])
+@pytest.mark.parametrize("package", [*PACKAGES, "wellcond.optim"])
 def test_no_public_name_is_a_module_too(package: str) -> None:
     loaded = importlib.import_module(package)
     public = getattr(loaded, "__all__", [name for name in vars(loaded) if not name.startswith("_")])
