@@ -28,6 +28,8 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "factored": (FeatureWhitening(second_moment="kronecker", norm_layers=True, gradient_momentum=0.5, **FAST),),
     "blocks": (FeatureWhitening(second_moment="blocks", damping_mode="mean", **FAST),),
     "fixed norm": (FeatureDescent(second_moment="blocks", rank=2, norm="fixed", gradient_momentum=0.5, **FAST),),
+    "both sides": (FeatureWhitening(outputs=True, norm="fixed", **FAST),),
+    "both sides, sketched": (FeatureDescent(outputs=True, max_dim=3, norm="none", gradient_momentum=0.5, **FAST),),
     "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
 }
 
