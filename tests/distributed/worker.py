@@ -177,6 +177,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "low_rank": {"second_moment": "low_rank", "rank": 6},
     "momentum": {"gradient_momentum": 0.5},
     "blocks": {"second_moment": "blocks", "norm": "fixed"},
+    "both sides": {"outputs": True, "norm": "fixed", "gradient_momentum": 0.5},
 }
 SPREAD = [("whitening", "dense"), ("whitening", "kronecker"), ("descent", "dense")]
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -184,6 +185,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "kronecker": adamw,
     "low_rank": sgd,
     "blocks": sgd,
+    "both sides": lambda params: torch.optim.SGD(params, lr=0.01),
     # The moving average before the product is for an optimizer without one.
     "momentum": lambda params: torch.optim.SGD(params, lr=0.05),
 }
