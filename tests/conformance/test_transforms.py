@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import wellcond
-from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization, GradientTransform
+from wellcond import (
+    FeatureDescent,
+    FeatureWhitening,
+    GradientCentralization,
+    GradientTransform,
+    NormClipping,
+    Orthogonalize,
+    ZScore,
+)
 
 FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
 
@@ -30,6 +38,9 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "fixed norm": (FeatureDescent(second_moment="blocks", rank=2, norm="fixed", gradient_momentum=0.5, **FAST),),
     "both sides": (FeatureWhitening(outputs=True, norm="fixed", **FAST),),
     "both sides, sketched": (FeatureDescent(outputs=True, max_dim=3, norm="none", gradient_momentum=0.5, **FAST),),
+    "orthogonal": (Orthogonalize(momentum=0.5),),
+    "Newton-Muon": (FeatureDescent(damping=0.2, damping_mode="mean", norm="none", **FAST), Orthogonalize(steps=3)),
+    "clipped z-scores": (ZScore(), NormClipping(0.7)),
     "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
 }
 

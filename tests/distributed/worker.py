@@ -389,6 +389,11 @@ AWKWARD = (
     "conv2d fewer rows than ranks",
     "conv_transpose2d groups across ranks",
 )
+CONSTRAINTS: dict[str, Any] = {
+    "orthogonal": wellcond.Orthogonalize(),
+    "z-score": wellcond.ZScore(),
+    "clipping": wellcond.NormClipping(0.05),
+}
 CENTRALIZATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gradient, coupled decay inside": (sgd, {}),
     "gradient, coupled decay outside": (sgd, {"decay": "outside"}),
@@ -433,6 +438,11 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
         for layer in LAYERS:
             found[f"fsdp {name} {layer}"] = lambda rank, world, t=transform_type, li=layer: fsdp_training(
                 rank, world, li, sgd, t(**SCHEDULE)
+            )
+    for name, constraint in CONSTRAINTS.items():
+        for layer in LAYERS:
+            found[f"fsdp {name} {layer}"] = lambda rank, world, t=constraint, li=layer: fsdp_training(
+                rank, world, li, sgd, t
             )
     found["ddp accumulate"] = lambda rank, world: ddp_training(
         rank, world, wellcond.FeatureWhitening(**SCHEDULE), sgd, accumulate=True
