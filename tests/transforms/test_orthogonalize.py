@@ -140,7 +140,8 @@ def test_the_split_keeps_embeddings_norms_biases_and_the_head_for_the_other_opti
     assert [id(p) for p in weights.hidden] == [id(model.block.weight)]
     together = [id(p) for p in (*weights.hidden, *weights.rest)]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
-    assert weights.reasons["embed.weight"] == ("rest", "an embedding table")
+    table = "shared with head.weight, a layer of another kind" if tied else "an embedding table"
+    assert weights.reasons["embed.weight"] == ("rest", table)
     assert weights.reasons["norm.weight"] == ("rest", "a norm layer's scale")
     if not tied:
         assert weights.reasons["head.weight"] == ("rest", "the last layer")

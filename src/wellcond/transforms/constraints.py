@@ -63,6 +63,8 @@ class ZScore(GradientTransform):
             layer = slot.layer
             assert layer.weight.grad is not None
             gradient = units(layer, layer.weight.grad)
+            if gradient.numel() == 0:
+                continue  # a rank without any row
             # Divided by its size first: squares of small or scaled gradients leave the range of their precision.
             size = gradient.abs().amax()
             scaled = (gradient / torch.where(size > 0, size, 1.0)).to(statistics_dtype(gradient.dtype))
