@@ -201,9 +201,9 @@ class DWSGDM(_Attached, _DecoupledSGD):
         >>> optimizer = DWSGDM(nn.Linear(4, 2), stats_every=5, solve_every=25)
         >>> print(optimizer.attachment.report())
         whitening over DWSGDM
-        weight  (2, 4)  preconditioned, dense 5 × 5, outputs 2 × 2  236 B
+        weight  (2, 4)  preconditioned, dense 5 × 5, outputs 2 × 2  232 B
         bias    (2,)    together with weight
-        in all: 2 of 2 parameters, 236 B kept
+        in all: 2 of 2 parameters, 232 B kept
     """
 
     transform_type = FeatureWhitening
