@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,18 @@ from wellcond import (
 
 FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
 
+PAGE = Path(__file__).parents[2] / "docs" / "write-your-own-constraint.md"
+
+
+def from_the_docs() -> GradientTransform:
+    """Return the transform that the page's first program defines."""
+    (program, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    defined: dict[str, Any] = {"__name__": "a program of the docs"}
+    exec(compile(program, str(PAGE), "exec", dont_inherit=True), defined)
+    transform: GradientTransform = defined["AdaptiveClipping"](0.05)
+    return transform
+
+
 TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "centralize gradient": (GradientCentralization(),),
     "centralize update": (GradientCentralization(where="update"),),
@@ -40,6 +54,7 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "both sides, sketched": (FeatureDescent(outputs=True, max_dim=3, norm="none", gradient_momentum=0.5, **FAST),),
     "orthogonal": (Orthogonalize(momentum=0.5),),
     "Newton-Muon": (FeatureDescent(damping=0.2, damping_mode="mean", norm="none", **FAST), Orthogonalize(steps=3)),
+    "from the docs": (from_the_docs(),),
     "clipped z-scores": (ZScore(), NormClipping(0.7)),
     "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
 }
