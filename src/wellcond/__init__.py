@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from wellcond import diagnostics, nn, optim, theory
     from wellcond.calibration.models import calibrate, calibrated
     from wellcond.layouts import Layout, register_layout
-    from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization
+    from wellcond.transforms import (
+        FeatureDescent,
+        FeatureWhitening,
+        GradientCentralization,
+        NormClipping,
+        Orthogonalize,
+        ZScore,
+    )
     from wellcond.transforms.attachment import Attachment, attach
     from wellcond.transforms.base import GradientTransform, WellcondWarning
 
@@ -22,7 +29,10 @@ __all__ = [
     "GradientCentralization",
     "GradientTransform",
     "Layout",
+    "NormClipping",
+    "Orthogonalize",
     "WellcondWarning",
+    "ZScore",
     "__version__",
     "attach",
     "calibrate",
@@ -46,7 +56,10 @@ _FROM = {
         "FeatureWhitening",
         "GradientCentralization",
         "GradientTransform",
+        "NormClipping",
+        "Orthogonalize",
         "WellcondWarning",
+        "ZScore",
         "attach",
     ),
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import wellcond
-from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization, GradientTransform
+from wellcond import (
+    FeatureDescent,
+    FeatureWhitening,
+    GradientCentralization,
+    GradientTransform,
+    NormClipping,
+    Orthogonalize,
+    ZScore,
+)
 
 FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
+
+PAGE = Path(__file__).parents[2] / "docs" / "write-your-own-constraint.md"
+
+
+def from_the_docs() -> GradientTransform:
+    """Return the transform that the page's first program defines."""
+    (program, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    defined: dict[str, Any] = {"__name__": "a program of the docs"}
+    exec(compile(program, str(PAGE), "exec", dont_inherit=True), defined)
+    transform: GradientTransform = defined["AdaptiveClipping"](0.05)
+    return transform
+
 
 TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "centralize gradient": (GradientCentralization(),),
@@ -28,6 +50,12 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "factored": (FeatureWhitening(second_moment="kronecker", norm_layers=True, gradient_momentum=0.5, **FAST),),
     "blocks": (FeatureWhitening(second_moment="blocks", damping_mode="mean", **FAST),),
     "fixed norm": (FeatureDescent(second_moment="blocks", rank=2, norm="fixed", gradient_momentum=0.5, **FAST),),
+    "both sides": (FeatureWhitening(outputs=True, norm="fixed", **FAST),),
+    "both sides, sketched": (FeatureDescent(outputs=True, max_dim=3, norm="none", gradient_momentum=0.5, **FAST),),
+    "orthogonal": (Orthogonalize(momentum=0.5),),
+    "Newton-Muon": (FeatureDescent(damping=0.2, damping_mode="mean", norm="none", **FAST), Orthogonalize(steps=3)),
+    "from the docs": (from_the_docs(),),
+    "clipped z-scores": (ZScore(), NormClipping(0.7)),
     "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
 }
 

@@ -177,6 +177,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "low_rank": {"second_moment": "low_rank", "rank": 6},
     "momentum": {"gradient_momentum": 0.5},
     "blocks": {"second_moment": "blocks", "norm": "fixed"},
+    "both sides": {"outputs": True, "norm": "fixed", "gradient_momentum": 0.5},
 }
 SPREAD = [("whitening", "dense"), ("whitening", "kronecker"), ("descent", "dense")]
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -184,6 +185,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "kronecker": adamw,
     "low_rank": sgd,
     "blocks": sgd,
+    "both sides": lambda params: torch.optim.SGD(params, lr=0.01),
     # The moving average before the product is for an optimizer without one.
     "momentum": lambda params: torch.optim.SGD(params, lr=0.05),
 }
@@ -387,6 +389,11 @@ AWKWARD = (
     "conv2d fewer rows than ranks",
     "conv_transpose2d groups across ranks",
 )
+CONSTRAINTS: dict[str, Any] = {
+    "orthogonal": wellcond.Orthogonalize(),
+    "z-score": wellcond.ZScore(),
+    "clipping": wellcond.NormClipping(0.05),
+}
 CENTRALIZATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gradient, coupled decay inside": (sgd, {}),
     "gradient, coupled decay outside": (sgd, {"decay": "outside"}),
@@ -431,6 +438,11 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
         for layer in LAYERS:
             found[f"fsdp {name} {layer}"] = lambda rank, world, t=transform_type, li=layer: fsdp_training(
                 rank, world, li, sgd, t(**SCHEDULE)
+            )
+    for name, constraint in CONSTRAINTS.items():
+        for layer in LAYERS:
+            found[f"fsdp {name} {layer}"] = lambda rank, world, t=constraint, li=layer: fsdp_training(
+                rank, world, li, sgd, t
             )
     found["ddp accumulate"] = lambda rank, world: ddp_training(
         rank, world, wellcond.FeatureWhitening(**SCHEDULE), sgd, accumulate=True

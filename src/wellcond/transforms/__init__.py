@@ -3,6 +3,9 @@
 from wellcond.transforms.attachment import Attachment, attach, attachments
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
 from wellcond.transforms.centralize import GradientCentralization
+from wellcond.transforms.constraints import NormClipping, ZScore
+from wellcond.transforms.hidden_weights import HiddenWeights
+from wellcond.transforms.orthogonalize import Orthogonalize
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
 
 __all__ = [
@@ -13,8 +16,12 @@ __all__ = [
     "FeatureWhitening",
     "GradientCentralization",
     "GradientTransform",
+    "HiddenWeights",
+    "NormClipping",
+    "Orthogonalize",
     "Slot",
     "WellcondWarning",
+    "ZScore",
     "attach",
     "attachments",
 ]

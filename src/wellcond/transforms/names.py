@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 from wellcond.transforms.base import GradientTransform
 from wellcond.transforms.centralize import GradientCentralization
+from wellcond.transforms.constraints import NormClipping, ZScore
+from wellcond.transforms.orthogonalize import Orthogonalize
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
 
 TRANSFORMS: dict[str, type[GradientTransform]] = {
-    kind.name: kind for kind in (GradientCentralization, FeatureWhitening, FeatureDescent)
+    kind.name: kind
+    for kind in (GradientCentralization, FeatureWhitening, FeatureDescent, Orthogonalize, NormClipping, ZScore)
 }
 """From a transform's name, as in ``stats()`` and in parameter groups, to its class."""
 

@@ -24,6 +24,7 @@ from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
 from wellcond.transforms.preconditioner.norm_recovery import Norm, Product, joint_norm, norm_ratios
+from wellcond.transforms.preconditioner.outputs import TwoSidedForm, whiten_outputs
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
     Precision,
@@ -73,6 +74,8 @@ class FeaturePreconditioner(GradientTransform):
         norm: What norm each layer's product gets, weight and bias together. ``"restore"``: the one that its gradient
             had (thesis 5.16, 6.7), the default; ``"fixed"``: √min(out, inputs), as an orthogonal update has, whatever
             the gradient's was: it wants a lower learning rate, and decoupled weight decay; ``"none"``: its own.
+        outputs: Whiten the product's rows too by their own second moment, averaged and solved at the same intervals:
+            (L + 1e-3 λ_max(L) I)^(−1/2) G T, L = E[(G T)(G T)ᵀ]; beyond ``max_dim`` units (None: 1024) sketched.
 
     Raises:
         ValueError: If an argument is outside its range; the message names it.
@@ -96,6 +99,7 @@ class FeaturePreconditioner(GradientTransform):
     rank: int | None = None
     gradient_momentum: float = 0.0
     norm: Norm | None = None
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.damping, (int, float)) and 0 < self.damping < math.inf):
@@ -113,7 +117,7 @@ class FeaturePreconditioner(GradientTransform):
             if getattr(self, option) is not None:
                 check_positive_integer(option, getattr(self, option))
         choose_solver(-self.exponent, self.damping_mode, self.solver)
-        for option in ("solve_warmup", "norm_layers"):
+        for option in ("solve_warmup", "norm_layers", "outputs"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}")
         self._choose_norm()
@@ -154,6 +158,8 @@ class FeaturePreconditioner(GradientTransform):
             return Coverage(False, f"plain gradient: a tied table of {features} features (max_dim={self.max_dim})")
         bias = len(kinds) == 1 and layer.bias is not None and layer.bias.requires_grad
         form = choose_form(uses, bias, self.second_moment, self.max_dim, self.rank, -self.exponent)
+        if self.outputs:
+            form = TwoSidedForm(form, layer, self.max_dim)
         size = form.state_bytes(statistics_dtype(layer), product_dtype(layer, self.precision))
         if self.gradient_momentum:
             averaged = layer.weight.numel() + (layer.bias.numel() if bias and layer.bias is not None else 0)
@@ -193,10 +199,14 @@ class FeaturePreconditioner(GradientTransform):
             for key, parameter in (("gradient_momentum", weight), ("gradient_momentum_of_bias", slot.bias)):
                 if parameter is not None:
                     part = (
-                        parameter if rows_are_whole(slot.layer) else torch.empty(parameter.shape, device=weight.device)
+                        parameter if self._by_rows(slot.layer) else torch.empty(parameter.shape, device=weight.device)
                     )
                     state[key] = torch.zeros_like(part, dtype=dtype, requires_grad=False)
         return state
+
+    def _by_rows(self, layer: Layer) -> bool:
+        """Whether each rank can treat its own rows of a weight: the output side needs all of them."""
+        return rows_are_whole(layer) and not (self.outputs and is_sharded(layer.weight))
 
     # statistics -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +298,7 @@ class FeaturePreconditioner(GradientTransform):
         """Ĝ = G T for one weight, and its bias if they go together."""
         layer, form, bias = slot.layer, form_of(slot), slot.bias
         assert layer.weight.grad is not None
-        partial = is_sharded(layer.weight) and rows_are_whole(layer)
+        partial = is_sharded(layer.weight) and self._by_rows(layer)
         part = local if partial else whole
         dtype, product = statistics_dtype(layer), product_dtype(layer, self.precision)
         gradient = layer.matrix(part(layer.weight.grad))
@@ -309,6 +319,10 @@ class FeaturePreconditioner(GradientTransform):
             scratch,
             scaled=self.norm == "none",
         )
+        if self.outputs:
+            changed, changed_bias = whiten_outputs(
+                slot, changed, changed_bias, scratch, self.stats_every, self.stats_decay
+            )
         result = Product(before, joint_norm(changed, changed_bias, dtype), partial, form.fixed_norm)
         result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
         if bias is not None and bias.grad is not None:
@@ -373,6 +387,7 @@ class FeatureDescent(FeaturePreconditioner):
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
         norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
+        outputs: Whether the product's rows are whitened too.
 
     Example:
         >>> import wellcond
@@ -417,6 +432,7 @@ class FeatureWhitening(FeaturePreconditioner):
         rank: Of low-rank forms.
         gradient_momentum: Of a moving average before the product.
         norm: Whether each layer's product gets the norm of its gradient, a fixed one, or keeps its own.
+        outputs: Whether the product's rows are whitened too.
 
     Example:
         >>> import wellcond
