@@ -1,4 +1,4 @@
-"""How precisely a pass knows its statistics by now: their standard errors, from how much batches differ."""
+"""Estimates how precisely a pass knows its statistics by now: standard errors, from how much batches differ."""
 
 from __future__ import annotations
 
