@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wellcond.version import __version__
 
 if TYPE_CHECKING:
-    from wellcond import diagnostics, nn, optim, theory
+    from wellcond import diagnostics, nn, optim, repair, theory
     from wellcond.calibration.models import calibrate, calibrated
     from wellcond.layouts import Layout, register_layout
     from wellcond.transforms import (
@@ -41,12 +41,13 @@ __all__ = [
     "nn",
     "optim",
     "register_layout",
+    "repair",
     "theory",
 ]
 
 # Names are looked up when they are first used (PEP 562): the command line says its version, its help and its lists
 # without waiting for torch. See docs/decisions/0014-names-are-imported-when-used.md.
-_SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "theory")
+_SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "repair", "theory")
 _FROM = {
     "wellcond.calibration.models": ("calibrate", "calibrated"),
     "wellcond.layouts": ("Layout", "register_layout"),

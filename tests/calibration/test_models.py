@@ -618,7 +618,7 @@ def test_a_compiled_model() -> None:
     ("arguments", "error", "said"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be a positive integer, got 0"),
-        ({"batch_size": 2.0}, ValueError, "batch_size must be a positive integer, got 2.0"),
+        ({"batch_size": 2.0}, ValueError, "batch_size must be a positive integer or None, got 2.0"),
         ({"batch_size": True}, ValueError, "batch_size"),
         ({"what": "ema"}, ValueError, "what must be one of 'bsr', 'evalnorm', 'bn', got 'ema'"),
         ({"momentum": 0.0}, ValueError, r"momentum must lie in \(0, 1\] or be None, got 0.0"),

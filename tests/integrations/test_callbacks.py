@@ -181,3 +181,76 @@ def test_without_the_framework_an_import_says_what_to_install(module: str, needs
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"pip install {needs}" in done.stderr
+
+
+def test_without_a_batch_size_validation_sees_the_statistics_of_all_samples() -> None:
+    model = Net()
+    fit(model, WellcondCallback(calibration_loader=DataLoader(DATA, 10)), epochs=1)
+    with torch.no_grad():
+        features = model.net[0](DATA.tensors[0])
+    torch.testing.assert_close(model.validated[-1]["running_mean"], features.mean(0))
+    torch.testing.assert_close(model.validated[-1]["running_var"], features.var(0))
+
+
+class Regression(nn.Module):
+    """Takes keywords and returns a mapping, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)
+        self.evaluated: list[Tensor] = []
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if not self.training:
+            self.evaluated.append(self.norm.running_mean.clone())
+        output = self.last(self.norm(self.first(x)).tanh())
+        return {"loss": (output - labels).square().mean(), "logits": output}
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_trainers_evaluations_see_calibrated_statistics_and_training_does_not(
+    sets: int, strategy: str, tmp_path: Path
+) -> None:
+    from transformers import Trainer
+
+    rows = [{"x": x, "labels": x[:1]} for x in DATA.tensors[0]]
+    loader = [{"x": DATA.tensors[0], "labels": DATA.tensors[0][:, :1]}]
+
+    def trained(callback: WellcondTrainerCallback | None) -> Regression:
+        model = Regression()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            **{"max_steps": 4, "eval_strategy": strategy, "eval_steps": 2, "per_device_train_batch_size": 8},
+            **{"per_device_eval_batch_size": 32, "report_to": "none", "use_cpu": True, "disable_tqdm": True},
+            **{"save_strategy": "no", "learning_rate": 0.1},
+        )
+        evaluation = rows if sets == 1 else {"one": rows, "other": rows}
+        callbacks = [] if callback is None else [callback]
+        Trainer(model, arguments, train_dataset=rows, eval_dataset=evaluation, callbacks=callbacks).train()
+        return model
+
+    callback = WellcondTrainerCallback(calibration_loader=loader, evaluation_sets=sets, log_stats=False)
+    plain, model = trained(None), trained(callback)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with torch.no_grad():
+        expected = model.first(DATA.tensors[0]).mean(0)
+    evaluated = [mean for mean in model.evaluated if not torch.equal(mean, model.norm.running_mean)]
+    torch.testing.assert_close(evaluated[-sets:], [expected] * sets)
+    assert not any(torch.allclose(mean, expected) for mean in plain.evaluated)
+
+
+def test_more_evaluations_than_said_are_warned_of(tmp_path: Path) -> None:
+    model = Regression()
+    callback = WellcondTrainerCallback(calibration_loader=[{"x": torch.randn(8, 3), "labels": torch.zeros(8, 1)}])
+    arguments, control = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), TrainerControl()
+    state = TrainerState(global_step=3)
+    control.should_evaluate = True
+    callback.on_step_end(arguments, state, control, model=model)
+    callback.on_evaluate(arguments, state, control)
+    with pytest.warns(wellcond.WellcondWarning, match="than evaluation_sets=1: only so many were calibrated"):
+        callback.on_evaluate(arguments, state, control)
+    with pytest.raises(ValueError, match="evaluation_sets must be a positive integer, got 0"):
+        WellcondTrainerCallback(calibration_loader=[], evaluation_sets=0)

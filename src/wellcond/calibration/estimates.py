@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Seen, running_buffers
 from wellcond.nn.functional.batch_statistics_regression import normal_equations
+from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.bsr import REGRESSION_SUMS, BSRBatchNorm
 from wellcond.nn.norm.evalnorm import EvalNorm
 from wellcond.numerics.moments import Moments, unbiased
@@ -19,8 +20,8 @@ from wellcond.numerics.moments import Moments, unbiased
 class Kind(Protocol):
     """A kind of estimates."""
 
-    def present(self, layer: _BatchNorm) -> list[Tensor]:
-        """Return a layer's present estimates, float64 where there is one, in which a moving average begins."""
+    def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
+        """Return an average to fill, which with a momentum begins in the layer's present estimates."""
 
     def values(self, layer: _BatchNorm, seen: Seen) -> list[Tensor]:
         """Return what is to be averaged of each batch, each of shape [batches, *shape of the present estimate]."""
@@ -54,14 +55,16 @@ class Average:
         self._weight = torch.zeros_like(self.values[0].flatten()[:1])
         self._batches = torch.zeros_like(self._weight)
 
-    def add(self, values: list[Tensor]) -> None:
-        """Take in the values of consecutive batches, each of shape [batches, ...]."""
+    def add(self, values: list[Tensor], weight: float = 1.0) -> None:
+        """Take in the values of consecutive batches, each of shape [batches, ...]; the weight counts in equal ones."""
         batches = len(values[0])
         self._batches += batches
-        self._weight = self._batches.clone() if self.momentum is None else torch.ones_like(self._weight)
+        self._weight += batches * weight
+        if self.momentum is not None:
+            self._weight.fill_(1)
         for average, value in zip(self.values, values, strict=True):
             if self.momentum is None:
-                average += value.sum(0)
+                average += weight * value.sum(0)
                 continue
             age = torch.arange(batches - 1, -1, -1, dtype=value.dtype, device=value.device)
             average *= (1 - self.momentum) ** batches
@@ -78,6 +81,13 @@ class Average:
         for value in self.values:
             value /= self._weight
 
+    def summed_around_means(self) -> list[Tensor]:
+        """Return what adds up over ranks once their joint means are known, to be summed in place."""
+        return []
+
+    def finish_around_means(self) -> None:
+        """Divide those."""
+
     @property
     def batches(self) -> int:
         """How many batches were taken in."""
@@ -89,8 +99,61 @@ class Average:
         return all(bool(value.isfinite().all()) for value in self.values)
 
 
+class Pooled(Average):
+    """The mean and the unbiased variance of all values together, whatever batches they come in.
+
+    Example:
+        >>> pooled = Pooled([torch.zeros(1), torch.ones(1)])
+        >>> pooled.add([torch.tensor([[2.0]]), torch.tensor([[1.0]])], 2)  # of 1 and 3
+        >>> pooled.add([torch.tensor([[5.0]]), torch.tensor([[0.0]])], 1)  # of 5
+        >>> _ = pooled.summed()
+        >>> pooled.finish()
+        >>> _ = pooled.summed_around_means()
+        >>> pooled.finish_around_means()
+        >>> pooled.values
+        [tensor([3.]), tensor([4.])]
+    """
+
+    def __init__(self, present: list[Tensor]) -> None:
+        super().__init__(present, None)
+        self._own_mean = torch.zeros_like(self.values[0])
+
+    def add(self, values: list[Tensor], weight: float = 1.0) -> None:
+        """Take in one batch's mean and biased variance, each of shape [1, C], of so many values."""
+        (mean,), (var,) = values
+        squares = self.values[1]
+        apart, share = mean - self._own_mean, weight / (self._weight + weight)
+        squares += weight * var + apart.square() * self._weight * share
+        self._own_mean += apart * share
+        self._weight += weight
+        self._batches += 1
+
+    def summed(self) -> list[Tensor]:
+        """Return this rank's sum of values, and counts."""
+        self._own_weight = self._weight.clone()
+        self.values[0] = self._own_mean * self._weight
+        return [self.values[0], self._weight, self._batches]
+
+    def finish(self) -> None:
+        """Divide the sum."""
+        self.values[0] = self.values[0] / self._weight
+
+    def summed_around_means(self) -> list[Tensor]:
+        """Return this rank's squares around the joint mean."""
+        self.values[1] += self._own_weight * (self._own_mean - self.values[0]).square()
+        return [self.values[1]]
+
+    def finish_around_means(self) -> None:
+        """Divide by one value less than there are."""
+        self.values[1] /= (self._weight - 1).clamp_min(1)
+
+
 class RunningStatistics:
     """Running means and unbiased variances, of every kind of batch normalization."""
+
+    def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
+        """Return an average to fill."""
+        return Average(self.present(layer), momentum)
 
     def present(self, layer: _BatchNorm) -> list[Tensor]:
         """Return the running mean, the variance, and what else the layer keeps."""
@@ -106,8 +169,10 @@ class RunningStatistics:
 
     def replace(self, layer: _BatchNorm, average: Average) -> None:
         """Replace the running statistics, and count the batches behind them."""
-        for buffer, value in zip(running_buffers(layer).values(), average.values, strict=True):
+        for (name, buffer), value in zip(running_buffers(layer).items(), average.values, strict=True):
             buffer.copy_(value)
+            if not buffer.isfinite().all():
+                raise ValueError(f"{name} of {layer} has values beyond {buffer.dtype}; nothing has changed")
         if layer.num_batches_tracked is not None:
             earlier = 0 if average.momentum is None else layer.num_batches_tracked
             layer.num_batches_tracked.copy_(earlier + average._batches.squeeze())
@@ -115,8 +180,24 @@ class RunningStatistics:
             layer.solve()  # Falls back to the running statistics where there are no sums.
 
 
+class PooledStatistics(RunningStatistics):
+    """The mean and the unbiased variance of all samples together."""
+
+    def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
+        """Return moments to fill."""
+        return Pooled(self.present(layer))
+
+    def values(self, layer: _BatchNorm, seen: Seen) -> list[Tensor]:
+        """Return the batch's mean and biased variance."""
+        return [seen.batches.mean.to(_wide(layer)), seen.batches.var.to(_wide(layer))]
+
+
 class RegressionSums:
     """The normal equations of Batch Statistics Regression (3.12)."""
+
+    def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
+        """Return an average to fill."""
+        return Average(self.present(layer), momentum)
 
     def present(self, layer: _BatchNorm) -> list[Tensor]:
         """Return A_μ, B_μ, A_σ, B_σ."""
@@ -151,6 +232,10 @@ class Mixture:
     Σ (t − αu)² + Σ (r − βp + β²q)²; μ and σ² are the running statistics, ε added to the latter where it divides.
     """
 
+    def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
+        """Return an average to fill."""
+        return Average(self.present(layer), momentum)
+
     def present(self, layer: _BatchNorm) -> list[Tensor]:
         """Return nothing but the shape: a layer keeps the solution, not the sums."""
         assert layer.running_mean is not None
@@ -182,6 +267,24 @@ class Mixture:
             return
         layer.mean_mixture.fill_(_lowest([0.0, -2 * ut, uu]))
         layer.var_mixture.fill_(_lowest([0.0, -2 * rp, pp + 2 * rq, -2 * pq, qq]))
+
+
+def kind_for(what: str, layer: _BatchNorm, whole: bool, momentum: float | None) -> Kind:
+    """Return what is taken of a layer.
+
+    Args:
+        what: ``"bn"``, ``"bsr"`` or ``"evalnorm"``.
+        layer: The layer.
+        whole: Whether batches are those of the loader, of any sizes.
+        momentum: Of a moving average, if it is one.
+    """
+    plain = not isinstance(layer, StatisticsNorm) or layer.tracks_batch_moments
+    if what == "bn" and whole and plain and momentum is None:
+        return PooledStatistics()
+    return KINDS[what]
+
+
+KINDS: dict[str, Kind] = {"bsr": RegressionSums(), "evalnorm": Mixture(), "bn": RunningStatistics()}
 
 
 def _lowest(coefficients: list[float]) -> float:

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wellcond.calibration.estimates import Average, Kind, Mixture, RegressionSums, RunningStatistics
+from wellcond.calibration.estimates import KINDS, Average, kind_for
+from wellcond.calibration.feeding import ELSEWHERE, Limits
+from wellcond.calibration.progress import CalibrationProgress, Show
 from wellcond.calibration.replay import Passed, Seen, named_batch_norms, training_pass
-from wellcond.nn.convert.frozen import frozen_norms, lookalikes, thawed
+from wellcond.calibration.undoing import Before, thawed_meanwhile, undone_on_error
+from wellcond.calibration.watching import Watch
+from wellcond.nn.convert.frozen import frozen_norms, lookalikes
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
@@ -26,52 +30,70 @@ from wellcond.transforms.base import WellcondWarning
 def calibrate(
     model: nn.Module,
     loader: Iterable[Any],
-    batch_size: int,
-    what: str = "bsr",
+    batch_size: int | None = None,
+    what: str | None = None,
     *,
     call: Call | None = None,
     momentum: float | None = None,
     where: Predicate | None = None,
     max_batches: int | None = None,
+    max_samples: int | None = None,
+    until: float | None = None,
+    progress: bool | Show = False,
     **options: Any,
 ) -> nn.Module:
-    """Take a trained model's normalization statistics anew, in one pass over data with training batches of m samples.
+    """Take a trained model's normalization statistics anew, in one pass over data.
 
+    - ``"bn"``: the running mean and (unbiased) variance of the batch normalizations of all kinds, each of which
+      normalizes as it does in training; frozen ones (`nn.convert_norm`) stay frozen. `num_batches_tracked` becomes
+      the number of batches, of all ranks; with a momentum it goes up by that.
     - ``"bsr"``: the sums of Batch Statistics Regression (3.12). Batch normalizations that are not `BSRBatchNorm*` yet
       become such (`nn.convert_norm`), and from then on evaluate each instance with statistics that are predicted for
       it. Running statistics stay: the regression's feature (μ_s − μ)² refers to them. To take both anew, calibrate
       ``"bn"`` first.
     - ``"evalnorm"``: likewise α and β of `EvalNorm*`, here not learned step by step but the exact minimum, over [0, 1],
       of the squared differences to the batches' statistics that its training descends. With ``learn=False``: 1/m.
-    - ``"bn"``: the running mean and (unbiased) variance of the batch normalizations of all kinds, each of which
-      normalizes as it does in training; frozen ones (`nn.convert_norm`) stay frozen. `num_batches_tracked` becomes
-      the number of batches of m samples, of all ranks; with a momentum it goes up by that.
 
-    In the pass the selected normalizations normalize groups of m consecutive samples; all other modules, also the
-    normalizations that are not selected, are in evaluation mode. Nothing else changes: parameters, gradients, other
-    buffers, modes, hooks, torch's random state. If the pass raises, nothing has changed at all.
+    *Without a batch size* the running statistics are those of all samples together, as if every layer's input had lain
+    in one tensor: each of the loader's batches is normalized with its own statistics, and counts as its samples do,
+    also a last one that is smaller. So it is right after the weights have changed: by averaging, merging, pruning,
+    rounding (`wellcond.repair`). *With a batch size m* they are the average over batches of m consecutive samples, as
+    training takes it: for a model that was trained with small batches, and for ``"bsr"`` and ``"evalnorm"``, which ask
+    how such batches differ. A batch of the loader may then have any number of samples: it is divided into batches of m,
+    and what is left over is not counted. Larger ones only make the pass faster. Where a layer's input has k rows per
+    sample (frames of a video), a batch has k·m rows.
 
-    A batch of the loader may have any number of samples: it is divided into batches of m, and what is left over is not
-    counted. So larger ones only make the pass faster. Where a layer's input has k rows per sample (frames of a video),
-    a batch has k·m rows.
+    In the pass the selected normalizations are in training mode; all other modules, dropout and the normalizations that
+    are not selected among them, are in evaluation mode. Nothing else changes: parameters, gradients, other buffers,
+    modes, hooks, torch's random state. If the pass raises or is interrupted, nothing has changed at all.
 
     With `torch.distributed` initialized every rank must call this, each with its part of the data, of any size; all of
     them get the statistics of the whole. A `DistributedDataParallel` model is run without its wrapper. What was
     synchronized over ranks in training is here taken from each rank's groups of m samples, so m is then the number of
-    samples on all ranks together. A model whose forward pass communicates (FSDP) needs as many batches on every rank.
+    samples on all ranks together. A model whose parameters are sharded over ranks (FSDP2), whose forward pass needs all
+    of them, is run on all as often as the rank with the most batches asks; what is run for the others' sake alone is
+    not counted.
 
     Args:
         model: Any model with batch normalizations, or one of them; may be wrapped for DDP or compiled.
-        loader: Gives batches: a tensor; a tuple or list, whose first element is the input; or a mapping, for
-            ``model(**batch)``. They are moved to the model's device.
-        batch_size: m, the samples behind one set of statistics in training: of one device, or of a ghost group.
-        what: ``"bsr"``, ``"evalnorm"`` or ``"bn"``.
+        loader: Gives batches: a tensor; a tuple or list, whose first element is the input (a detector's list of images,
+            too); or a mapping, for ``model(**batch)``. They are moved to the model's device.
+        batch_size: None: the statistics of all samples together. Or m, the samples behind one set of statistics in
+            training: of one device, or of a ghost group.
+        what: ``"bn"``, ``"bsr"`` or ``"evalnorm"``; the latter two need a batch size. None: ``"bn"`` without a batch
+            size, ``"bsr"`` with one.
         call: ``call(model, batch)``, for a model that is run otherwise; it gets the model without its wrapper. Each row
             of a layer's input is then taken for a sample.
-        momentum: None: all batches weigh equally. A number: the moving average of training, from the present
-            statistics on, in which a batch of m samples has this weight; of ranks, the average.
+        momentum: None: all batches weigh equally, or as their samples. A number: the moving average of training, from
+            the present statistics on, in which a batch has this weight; of ranks, the average.
         where: Which normalizations: a predicate of (qualified name, module). All of them by default.
         max_batches: Stop after so many of the loader's batches (of each rank).
+        max_samples: Stop after so many samples (of each rank); those of the last batch that are too many do not count.
+        until: Stop once no layer's statistics have a standard error above this, found from how much batches differ: of
+            the means in standard deviations, of the variances as a share of them, each the root mean square over
+            channels. So 0.01 is one in a hundred. At least four batches are taken. Each rank stops by itself.
+        progress: True to show a line on the standard error stream (of the first rank), or a function to call with a
+            `CalibrationProgress` after each batch.
         **options: For `nn.convert_norm`, such as ``nonneg="nnls"``; none for ``"bn"``.
 
     Returns:
@@ -80,71 +102,88 @@ def calibrate(
     Raises:
         TypeError: If an option is not one of the layers', or a layer cannot be converted, or keeps running statistics
             but is of no known type.
-        ValueError: If an argument is out of its range, there is no such layer, the loader is empty, no batch has m
-            samples, a layer has one value per channel in a batch, or features are not finite.
+        ValueError: If an argument is out of its range or a batch size is missing, there is no such layer, the loader is
+            empty, no batch has m samples, a layer has one value per channel in a batch of m, or features are not
+            finite.
         RuntimeError: If the pass failed on another rank.
 
     Warns:
-        WellcondWarning: About layers that the pass did not reach, by name; their statistics stay.
+        WellcondWarning: About layers that the pass did not reach, by name; their statistics stay. And if the loader
+            ended before `until` was reached.
 
     Source: thesis ch. 3, 3.5–3.13.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
         >>> loader = [(torch.randn(8, 1, 6, 6), None) for _ in range(10)]
-        >>> _ = calibrate(calibrate(model, loader, batch_size=2, what="bn"), loader, batch_size=2, nonneg="nnls")
-        >>> model[1]
+        >>> print(calibrate(model, loader)[1].num_batches_tracked)
+        tensor(10)
+        >>> calibrate(model, loader, batch_size=2, nonneg="nnls")[1]
         BSRBatchNorm2d(4, eps=1e-05, momentum=0.1, affine=True, nonneg=nnls)
-        >>> int(model[1].num_batches_tracked)
-        40
     """
-    check_positive_integer("batch_size", batch_size)
-    if what not in _KINDS:
-        raise ValueError(f"what must be one of {', '.join(map(repr, _KINDS))}, got {what!r}")
+    if batch_size is not None:
+        check_positive_integer("batch_size", batch_size)
+    what = ("bn" if batch_size is None else "bsr") if what is None else what
+    if what not in KINDS:
+        raise ValueError(f"what must be one of {', '.join(map(repr, KINDS))}, got {what!r}")
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"momentum must lie in (0, 1] or be None, got {momentum!r}")
-    if max_batches is not None:
-        check_positive_integer("max_batches", max_batches)
+    for name, most in (("max_batches", max_batches), ("max_samples", max_samples)):
+        if most is not None:
+            check_positive_integer(name, most)
+    if until is not None and until <= 0:
+        raise ValueError(f"until must be positive, such as 0.01, or None, got {until!r}")
     if what == "bn" and options:
         raise TypeError(f"what='bn' converts nothing and takes no options, got {', '.join(map(repr, options))}")
+    if what != "bn" and batch_size is None:
+        raise ValueError(
+            f"batch_size must be given for what={what!r}, which asks how batches of that size differ: the samples of "
+            "one device in training"
+        )
     inner = unwrapped(model)
     layers, frozen = _selected(inner, where)
     were = {name: type(layer).__name__ for name, layer in layers.items()}
-    kind = _KINDS[what]
-    with _undone_on_error(layers.values()), _thawed(frozen, again=what == "bn"):
+    with undone_on_error(layers.values()), thawed_meanwhile(frozen, again=what == "bn"):
         if what != "bn":
             chosen = set(layers.values())
             convert_norm(inner, what, lambda name, module: module in chosen, **options)
         norms = {name: cast(_BatchNorm, layer) for name, layer in layers.items()}
-        averages = {name: Average(kind.present(layer), momentum) for name, layer in norms.items()}
+        kinds = {name: kind_for(what, layer, batch_size is None, momentum) for name, layer in norms.items()}
+        averages = {name: kinds[name].average(layer, momentum) for name, layer in norms.items()}
+        watch = Watch(norms, until, progress)
 
         def observe(name: str, seen: Seen) -> None:
-            averages[name].add(kind.values(norms[name], seen))
+            weight = 1.0 if batch_size is not None else float(seen.batches.elements)
+            averages[name].add(kinds[name].values(norms[name], seen), weight)
+            watch.observe(name, seen, weight)
 
-        passed, error = Passed(0, 0, batch_size), None
+        passed, error = Passed(0, 0, batch_size, 0), None
+        limits = Limits(max_batches, max_samples, watch.is_enough)
         try:
-            passed = training_pass(inner, loader, batch_size, norms, observe, call=call, max_batches=max_batches)
+            passed = training_pass(
+                inner, loader, batch_size or "whole", norms, observe, call=call, limits=limits, after=watch.after
+            )
         except Exception as raised:  # The other ranks, which would wait for this one, are told first.
             error = raised
+        finally:
+            watch.end()
         _join_ranks(averages, passed, error, device_of(inner))
         missed = [name for name, average in averages.items() if average.batches == 0]
         with torch.no_grad():
             for name in layers.keys() - missed:
-                kind.replace(norms[name], averages[name])
-    _report(model, inner, what, were, layers, missed)
-    if missed:
-        warnings.warn(
-            f"calibrate: no batch of {batch_size} samples reached {_listed(missed)}, which keep their statistics",
-            WellcondWarning,
-            stacklevel=3,
-        )
+                kinds[name].replace(norms[name], averages[name])
+    _report(model, inner, what, were, layers, missed, watch.last)
+    batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
+    complaints = [f"no {batch} reached {_listed(missed)}, which keep their statistics"] if missed else []
+    for said in complaints + watch.complaints():
+        warnings.warn(f"calibrate: {said}", WellcondWarning, stacklevel=3)
     return model
 
 
 @checked
 @contextmanager
 def calibrated(
-    model: nn.Module, loader: Iterable[Any], batch_size: int, what: str = "bsr", **options: Any
+    model: nn.Module, loader: Iterable[Any], batch_size: int | None = None, what: str | None = None, **options: Any
 ) -> Iterator[nn.Module]:
     """Have a model calibrated for as long as a ``with`` block lasts, such as a validation in the midst of training.
 
@@ -174,18 +213,12 @@ def calibrated(
         BatchNorm2d 0
     """
     inner = unwrapped(model)
-    layers = [*named_batch_norms(inner)[0].values(), *frozen_norms(inner)]
-    before = _recorded(layers)
-    values = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    before = Before([*named_batch_norms(inner)[0].values(), *frozen_norms(inner)])
     try:
         yield calibrate(model, loader, batch_size, what, **options)
     finally:
-        for layer, _, state in before:
-            state["training"] = layer.training  # The mode is not the calibration's.
-        _put_back(before)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        before.keep_modes()  # They are not the calibration's.
+        before.put_back()
 
 
 def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.Module], list[nn.Module]]:
@@ -216,20 +249,6 @@ def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.M
     raise ValueError(f"{type(model).__name__} has no batch normalization with running statistics{selected}")
 
 
-@contextmanager
-def _thawed(frozen: Iterable[nn.Module], again: bool) -> Iterator[None]:
-    """Make frozen layers plain ones, for statistics to be taken of them; and frozen again, with new statistics."""
-    before = _recorded(frozen)
-    for layer, _, _ in before:
-        plain = thawed(layer)
-        layer.__class__ = type(plain)
-        layer.__dict__.clear()
-        layer.__dict__.update(vars(plain))
-    yield
-    if again:
-        _put_back(before)
-
-
 def _report(
     model: nn.Module,
     inner: nn.Module,
@@ -237,6 +256,7 @@ def _report(
     were: dict[str, str],
     layers: dict[str, nn.Module],
     missed: list[str],
+    passed: CalibrationProgress,
 ) -> None:
     """Keep what was done to which layer."""
     new = {"bn": "new running statistics", "bsr": "new regression sums", "evalnorm": "a new mixture"}[what]
@@ -255,35 +275,7 @@ def _report(
         elif is_other_norm(module):
             left[name] = f"{type(module).__name__}: no batch normalization"
     for reported in {inner, model}:
-        keep_report(reported, f"calibrate(what={what!r})", changed, left)
-
-
-@contextmanager
-def _undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Make layers, which may have been converted, what they were if anything raises."""
-    before = _recorded(layers)
-    try:
-        yield
-    except BaseException:
-        _put_back(before)
-        raise
-
-
-def _recorded(layers: Iterable[nn.Module]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
-    """Note what layers are; not the values of their tensors."""
-    before = []
-    for layer in layers:
-        state = dict(vars(layer))
-        state |= {name: dict(state[name]) for name in ("_parameters", "_buffers", "_modules")}
-        before.append((layer, type(layer), state))
-    return before
-
-
-def _put_back(before: Iterable[tuple[nn.Module, type[nn.Module], dict[str, Any]]]) -> None:
-    for layer, kind, state in before:
-        layer.__class__ = kind
-        layer.__dict__.clear()
-        layer.__dict__.update(state)
+        keep_report(reported, f"calibrate(what={what!r})", changed, left, f"of {passed}")
 
 
 def _join_ranks(
@@ -296,17 +288,20 @@ def _join_ranks(
     if error is not None:
         raise error
     if failed.any():
-        raise RuntimeError("calibrate failed on another rank; nothing has changed")
+        raise RuntimeError(ELSEWHERE)
     if not batches.any():
         raise ValueError("the loader gave no batch")
     ranks.add([tensor for average in averages.values() for tensor in average.summed()])
     reached = {name: average for name, average in averages.items() if average.batches}
-    if not reached and 0 < largest.max() < passed.batch_size:
+    if not reached and passed.batch_size is not None and 0 < largest.max() < passed.batch_size:
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {int(largest.max())}")
     if not reached:
         raise ValueError(f"no batch reached any of the batch normalizations {_listed(averages)}")
     for average in reached.values():
         average.finish()
+    ranks.add([tensor for average in reached.values() for tensor in average.summed_around_means()])
+    for average in reached.values():
+        average.finish_around_means()
     spoilt = [name for name, average in reached.items() if not average.is_finite]
     if spoilt:
         raise ValueError(f"features that are not finite reached {_listed(spoilt)}; nothing has changed")
@@ -314,6 +309,3 @@ def _join_ranks(
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-_KINDS: dict[str, Kind] = {"bsr": RegressionSums(), "evalnorm": Mixture(), "bn": RunningStatistics()}

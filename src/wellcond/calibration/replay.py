@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from wellcond.calibration.feeding import Limits, Run, communicates, fed
 from wellcond.nn.functional.normalize import normalize
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.history import PastStatistics
 from wellcond.nn.norm.instance import InstanceInference
-from wellcond.numerics.moments import Moments, instance_and_ghost_moments, positions, statistics_dtype
-from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on, samples_of
+from wellcond.numerics.moments import (
+    Moments,
+    instance_and_ghost_moments,
+    merge_unequal,
+    positions,
+    statistics_dtype,
+)
+from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
+
+_ALL = Limits()
 
 
 class Seen(NamedTuple):
@@ -27,7 +35,7 @@ class Seen(NamedTuple):
 
     Attributes:
         instances: Moments of each instance, shape [batches·rows, C].
-        batches: Moments of each batch of m samples, shape [batches, C].
+        batches: Moments of each batch of m samples, or of the loader's whole batch, shape [batches, C].
         rows: Of the layer's input, per batch: m, or a multiple where the model folds other dimensions into the samples.
         tracked: What the layer's running statistics take in, by buffer, averaged over the batches; None where that is
             `batches`' means and unbiased variances.
@@ -37,30 +45,6 @@ class Seen(NamedTuple):
     batches: Moments
     rows: int
     tracked: dict[str, Tensor] | None
-
-
-class Run:
-    """What the layers' stand-ins share.
-
-    Attributes:
-        batch_size: m; 0 while it is not known.
-        samples: Of the loader's present batch; None if not known.
-        batches: That the loader gave so far.
-        largest: Samples of the largest of them.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.samples: int | None = None
-        self.batches = 0
-        self.largest = 0
-
-    def rows(self, rows: int) -> int:
-        """Return how many rows of a layer's input belong to m samples."""
-        if self.samples is None:
-            self.largest = max(self.largest, rows)
-            return self.batch_size
-        return max(round(rows * self.batch_size / self.samples), 1)
 
 
 class StandIn:
@@ -77,6 +61,7 @@ class StandIn:
         self.name = name
         self._run, self._layer, self._observe = run, layer, observe
         self._double = None if _is_batch_normalization(layer) else double_of(layer)
+        self._so_far: Moments | None = None
 
     def __call__(self, input: Tensor) -> Tensor:
         """Normalize, and report.
@@ -91,11 +76,11 @@ class StandIn:
             ValueError: If there is one value per channel in a group.
         """
         self._layer._check_input_dim(input)
-        rows = self._run.rows(input.shape[0])
-        batches = input.shape[0] // rows
+        rows, batches = self._run.group(input.shape[0])
         if batches == 0:
             return self._with_estimates(input)
-        if rows * positions(input) == 1:
+        single = rows * positions(input) == 1
+        if single and self._run.batch_size is not None:
             raise ValueError(
                 f"{self.name!r} has 1 value per channel in a batch of {self._run.batch_size} sample, which has no "
                 f"variance: got input size {list(input.shape)}"
@@ -103,6 +88,13 @@ class StandIn:
         counted = input[: batches * rows]
         instances, own = instance_and_ghost_moments(counted, (rows,) * batches if batches > 1 else None)
         own = Moments(own.mean.view(batches, -1), own.var.view(batches, -1), own.elements)
+        if self._run.batch_size is None:
+            # A lone value tells the mean something, but would be normalized to 0.
+            self._keep(own)
+            if single:
+                if self._double is None:
+                    self._report(Seen(instances, own, rows, None))
+                return self._with_estimates(input)
         if self._double is None:
             self._report(Seen(instances, own, rows, None))
             # What is left over joins the last group, as something that none of the others depends on.
@@ -121,8 +113,20 @@ class StandIn:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _report(self, seen: Seen) -> None:
-        if self._observe is not None:
+        if self._observe is not None and not self._run.spare:
             self._observe(self.name, seen)
+
+    def _keep(self, own: Moments) -> None:
+        """Merge what this pass has seen, of whole batches."""
+        if self._run.spare:
+            return
+        new = Moments(own.mean[0], own.var[0], torch.tensor(float(own.elements), dtype=own.mean.dtype))
+        if self._so_far is not None:
+            both = (torch.stack(pair) for pair in zip(self._so_far, new, strict=True))  # type: ignore[arg-type]
+            mean, var, elements = both
+            new = merge_unequal(Moments(mean, var, elements[:, None]))
+            new = new._replace(elements=torch.as_tensor(new.elements).reshape(()))
+        self._so_far = new
 
     def _with_estimates(self, input: Tensor) -> Tensor:
         """Normalize what is less than a batch."""
@@ -131,6 +135,8 @@ class StandIn:
             output: Tensor = self._double.forward(input)
             return output
         mean, var = self._layer.running_mean, self._layer.running_var
+        if self._so_far is not None:
+            mean, var, _ = self._so_far
         if mean is None or var is None:
             mean, var, _ = instance_and_ghost_moments(input, None)[1]
         dtype = statistics_dtype(input.dtype)
@@ -231,41 +237,45 @@ class Passed(NamedTuple):
     Attributes:
         batches: That the loader gave.
         largest: Samples of the largest of them, as far as that can be told.
-        batch_size: m.
+        batch_size: m; None where each batch was one group.
+        samples: That were counted, as far as they are known.
     """
 
     batches: int
     largest: int
-    batch_size: int
+    batch_size: int | None
+    samples: int
 
 
 def training_pass(
     model: nn.Module,
     loader: Iterable[Any],
-    batch_size: int | None,
+    batch_size: int | Literal["first", "whole"],
     layers: Mapping[str, _BatchNorm],
     observe: Callable[[str, Seen], None],
     *,
     call: Call | None = None,
-    max_batches: int | None = None,
+    limits: Limits = _ALL,
+    after: Callable[[Passed], None] | None = None,
 ) -> Passed:
     """Run a model over data with some batch normalizations in training mode, and report what these see.
 
     They normalize consecutive samples in groups of m, whatever the loader's batches are; other modules are in
     evaluation mode. Samples that fill no group go through the model uncounted. Nothing is learned and nothing remains:
     parameters, gradients, buffers, modes and torch's random state are afterwards as before, also when the pass raises.
-    Nor does it communicate: synchronized normalizations use this process's batch.
+    Nor does it communicate (`fed` says what does): synchronized normalizations use this process's batch.
 
     Args:
         model: Without a wrapper (`unwrapped`).
         loader: Gives batches: a tensor; a tuple or list, whose first element is the input; or a mapping, for
             ``model(**batch)``. They are moved to the model's device.
-        batch_size: m; None for the size of the loader's first batch.
+        batch_size: m; ``"first"``: the size of the loader's first batch; ``"whole"``: each batch is one group.
         layers: The normalizations by name.
         observe: Called with the layer's name and what it saw, at each of its calls with at least one whole batch.
         call: ``call(model, batch)`` runs a model that is run otherwise. The layers' input is then taken to have one row
             per sample.
-        max_batches: Stop after so many of the loader's batches.
+        limits: How much of the loader is taken.
+        after: Called after each batch.
 
     Returns:
         How much there was.
@@ -279,12 +289,16 @@ def training_pass(
         >>> means = []
         >>> loader = [torch.tensor([[1.0], [3.0], [5.0], [5.0], [9.0]])]
         >>> training_pass(model, loader, 2, {"0": model[0]}, lambda name, seen: means.append(seen.batches.mean))
-        Passed(batches=1, largest=5, batch_size=2)
+        Passed(batches=1, largest=5, batch_size=2, samples=4)
         >>> means[0].flatten().tolist()
         [2.0, 5.0]
     """
-    run = Run(batch_size or 0)
+    run = Run(batch_size if isinstance(batch_size, int) else None, limits)
     device = device_of(model)
+
+    def passed() -> Passed:
+        return Passed(run.batches, run.largest, run.batch_size, run.counted)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_random_state(model))
         stack.enter_context(_evaluating(model))
@@ -296,19 +310,17 @@ def training_pass(
             # Without running statistics a layer always takes the batch's, and these should be of m samples, too.
             if layer in named or (isinstance(layer, _BatchNorm) and layer.running_mean is None):
                 stack.enter_context(replaced(layer, StandIn(run, name, layer, observe if layer in named else None)))
-        for batch in itertools.islice(loader, max_batches):
-            run.batches += 1
-            run.samples = samples_of(batch) if call is None else None
-            run.largest = max(run.largest, run.samples or 0)
-            if run.batch_size == 0:
-                run.batch_size = run.samples or 0
-            if run.batch_size == 0:
-                raise ValueError("batch_size must be given: the first batch does not say how many samples it has")
-            if run.samples is not None and run.samples < run.batch_size:
-                continue
-            batch = moved(batch, device)
-            run_on(model, batch, call)
-    return Passed(run.batches, run.largest, run.batch_size)
+        for batch in fed(loader, run, model, knows_samples=call is None):
+            if batch_size == "first" and run.batch_size is None:
+                run.batch_size = run.samples
+                if not run.batch_size:
+                    raise ValueError("batch_size must be given: the first batch does not say how many samples it has")
+            enough = run.samples is None or run.samples >= (run.batch_size or 1)
+            if enough or communicates(model):
+                run_on(model, moved(batch, device), call)
+            if after is not None:
+                after(passed())
+    return passed()
 
 
 def named_batch_norms(

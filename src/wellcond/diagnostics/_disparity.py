@@ -211,7 +211,7 @@ def disparity(
         warnings.warn(
             f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )
-    return Disparity(passed.batch_size, found)
+    return Disparity(passed.batch_size or 0, found)
 
 
 class _Sums:

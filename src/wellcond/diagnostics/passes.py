@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.calibration.feeding import Limits
 from wellcond.calibration.replay import Passed, Seen, training_pass
 from wellcond.layouts import Layer, find_layers
 from wellcond.nn.norm.history import PastStatistics
@@ -118,7 +119,8 @@ def observed_pass(
     Raises:
         ValueError: If the loader gives none.
     """
-    passed = training_pass(model, loader, batch_size, layers, observe, call=call, max_batches=max_batches)
+    limits = Limits(max_batches=max_batches)
+    passed = training_pass(model, loader, batch_size or "first", layers, observe, call=call, limits=limits)
     if passed.batches == 0:
         raise ValueError(NO_BATCH)
     return passed
@@ -128,7 +130,7 @@ def check_reached(passed: Passed, names: Iterable[str], reached: Collection[str]
     """Raise a ValueError if a pass reached none of the normalizations with a whole batch."""
     if reached:
         return
-    if 0 < passed.largest < passed.batch_size:
+    if 0 < passed.largest < (passed.batch_size or 0):
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
     raise ValueError(f"no batch reached any of the batch normalizations {listed(names)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wellcond.calibration.models import calibrated
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
+from wellcond.integrations.calibrating import Calibrating
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
-from wellcond.runtime.checks import check_positive_integer
 from wellcond.transforms import GradientTransform
 
 try:
@@ -55,8 +53,9 @@ class WellcondCallback(Callback):
         schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``trainer.global_step``).
         calibration_loader: Batches to calibrate with, as `calibrate` takes them; each rank's own part. Not the loader
             that trains, whose workers and shuffling a further pass would disturb. None: no calibration.
-        calibration_batch_size: m, the samples behind one set of statistics in training.
-        calibrate: ``"bsr"``, ``"evalnorm"`` or ``"bn"``, as in `calibrate`.
+        calibration_batch_size: m, the samples behind one set of statistics in training; None: the statistics of all
+            samples together.
+        calibrate: ``"bn"``, ``"bsr"`` or ``"evalnorm"``, as `what` of `wellcond.calibrate`, and None as there.
         calibration_options: Further options of `calibrate`.
         log_stats: Log the counts at the end of every training epoch, as ``"wellcond/<transform>/<count>"``.
         transforms: What to attach to each of the module's optimizers, from left to right: transforms or their names
@@ -64,8 +63,8 @@ class WellcondCallback(Callback):
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If an argument is out of its range, only one of the loader and the batch size is given, or, when
-            training begins, there is nothing to do.
+        ValueError: If an argument is out of its range, a batch size is given without a loader, or, when training
+            begins, there is nothing to do.
 
     Example:
         >>> import wellcond
@@ -83,30 +82,22 @@ class WellcondCallback(Callback):
         *,
         calibration_loader: Iterable[Any] | None = None,
         calibration_batch_size: int | None = None,
-        calibrate: str = "bsr",
+        calibrate: str | None = None,
         calibration_options: Mapping[str, Any] | None = None,
         log_stats: bool = True,
         transforms: Sequence[GradientTransform | str] | None = None,
     ) -> None:
-        if (calibration_loader is None) != (calibration_batch_size is None):
-            raise ValueError("calibration_loader and calibration_batch_size must be given together")
-        if calibration_batch_size is not None:
-            check_positive_integer("calibration_batch_size", calibration_batch_size)
+        self._calibrating = Calibrating(calibration_loader, calibration_batch_size, calibrate, calibration_options)
         self._attaching = Attaching(transforms)
         self._following = FollowingSchedule(schedule, schedule_interval)
-        self.calibration_loader = calibration_loader
-        self.calibration_batch_size = calibration_batch_size
-        self.calibrate = calibrate
-        self.calibration_options = dict(calibration_options or {})
         self.log_stats = log_stats
-        self._calibrated: AbstractContextManager[nn.Module] | None = None
 
     # attaching ------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, once the optimizers are made and before their state is read from a checkpoint."""
         found = self._attaching.attach(trainer.optimizers, pl_module)
-        does = self._following.schedule is not None or self.calibration_loader is not None
+        does = self._following.schedule is not None or self._calibrating.loader is not None
         refuse_to_do_nothing(self, does or bool(found))
 
     # the schedule ---------------------------------------------------------------------------------------------------
@@ -131,22 +122,16 @@ class WellcondCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, in the precision that validation computes in."""
-        if self.calibration_loader is None or self.calibration_batch_size is None or trainer.sanity_checking:
+        if self._calibrating.loader is None or trainer.sanity_checking:
             return
-        calibration = calibrated(
-            pl_module, self.calibration_loader, self.calibration_batch_size, self.calibrate, **self.calibration_options
-        )
         # Validation runs in inference mode, whose tensors training could not use.
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             _take_buffers_of_first_rank(trainer.strategy.model)
-            calibration.__enter__()
-        self._calibrated = calibration
+            self._calibrating.begin(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the batch normalizations what they were; checkpoints are written after this."""
-        calibration, self._calibrated = self._calibrated, None
-        if calibration is not None:
-            calibration.__exit__(None, None, None)
+        self._calibrating.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do so also if validation fails: a checkpoint may yet be written."""

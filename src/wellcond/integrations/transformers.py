@@ -1,12 +1,15 @@
-"""A callback for Hugging Face's Trainer: attaching, layer schedules, counts in the log."""
+"""A callback for Hugging Face's Trainer: attaching, schedules, calibration before evaluation, counts in the log."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
+from wellcond.integrations.calibrating import Calibrating
 from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.runtime.checks import WellcondWarning, check_positive_integer
 from wellcond.transforms import GradientTransform
 
 try:
@@ -16,7 +19,7 @@ except ImportError as error:
 
 
 class WellcondTrainerCallback(TrainerCallback):
-    """Attaches transforms, steps a layer schedule, and adds what `Attachment.stats` counts to the Trainer's log.
+    """Attaches transforms, steps a layer schedule, calibrates before evaluation, and logs what is counted.
 
     *Attaching* is a line before the Trainer is made, ``wellcond.attach(optimizer, model, ...)`` and
     ``Trainer(optimizers=(optimizer, scheduler), ...)``; or the callback does it when training begins, with the
@@ -28,6 +31,10 @@ class WellcondTrainerCallback(TrainerCallback):
     after a resume. The Trainer restores no callback's state by default, so the schedule must be a function of its count
     alone: give `wellcond.nn.MomentumScheduler` its batch_size.
 
+    *Calibration* lasts for the evaluations that training makes (``eval_strategy``) alone: when they end, the batch
+    normalizations are what they were, so training goes on, and checkpoints are written, as if there had been none. An
+    evaluation of your own, ``trainer.evaluate()``, is put into ``with wellcond.calibrated(model, ...)``.
+
     *The counts* go into every entry of ``trainer.state.log_history`` that has a training loss, and into what later
     callbacks get. The Trainer puts its reporters (TensorBoard, W&B) first; for them, too,
     ``trainer.callback_handler.callbacks.insert(0, callback)`` instead of ``callbacks=[callback]``.
@@ -36,13 +43,24 @@ class WellcondTrainerCallback(TrainerCallback):
         schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180, batch_size=8)`.
         schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``state.global_step``).
         log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``.
+        calibration_loader: Batches to calibrate with, as `wellcond.calibrate` takes them; each rank's own part. Not the
+            loader that trains. None: no calibration.
+        calibration_batch_size: m, the samples behind one set of statistics in training; None: the statistics of all
+            samples together.
+        calibrate: ``"bn"``, ``"bsr"`` or ``"evalnorm"``, as `what` of `wellcond.calibrate`, and None as there.
+        calibration_options: Further options of `wellcond.calibrate`.
+        evaluation_sets: How many sets the Trainer evaluates each time: more than one for a mapping of them.
         transforms: What to attach to the optimizer, from left to right: transforms or their names
             (``"centralization"``, ``"whitening"``, ``"descent"``).
 
     Raises:
         TypeError: If the schedule or a transform is none.
-        ValueError: If the interval is another, no transform has a name, or, when training begins, there is nothing to
-            do.
+        ValueError: If an argument is out of its range, no transform has a name, or, when training begins, there is
+            nothing to do.
+
+    Warns:
+        WellcondWarning: If there were more evaluations than `evaluation_sets` says, of which only so many were
+            calibrated.
 
     Example:
         >>> import torch, wellcond
@@ -58,9 +76,17 @@ class WellcondTrainerCallback(TrainerCallback):
         schedule: LayerSchedule | None = None,
         schedule_interval: Interval = "epoch",
         *,
+        calibration_loader: Iterable[Any] | None = None,
+        calibration_batch_size: int | None = None,
+        calibrate: str | None = None,
+        calibration_options: Mapping[str, Any] | None = None,
+        evaluation_sets: int = 1,
         log_stats: bool = True,
         transforms: Sequence[GradientTransform | str] | None = None,
     ) -> None:
+        check_positive_integer("evaluation_sets", evaluation_sets)
+        self._calibrating = Calibrating(calibration_loader, calibration_batch_size, calibrate, calibration_options)
+        self._evaluation_sets, self._evaluated = evaluation_sets, 0
         self._attaching = Attaching(transforms)
         self._following = FollowingSchedule(schedule, schedule_interval)
         self.log_stats = log_stats
@@ -76,7 +102,8 @@ class WellcondTrainerCallback(TrainerCallback):
     ) -> None:
         """Attach to the optimizer, which may have read its state, ours included, from a checkpoint."""
         found = [] if optimizer is None else self._attaching.attach([optimizer], model)
-        refuse_to_do_nothing(self, self._following.schedule is not None or bool(found))
+        does = self._following.schedule is not None or self._calibrating.loader is not None
+        refuse_to_do_nothing(self, does or bool(found))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +116,38 @@ class WellcondTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Have the schedule catch up with the optimizer's steps."""
+        self._calibrating.end()  # An evaluation that failed, and was survived, has not ended it.
         self._following.reach("step", state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Calibrate, if an evaluation follows."""
+        self._evaluated = 0
+        if control.should_evaluate and model is not None:
+            self._calibrating.begin(model)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Calibrate, if an evaluation follows."""
+        self.on_step_end(args, state, control, model=model)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make the batch normalizations what they were; checkpoints are written after this."""
+        self._evaluated += 1
+        sets = self._evaluation_sets
+        if self._evaluated == sets:
+            self._calibrating.end()
+        elif self._evaluated == sets + 1 and self._calibrating.loader is not None and state.global_step:
+            said = f"more evaluations followed one another than evaluation_sets={sets}: only so many were calibrated"
+            warnings.warn(said, WellcondWarning, stacklevel=2)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make them so in any case."""
+        self._calibrating.end()
 
     def on_log(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -57,6 +58,9 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 def run_on(model: nn.Module, batch: Any, call: Call | None = None) -> Any:
     """Run a model on a batch: on its first element, if it has several; on keywords, if it is a mapping.
 
+    A list of images, or of mappings, is the input itself for a model whose `forward` declares that it takes a list, as
+    detectors do.
+
     Args:
         model: Without a wrapper.
         batch: On the model's device.
@@ -67,17 +71,42 @@ def run_on(model: nn.Module, batch: Any, call: Call | None = None) -> Any:
     """
     if call is not None:
         return call(model, batch)
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    inputs = _inputs_of(batch, model)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def samples_of(batch: Any) -> int | None:
-    """Return how many samples a batch has; None where that cannot be told."""
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0] if batch else None
+def samples_of(batch: Any, model: Any) -> int | None:
+    """Return how many samples a batch has; None where that cannot be told.
+
+    >>> samples_of((torch.zeros(3, 2), "labels"), nn.Linear(2, 1))
+    3
+    """
+    batch = _inputs_of(batch, model) if not isinstance(batch, (tuple, list)) or batch else None
     if isinstance(batch, Mapping):
         batch = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+    if isinstance(batch, (tuple, list)):
+        return len(batch)
     return batch.shape[0] if isinstance(batch, Tensor) and batch.dim() else None
+
+
+def _inputs_of(batch: Any, model: Any) -> Any:
+    """Return the part of a batch that a model is called with."""
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    # (images, targets), each a sequence; or images alone, for a model that takes a list.
+    alone = all(isinstance(each, Mapping) or (isinstance(each, Tensor) and each.dim() == 3) for each in batch)
+    return batch if alone and _takes_list(model) else batch[0]
+
+
+def _takes_list(model: Any) -> bool:
+    """Whether a model's forward declares its first argument as a list, by whatever spelling."""
+    if not isinstance(model, nn.Module):
+        return False
+    parameters = iter(inspect.signature(type(model).forward).parameters.values())
+    next(parameters, None)  # self
+    annotation = getattr(next(parameters, None), "annotation", None)
+    said = annotation if isinstance(annotation, str) else str(annotation)
+    return said.lower().removeprefix("typing.").startswith("list[")
 
 
 @contextlib.contextmanager

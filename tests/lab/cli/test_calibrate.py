@@ -112,3 +112,22 @@ def test_mistakes_are_one_line(trained, tmp_path, monkeypatch, capsys, options, 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path, capsys):
     assert calibrate(tmp_path / "gone.pt", tmp_path / "out.pt", "--what", "bn") == 2
     assert capsys.readouterr().err == f"wellcond: error: there is no checkpoint {tmp_path / 'gone.pt'}\n"
+
+
+def test_without_a_batch_size_the_statistics_are_those_of_all_images_or_of_some(plan, trained, tmp_path, capsys):
+    torch.save(trained.state_dict(), tmp_path / "trained.pt")
+    files = ["--model", "convnet", "--train-images", "400", "--out", str(tmp_path / "out.pt")]
+    assert main(["calibrate", str(tmp_path / "trained.pt"), *files, "--what", "bn", "--samples", "100"]) == 0
+    assert "bn for convnet on digits, from 100 training images\n" in capsys.readouterr().out
+    written = torch.load(tmp_path / "out.pt", weights_only=True)
+    images = torch.cat([images for images, _ in seed_data(plan).batches()])[:100]
+    first = F.conv2d(images, written["0.0.weight"], padding=1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(written["0.1.running_mean"], first.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(written["0.1.running_var"], first.var(1), rtol=1e-4, atol=1e-5)
+    for options, message in (
+        (["--what", "bsr"], "--what bsr needs --batch-size"),
+        (["--what", "bn", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--what", "bn", "--until", "0"], "--until must be positive, such as 0.01, got 0"),
+    ):
+        assert main(["calibrate", str(tmp_path / "trained.pt"), *files, *options]) == 2
+        assert message in capsys.readouterr().err

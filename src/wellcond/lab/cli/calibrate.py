@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 import wellcond
+from wellcond.lab.cli.before_after import LOADED, counted, evaluate, save, show
 from wellcond.lab.cli.options import add_data_options, given_settings
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
@@ -21,30 +20,27 @@ from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from wellcond.lab.tasks.base import Evaluation, SeedData
-
 _DESCRIPTION = """\
-Take a trained network's normalization statistics anew, in one pass over training images in batches of the size that it
-was trained with, and show how well it does before and after.
+Take a trained network's normalization statistics anew, in one pass over training images, and show how well it does
+before and after. After averaging, merging, rounding or pruning: `wellcond repair`.
 
+  bn        the running statistics, as they are at the end of training: of all images together, or, with --batch-size,
+            the average over batches
   bsr       each image is normalized with statistics that are predicted for it (Batch Statistics Regression)
-  evalnorm  each image's own statistics are mixed with the running ones, with weights that are learned from the batches
-  bn        the running statistics, as they are at the end of training"""
+  evalnorm  each image's own statistics are mixed with the running ones, with weights that the batches decide"""
 
 _EXAMPLES = """\
 examples:
   wellcond calibrate resnet8.pt --model resnet8 --data cifar10/ --what bsr --batch-size 4 --out resnet8-bsr.pt
       a network that was trained with batches (or ghost groups) of 4 images
+  wellcond calibrate swa.pt --model resnet8 --data cifar10/ --what bn --samples 512 --out swa-bn.pt
+      the statistics of 512 images, for a network whose weights have changed
 
 The file written is a plain state dict. In Python, with the same network:
   model = wellcond.nn.convert_norm(model, "bsr")      (not for bn)
   model.load_state_dict(torch.load("resnet8-bsr.pt"))"""
-
-# The most images of the loader's batches, which the pass divides into batches of m: as many as keep the device busy.
-_LOADED = 256
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,12 +57,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--what", required=True, choices=("bsr", "evalnorm", "bn"), help="what is taken (see above)")
     parser.add_argument(
         "--batch-size",
-        dest="samples",
-        required=True,
+        dest="group",
         type=int,
         metavar="M",
-        help="images behind one set of statistics in training: of one device, or of a ghost group",
+        help="images behind one set of statistics in training: of one device, or of a ghost group; bsr and evalnorm "
+        "need it (default: all images together)",
     )
+    add_pass_options(parser)
     parser.add_argument("--out", required=True, action=OutputFile, metavar="FILE", help="where the new state dict goes")
     parser.add_argument(
         "--seed",
@@ -77,6 +74,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "`wellcond compare` (default: %(default)s)",
     )
     add_data_options(parser)
+
+
+def add_pass_options(parser: argparse.ArgumentParser) -> None:
+    """Add how many images a pass goes over."""
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="images that the pass goes over (default: all that train)"
+    )
+    parser.add_argument(
+        "--until",
+        type=float,
+        metavar="ERROR",
+        help="stop once the standard errors of all statistics are below this, such as 0.01: of the means in standard "
+        "deviations, of the variances as a share of them",
+    )
+
+
+def pass_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `wellcond.calibrate` gets of them.
+
+    Raises:
+        LabError: If a value is out of its range.
+    """
+    if arguments.samples is not None and arguments.samples < 1:
+        raise LabError(f"--samples must be at least 1, got {arguments.samples}")
+    if arguments.until is not None and not 0 < arguments.until < float("inf"):
+        raise LabError(f"--until must be positive, such as 0.01, got {arguments.until:g}")
+    return {"max_samples": arguments.samples, "until": arguments.until}
 
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
@@ -97,24 +121,25 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     from wellcond.lab.plan import make_plan
     from wellcond.lab.tasks.base import ROLES
 
-    m, out = arguments.samples, arguments.out
-    if m < 2:
+    m, out = arguments.group, arguments.out
+    if m is None and arguments.what != "bn":
+        raise LabError(f"--what {arguments.what} needs --batch-size: it asks how batches of that size differ")
+    if m is not None and m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
+    options = pass_options(arguments)
     check_seed(arguments.seed)
     if not is_there(arguments.checkpoint):
         raise LabError(f"there is no checkpoint {arguments.checkpoint}")
     check_weights("checkpoint", arguments.checkpoint)
     if out.exists() and out.samefile(arguments.checkpoint):
         raise LabError(f"--out {out}: would write over the checkpoint")
-    settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoint, batch_size=m)
+    settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoint, batch_size=m or LOADED)
     plan = make_plan(settings)
     if plan.task.kind != "classification":
         raise LabError(f"calibrate is for classification, and {settings.data} is for {plan.task.kind}")
     device = training_device()
     model = plan.task.initial_model(plan.model, arguments.seed, settings.weights).to(device)
-    # Whole batches of m that leave out as few of the images as can be.
-    images = plan.task.train_images
-    loaded = m * max(1, images // -(-images // _LOADED) // m)
+    loaded = batch_of(plan.task.train_images, m)
     spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
     plan.task.check_files()
     data = plan.task.for_seed(spec, device, rank=0, ranks=1)
@@ -122,78 +147,28 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
     with interruptible(), progress:
         progress.expect(len(batches) + 2 * len(ROLES))
-        before = _evaluate(model, data, device, progress)
+        before = evaluate(model, data, device, progress)
         try:
-            wellcond.calibrate(model, _counted(batches, progress), batch_size=m, what=arguments.what)
+            wellcond.calibrate(model, counted(batches, progress), batch_size=m, what=arguments.what, **options)
         except ValueError as error:
             raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
-        after = _evaluate(model, data, device, progress)
-        _save(model, out)
-    passed = f"{len(batches) * loaded} training images in batches of {m}"
-    title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
-    _print(title, plan.task.score, before, after)
+        after = evaluate(model, data, device, progress)
+        save(model, out)
+    passed = passed_over(model, len(batches) * loaded) + (f" in batches of {m}" if m else "")
+    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.score, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _counted(batches: Iterable[Any], progress: StepProgress) -> Iterator[Any]:
-    for batch in batches:
-        yield batch
-        progress.advance("passing over training images")
+def batch_of(images: int, m: int | None) -> int:
+    """Return how many images to load at once: whole batches of m that leave out as few of the images as can be."""
+    whole = m or 1
+    return whole * max(1, images // -(-images // LOADED) // whole)
 
 
-def _evaluate(
-    model: nn.Module, data: SeedData, device: torch.device, progress: StepProgress
-) -> list[tuple[Evaluation, float]]:
-    """Return the network's evaluation on the images of each role, with the seconds that an image took."""
-    import torch
+def passed_over(model: nn.Module, most: int) -> str:
+    """Return how many images the calibration of a network went over."""
+    from wellcond.nn import conversion_report
 
-    from wellcond.lab.runs.stopwatch import Stopwatch
-    from wellcond.lab.tasks.base import ROLES
-
-    model.eval()
-    found = []
-    for role in ROLES:
-        stopwatch = Stopwatch(device)
-        with torch.no_grad():
-            evaluation = data.evaluate(model, role, stopwatch)
-        found.append((evaluation, stopwatch.seconds / evaluation.images))
-        progress.advance(f"evaluating {role} images")
-    return found
-
-
-def _save(model: nn.Module, file: Path) -> None:
-    """Write the state dict by way of a file beside it, so that what is there is always whole."""
-    import torch
-
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _print(
-    title: str, score: str, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
-) -> None:
-    from wellcond.lab.report.formats import score_text
-    from wellcond.lab.tasks.base import ROLES
-
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(f"\n{title}\n", style="bold", highlight=False)
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    table.add_column("images", no_wrap=True)
-    for head in (f"{score_text(score)}\nbefore", "\nafter", "\nchange", "loss\nbefore", "\nafter", "time per\nimage"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for role, (old, old_time), (new, new_time) in zip(ROLES, before, after, strict=True):
-        losses = ["–" if each.loss is None else f"{each.loss:.4g}" for each in (old, new)]
-        table.add_row(
-            f"{old.images} {role}",
-            f"{old.score:.2f}",
-            f"{new.score:.2f}",
-            f"{new.score - old.score:+.2f}",
-            *losses,
-            f"x {new_time / old_time:.2f}",
-        )
-    console.print(table)
+    said = re.search(r"(\d+) sample", conversion_report(model).data)
+    return f"from {min(int(said[1]), most) if said else most} training images"

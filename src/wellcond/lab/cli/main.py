@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-from wellcond.lab.cli import bench, calibrate, compare, diagnose, reproduce, train
+from wellcond.lab.cli import bench, calibrate, compare, diagnose, repair, reproduce, train
 from wellcond.lab.cli import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError, one_line
 from wellcond.lab.hardware.interrupts import Interrupted
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "reproduce": reproduce,
     "calibrate": calibrate,
+    "repair": repair,
     "diagnose": diagnose,
     "bench": bench,
     "list": listing,

@@ -24,14 +24,18 @@ class ConversionReport:
         call: Such as ``"convert_norm(to='bsr')"``.
         changed: What became of each layer that was changed, by its name.
         left: Why each other normalization was left as it is, by its name.
+        data: What a calibration has gone over, of this rank, such as ``"of 4 batches, 512 samples"``; "" of a
+            conversion.
     """
 
     call: str
     changed: dict[str, str]
     left: dict[str, str]
+    data: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.call}: {len(self.changed)} normalizations changed, {len(self.left)} left"]
+        of_data = f" {self.data}" if self.data else ""
+        lines = [f"{self.call}{of_data}: {len(self.changed)} normalizations changed, {len(self.left)} left"]
         for title, entries in (("changed", self.changed), ("left", self.left)):
             for what, count in Counter(entries.values()).items():
                 names = [name or "the model itself" for name, own in entries.items() if own == what]
@@ -68,9 +72,11 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return _REPORTS[model]
 
 
-def keep_report(model: nn.Module, call: str, changed: Mapping[str, str], left: Mapping[str, str]) -> None:
+def keep_report(
+    model: nn.Module, call: str, changed: Mapping[str, str], left: Mapping[str, str], data: str = ""
+) -> None:
     """Keep and log a report."""
-    report = ConversionReport(call, dict(changed), dict(left))
+    report = ConversionReport(call, dict(changed), dict(left), data)
     _REPORTS[model] = report
     _LOG.info("%s", report)
 
