@@ -10,8 +10,10 @@ from wellcond.version import __version__
 if TYPE_CHECKING:
     from wellcond import diagnostics, nn, optim, theory
     from wellcond.calibration.models import calibrate, calibrated
+    from wellcond.diagnostics.input_moments import second_moments
     from wellcond.layouts import Layout, register_layout
-    from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization
+    from wellcond.moments.collection import SecondMoments
+    from wellcond.transforms import FeatureDescent, FeatureWhitening, GradientCentralization, GradientProjection
     from wellcond.transforms.attachment import Attachment, attach
     from wellcond.transforms.base import GradientTransform, WellcondWarning
 
@@ -20,8 +22,10 @@ __all__ = [
     "FeatureDescent",
     "FeatureWhitening",
     "GradientCentralization",
+    "GradientProjection",
     "GradientTransform",
     "Layout",
+    "SecondMoments",
     "WellcondWarning",
     "__version__",
     "attach",
@@ -31,6 +35,7 @@ __all__ = [
     "nn",
     "optim",
     "register_layout",
+    "second_moments",
     "theory",
 ]
 
@@ -39,12 +44,15 @@ __all__ = [
 _SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "theory")
 _FROM = {
     "wellcond.calibration.models": ("calibrate", "calibrated"),
+    "wellcond.diagnostics.input_moments": ("second_moments",),
     "wellcond.layouts": ("Layout", "register_layout"),
+    "wellcond.moments.collection": ("SecondMoments",),
     "wellcond.transforms": (
         "Attachment",
         "FeatureDescent",
         "FeatureWhitening",
         "GradientCentralization",
+        "GradientProjection",
         "GradientTransform",
         "WellcondWarning",
         "attach",

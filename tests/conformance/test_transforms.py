@@ -16,9 +16,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import wellcond
-from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization, GradientTransform
+from wellcond import (
+    FeatureDescent,
+    FeatureWhitening,
+    GradientCentralization,
+    GradientProjection,
+    GradientTransform,
+    SecondMoments,
+)
+from wellcond.moments.layer_moment import LayerMoment
 
 FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
+
+# Of both layers of `Net`, on three directions each.
+PROTECTED = SecondMoments(
+    {
+        name: LayerMoment("dense", 1, channels, kernel, {"matrix": (rows.T @ rows).double().unsqueeze(0)})
+        for name, channels, kernel, rows in (
+            ("conv", 2, (3, 3), torch.randn(3, 18, generator=torch.Generator().manual_seed(0))),
+            ("fc", 4, (), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))),
+        )
+    }
+)
 
 TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "centralize gradient": (GradientCentralization(),),
@@ -28,7 +47,8 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "factored": (FeatureWhitening(second_moment="kronecker", norm_layers=True, gradient_momentum=0.5, **FAST),),
     "blocks": (FeatureWhitening(second_moment="blocks", damping_mode="mean", **FAST),),
     "fixed norm": (FeatureDescent(second_moment="blocks", rank=2, norm="fixed", gradient_momentum=0.5, **FAST),),
-    "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
+    "projection": (GradientProjection(PROTECTED, energy=1.0),),
+    "chain": (GradientCentralization(), FeatureWhitening(**FAST), GradientProjection(PROTECTED, 0.9, "gradient")),
 }
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -4,6 +4,7 @@ from wellcond.transforms.attachment import Attachment, attach, attachments
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
+from wellcond.transforms.projection import GradientProjection
 
 __all__ = [
     "Attachment",
@@ -12,6 +13,7 @@ __all__ = [
     "FeatureDescent",
     "FeatureWhitening",
     "GradientCentralization",
+    "GradientProjection",
     "GradientTransform",
     "Slot",
     "WellcondWarning",
