@@ -110,7 +110,12 @@ def second_moments(
         >>> moments.samples, moments.matrix("0").shape, moments.matrix("2").shape
         (20, torch.Size([4, 9, 9]), torch.Size([36, 36]))
     """
-    for name, value in (("max_dim", max_dim), ("rank", rank), ("max_samples", max_samples), ("max_batches", max_batches)):
+    for name, value in (
+        ("max_dim", max_dim),
+        ("rank", rank),
+        ("max_samples", max_samples),
+        ("max_batches", max_batches),
+    ):
         if value is not None:
             check_positive_integer(name, value)
     inner, ranks = unwrapped(model), Ranks(synchronize)
@@ -122,7 +127,11 @@ def second_moments(
     }
     seen, error = 0, None
     try:
-        with left_as_found(inner), torch.no_grad(), shown((own.layer.called, own.before, None) for own in sums.values()):
+        with (
+            left_as_found(inner),
+            torch.no_grad(),
+            shown((own.layer.called, own.before, None) for own in sums.values()),
+        ):
             for batch in _counted(batches_on_device(inner, loader, max_batches), loader, max_samples, call, progress):
                 seen += samples_of(batch) or 0
                 run_on(inner, batch, call)
@@ -147,7 +156,9 @@ def second_moments(
         raise ValueError(f"no second moment was seen of {listed(missed)}: {skipped[missed[0]]}")
     if missed:
         warnings.warn(
-            f"second_moments: nothing was seen of {listed(missed)} ({skipped[missed[0]]})", WellcondWarning, stacklevel=3
+            f"second_moments: nothing was seen of {listed(missed)} ({skipped[missed[0]]})",
+            WellcondWarning,
+            stacklevel=3,
         )
     weights = {own.layer.name: name for name, own in sums.items() if name in found}
     samples = None if call is not None else int(said[:, 1].sum())
@@ -277,8 +288,9 @@ def memory_bound(sums: Iterable[LayerSums]) -> int:
 
 
 def _chosen(model: nn.Module, where: Predicate | None) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Return the layers whose rows are defined, by the module's name, or the weight's where it has several; and why
-    others are left out.
+    """Return the layers whose rows are defined, and why others are left out.
+
+    By the module's name, or the weight's where a module has several.
     """
     check_where(where)
     layers = [layer for layer in layers_of(model) if layer.layout.kind != "norm"]

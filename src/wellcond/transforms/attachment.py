@@ -247,7 +247,7 @@ class Attachment:
         return running_moments(self.transforms, self._slots)
 
     def protect(self, moments: SecondMoments) -> None:
-        """Have `GradientProjection` keep further features as they are from now on, such as those of a task just learned.
+        """Have `GradientProjection` protect further features from now on, such as those of a task just learned.
 
         Args:
             moments: Of the features, as `second_moments` takes them; layers that have none there stay as they are.
@@ -256,7 +256,8 @@ class Attachment:
             ValueError: If no transform attached does such a thing, or a layer has another number of features.
         """
         self._look_again()
-        if not any([transform.protect(self._covered(transform), moments) for transform in self.transforms]):
+        done = [transform.protect(self._covered(transform), moments) for transform in self.transforms]
+        if not any(done):
             raise ValueError(f"protect needs GradientProjection, attached are {', '.join(self.names)}")
         optimizer = self._optimizer()
         if optimizer is not None:
