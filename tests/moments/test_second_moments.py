@@ -164,6 +164,7 @@ def test_equal_explicit_sums_for_300_random_configurations() -> None:
         torch.testing.assert_close(
             found, wanted, **CLOSE, msg=lambda m, n=number, k=kind, of=model: f"{n} {k} {of}: {m}"
         )
+        assert (moments[name].groups, moments[name].width) == (len(rows), rows.shape[-1])
         torch.testing.assert_close(moments[name].mean, rows.mean(1), **CLOSE)
         torch.testing.assert_close(moments[name].trace(centred=centred), torch.einsum("gdd->g", wanted), **CLOSE)
         values, vectors = moments[name].eigenpairs(centred=centred)

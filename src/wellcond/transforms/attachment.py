@@ -81,9 +81,9 @@ def attach(
         >>> print(handle.report())
         centralization over AdamW
         0.weight  (8, 4)  gradient centred over 4 inputs of each of 8 output units  0 B
-        0.bias    (8,)    unchanged
+        0.bias    (8,)    unchanged: a bias
         2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
-        2.bias    (2,)    unchanged
+        2.bias    (2,)    unchanged: a bias
         in all: 2 of 4 parameters, 0 B kept
         >>> wellcond.attach(optimizer, model, "whitening").stats()["whitening"]["weights"]
         2

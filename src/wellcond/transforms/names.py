@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from wellcond.transforms.base import GradientTransform
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
+from wellcond.transforms.projection import GradientProjection
 
 TRANSFORMS: dict[str, type[GradientTransform]] = {
-    kind.name: kind for kind in (GradientCentralization, FeatureWhitening, FeatureDescent)
+    kind.name: kind for kind in (GradientCentralization, FeatureWhitening, FeatureDescent, GradientProjection)
 }
 """From a transform's name, as in ``stats()`` and in parameter groups, to its class."""
 

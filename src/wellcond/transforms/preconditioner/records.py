@@ -39,6 +39,8 @@ def layer_moment(
     """
     window = layer.layout.window(layer.module)
     kernel = () if window is None else window.size
+    # A row of what is no convolution may be products of two inputs' features.
+    channels = form.channels if window is not None else form.channels * form.taps
     if isinstance(form, TiedForm):
         tokens = form.factor.tokens
         if layer.layout.one_hot:
@@ -65,7 +67,7 @@ def layer_moment(
         kind = "dense" if "matrix" in tensors else "sketch"
         if form.bias and kind == "dense":
             mean = averages["second_moment"][..., :-1, -1]
-    return LayerMoment(kind, form.groups, form.channels, kernel, tensors, mean, rows)
+    return LayerMoment(kind, form.groups, channels, kernel, tensors, mean, rows)
 
 
 def _without_constant(
