@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lora_from_moments import GPT, adapt, train, windows
 from measured import Scores, note, options, report
 from torch import Tensor, nn
+
+# isort: split
+from lora_from_moments import adapt, gpt, train, windows
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -43,14 +45,11 @@ def adapted(
     cut = len(text) * 9 // 10
     torch.manual_seed(seed)
     batches = [windows(text[:cut], 64, torch.Generator().manual_seed(100 + i))[:, :-1] for i in range(8)]
-    held = (
-        list(model.parameters())
-        if start == "all weights"
-        else adapt(model, rank, batches if "aligned" in start else None)
-    )
+    if start != "all weights":
+        adapt(model, rank, batches if "aligned" in start else None)
     losses, done = [], 0
     for stop in stops:
-        train(model, held, text[:cut], stop - done, lr, 1000 * seed + stop)
+        train(model, text[:cut], stop - done, lr, 1000 * seed + stop)
         losses.append(loss_on(model, text[cut:]))
         done = stop
     return losses
@@ -72,8 +71,8 @@ def main() -> None:
     chosen: dict[str, float] = {}
     for seed in (1000, *range(given.seeds)):
         torch.manual_seed(seed)
-        base = GPT()
-        train(base, list(base.parameters()), text, given.first_steps, 3e-3, seed)
+        base = gpt()
+        train(base, text, given.first_steps, 3e-3, seed)
         if seed == 1000:
             for start in starts:
                 found = {lr: adapted(base, other, start, given.rank, stops, lr, seed)[-1] for lr in LRS}

@@ -56,7 +56,8 @@ def main() -> None:
         note(scores, "not rounded", accuracy=accuracy(model, *test))
         some = images[: given.rounding_images]
         for row, moments in ROWS.items():
-            own = round_weights(copy.deepcopy(model), some, given.bits, moments)
+            own = copy.deepcopy(model)
+            round_weights(own, some, given.bits, moments)
             note(scores, row, accuracy=accuracy(own, *test))
             wellcond.calibrate(own, some.split(64), batch_size=64, what="bn")
             note(scores, f"{row}, then calibrated", accuracy=accuracy(own, *test))

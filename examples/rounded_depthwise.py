@@ -1,5 +1,7 @@
 """Round a depthwise network's weights to 3 bits by second moments (GPTQ), one matrix for each group, then calibrate."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -8,24 +10,17 @@ from torch import Tensor, nn
 import wellcond
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
-
-
-def network(channels: int, width: int, classes: int = 10, strides: tuple[int, ...] = (1, 2, 1, 2)) -> nn.Module:
-    """Return a convolution, depthwise separable blocks, and a classifier."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
-    for stride in strides:
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width * stride, 1, bias=False)]
+def network(channels: int, width: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    for stride in (1, 2, 1, 2):
+        layers += [nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width * stride, 1, bias=False), nn.BatchNorm2d(width * stride), nn.ReLU()]
         width *= stride
-    layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, seed: int = 0) -> None:
-    optimizer, draw = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(seed)
+    optimizer, draw = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         batch = torch.randint(len(images), (64,), generator=draw)
@@ -36,7 +31,6 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, seed: in
 
 
 def rounded(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
-    """Round the rows of [groups, out, d], each input's error being made up for by the later ones (GPTQ)."""
     (groups, _, width), levels = weight.shape, 2 ** (bits - 1)
     scale = weight.abs().amax(2, keepdim=True).clamp_min(1e-12) / (levels - 0.5)
     damping = 0.01 * moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12).view(-1, 1, 1)
@@ -50,8 +44,7 @@ def rounded(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
     return found.to(weight.dtype)
 
 
-def round_weights(model: nn.Module, images: Tensor, bits: int, moments: str = "groups") -> nn.Module:
-    """Round layer by layer, with the moments that each has after the earlier ones were rounded."""
+def round_weights(model: nn.Module, images: Tensor, bits: int, moments: str = "groups") -> None:
     for name, layer in model.eval().named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             weight = layer.weight.data.unflatten(0, (getattr(layer, "groups", 1), -1)).flatten(2)
@@ -63,22 +56,22 @@ def round_weights(model: nn.Module, images: Tensor, bits: int, moments: str = "g
             if moments == "mean":
                 moment = moment.mean(0, keepdim=True).expand(len(weight), -1, -1)
             layer.weight.data.copy_(rounded(weight, moment, bits).view_as(layer.weight))
-    return model
 
 
 def main(steps: int = 150, bits: int = 3) -> dict[str, float]:
-    images, labels = digits()
-    scores = {}
+    data = load_digits()
+    images, labels = torch.tensor(data.images).float().unsqueeze(1) / 8 - 1, torch.tensor(data.target)
+    torch.manual_seed(0)
+    base, scores = network(1, 16), {}
+    train(base, images[:1400], labels[:1400], steps)
     for moments in ("float", "none", "mean", "groups"):
-        torch.manual_seed(0)
-        model = network(1, 16)
-        train(model, images[:1400], labels[:1400], steps)
+        model = copy.deepcopy(base).eval()
         if moments != "float":
             round_weights(model, images[:512], bits, moments)
             wellcond.calibrate(model, images[:1024].split(64), batch_size=64, what="bn")
         with torch.no_grad():
-            scores[moments] = (model.eval()(images[1400:]).argmax(1) == labels[1400:]).double().mean().item()
-        print(f"{moments}: {scores[moments]:.1%}")
+            scores[moments] = (model(images[1400:]).argmax(1) == labels[1400:]).double().mean().item()
+    print(" ".join(f"{moments}: {score:.1%}" for moments, score in scores.items()))
     return scores
 
 
