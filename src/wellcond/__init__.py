@@ -10,11 +10,14 @@ from wellcond.version import __version__
 if TYPE_CHECKING:
     from wellcond import diagnostics, nn, optim, repair, theory
     from wellcond.calibration.models import calibrate, calibrated
+    from wellcond.diagnostics.input_moments import second_moments
     from wellcond.layouts import Layout, register_layout
+    from wellcond.moments.collection import SecondMoments
     from wellcond.transforms import (
         FeatureDescent,
         FeatureWhitening,
         GradientCentralization,
+        GradientProjection,
         NormClipping,
         Orthogonalize,
         ZScore,
@@ -27,10 +30,12 @@ __all__ = [
     "FeatureDescent",
     "FeatureWhitening",
     "GradientCentralization",
+    "GradientProjection",
     "GradientTransform",
     "Layout",
     "NormClipping",
     "Orthogonalize",
+    "SecondMoments",
     "WellcondWarning",
     "ZScore",
     "__version__",
@@ -42,6 +47,7 @@ __all__ = [
     "optim",
     "register_layout",
     "repair",
+    "second_moments",
     "theory",
 ]
 
@@ -50,12 +56,15 @@ __all__ = [
 _SUBPACKAGES = ("diagnostics", "lab", "nn", "optim", "repair", "theory")
 _FROM = {
     "wellcond.calibration.models": ("calibrate", "calibrated"),
+    "wellcond.diagnostics.input_moments": ("second_moments",),
     "wellcond.layouts": ("Layout", "register_layout"),
+    "wellcond.moments.collection": ("SecondMoments",),
     "wellcond.transforms": (
         "Attachment",
         "FeatureDescent",
         "FeatureWhitening",
         "GradientCentralization",
+        "GradientProjection",
         "GradientTransform",
         "NormClipping",
         "Orthogonalize",

@@ -204,6 +204,35 @@ def attention() -> None:
     assert handle.stats()["whitening"]["weights"] == 2
 
 
+def recurrent(kind: Any, of_cells: bool) -> None:
+    """Compare a recurrent layer's gradients with the formula over its inputs and its hidden states."""
+    layer = kind(3, 4).double()
+    inputs = numbers((5, 3) if of_cells else (5, 2, 3))
+    _, before, after = step(layer, inputs)
+    states = inputs.new_zeros(5, 4)
+    if not of_cells:
+        with torch.no_grad():
+            states = torch.cat([inputs.new_zeros(1, 2, 4), layer(inputs)[0][:-1]])
+    suffix = "" if of_cells else "_l0"
+    for which, rows in (("ih", inputs), ("hh", states)):
+        rows = F.pad(rows.flatten(0, -2), (0, 1), value=1.0)[None]
+        weight, bias = f"weight_{which}{suffix}", f"bias_{which}{suffix}"
+        joint = torch.cat([before[weight], before[bias][:, None]], dim=1)[None]
+        changed = whitened(joint, rows)[0]
+        assert_equal([after[weight], after[bias]], [changed[:, :-1], changed[:, -1]], 1e-7, weight)
+
+
+for recurrent_kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+
+    @cell(
+        AREA,
+        recurrent_kind.__name__,
+        verified="each weight's gradient against the formula over inputs, or over hidden states of the step before",
+    )
+    def recurrent_cell(kind: Any = recurrent_kind) -> None:
+        recurrent(kind, "Cell" in kind.__name__)
+
+
 def plain(layer: nn.Module, *inputs: Tensor, name: str = "", handle_only: bool = False) -> str:
     """Check that a layer's gradients stay as they are, and return the reason that the report gives."""
     handle, before, after = step(layer, *inputs)
@@ -223,12 +252,6 @@ def floats(*shape: int) -> Tensor:
 IMAGES = (4, 6, 3, 3)
 PLAIN_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "EmbeddingBag": (lambda: nn.EmbeddingBag(5, 3), (torch.tensor([[0, 1], [2, 2]]),)),
-    "RNN": (lambda: nn.RNN(3, 4), (floats(5, 2, 3),)),
-    "LSTM": (lambda: nn.LSTM(3, 4), (floats(5, 2, 3),)),
-    "GRU": (lambda: nn.GRU(3, 4), (floats(5, 2, 3),)),
-    "RNNCell": (lambda: nn.RNNCell(3, 4), (floats(5, 3),)),
-    "LSTMCell": (lambda: nn.LSTMCell(3, 4), (floats(5, 3),)),
-    "GRUCell": (lambda: nn.GRUCell(3, 4), (floats(5, 3),)),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(6), (floats(4, 6),)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(6), (floats(*IMAGES),)),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(6), (floats(*IMAGES, 2),)),

@@ -22,11 +22,14 @@ from wellcond import (
     FeatureDescent,
     FeatureWhitening,
     GradientCentralization,
+    GradientProjection,
     GradientTransform,
     NormClipping,
     Orthogonalize,
+    SecondMoments,
     ZScore,
 )
+from wellcond.moments.layer_moment import LayerMoment
 
 FAST: dict[str, Any] = {"stats_every": 2, "solve_every": 4}
 
@@ -42,6 +45,17 @@ def from_the_docs() -> GradientTransform:
     return transform
 
 
+# Of both layers of `Net`, on three directions each.
+PROTECTED = SecondMoments(
+    {
+        name: LayerMoment("dense", 1, channels, kernel, {"matrix": (rows.T @ rows).double().unsqueeze(0)})
+        for name, channels, kernel, rows in (
+            ("conv", 2, (3, 3), torch.randn(3, 18, generator=torch.Generator().manual_seed(0))),
+            ("fc", 4, (), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))),
+        )
+    }
+)
+
 TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "centralize gradient": (GradientCentralization(),),
     "centralize update": (GradientCentralization(where="update"),),
@@ -56,7 +70,8 @@ TRANSFORMS: dict[str, tuple[GradientTransform, ...]] = {
     "Newton-Muon": (FeatureDescent(damping=0.2, damping_mode="mean", norm="none", **FAST), Orthogonalize(steps=3)),
     "from the docs": (from_the_docs(),),
     "clipped z-scores": (ZScore(), NormClipping(0.7)),
-    "chain": (GradientCentralization(), FeatureWhitening(**FAST)),
+    "projection": (GradientProjection(PROTECTED, energy=1.0),),
+    "chain": (GradientCentralization(), FeatureWhitening(**FAST), GradientProjection(PROTECTED, 0.9, "gradient")),
 }
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

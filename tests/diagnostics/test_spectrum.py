@@ -184,7 +184,7 @@ def test_rows_are_laid_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(9, 3, 8, 8)
     whole = feature_spectrum(model, [x])
     longest = 0
-    module = sys.modules["wellcond.numerics.second_moments"]
+    module = sys.modules["wellcond.numerics.row_moments"]
     add = module.SecondMoment.add
 
     def watched(self: Any, rows: Tensor, first: int = 0) -> None:

@@ -272,3 +272,24 @@ def test_what_is_done_to_awkwardly_sharded_weights_equals_one_process_or_is_said
 @pytest.mark.parametrize("layer", list(worker.LAYERS))
 def test_sharded_layers_are_preconditioned(transform: str, layer: str, two_ranks: Ranks) -> None:
     assert not is_said_to_be_plain(results_of(two_ranks, f"fsdp {transform} {layer}")[0])
+
+
+# second moments, projection -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in worker.checks() if name.startswith("moments")])
+def test_moments_of_all_ranks_equal_those_of_one_process(
+    name: str, two_ranks: Ranks, one_process: Callable[[str], dict[str, Any]]
+) -> None:
+    results = results_of(two_ranks, name)
+    assert_ranks_identical(results)
+    assert_close_to(results[0], one_process(name))
+    assert results[0].get("samples", 18) == 18
+
+
+@pytest.mark.parametrize("layer", list(worker.LAYERS))
+def test_sharded_layers_are_projected(layer: str, two_ranks: Ranks) -> None:
+    result = results_of(two_ranks, f"fsdp projection {layer} sgd")[0]
+    assert "0.weight" in result["report"]
+    assert "not projected" not in result["report"]
+    assert result["stats"]["projection"]["directions"] > 0

@@ -420,6 +420,30 @@ def fsdp_training(rank: int, world: int, layer: str, make: Callable[..., Any], t
     return {**snapshot(model, optimizer), "report": handle.report(), "stats": handle.stats()}
 
 
+def protecting(layer: str | None = None) -> wellcond.GradientProjection:
+    """Protect what a layer, or the convolutional network, is given in two samples, the same on every rank."""
+    if layer is None:
+        model, x = convnet(), samples(7, 0, 1, 2, 6, 6)
+    else:
+        build, shape = LAYERS[layer]
+        model, x = nn.Sequential(build()).double(), samples(7, 0, 1, *shape)
+    return wellcond.GradientProjection(wellcond.second_moments(model, [x[:1]], synchronize=False), energy=0.9)
+
+
+def moments_of_everything(rank: int, world: int, kind: Any) -> Result:
+    """Take second moments, each rank of its own samples, in batches of unequal size."""
+    batches = [x for step in range(3) if len(x := samples(step, rank, world, 2, 6, 6)) > 0]
+    moments = wellcond.second_moments(Everything(), batches, kind=kind, rank=80)
+    found = {f"{name} {key}": moments[name].tensors[key] for name in moments for key in moments[name].tensors}
+    return {**found, **{f"{name} mean": moments.mean(name) for name in moments}, "samples": moments.samples}
+
+
+def moments_of_a_sharded_model(rank: int, world: int) -> Result:
+    model = sharded_everything(world, ("conv", "attention"))
+    moments = wellcond.second_moments(model, [samples(step, rank, world, 2, 6, 6) for step in range(2)])
+    return {name: moments.matrix(name) for name in moments}
+
+
 def plain_training(name: str) -> Result:
     """Run an FSDP2 check in one process with its transform applied to no layer."""
     layer = max((layer for layer in LAYERS if layer in name), key=len)
@@ -471,6 +495,15 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
         found[f"checkpoint fsdp {form}"] = lambda rank, world, f=form: checkpointed(rank, world, f, True)
     for form in ("kronecker", "momentum"):
         found[f"checkpoint fsdp whole {form}"] = lambda rank, world, f=form: checkpointed(rank, world, f, True, True)
+    for layer in LAYERS:
+        for make in (sgd, adamw):
+            found[f"fsdp projection {layer} {make.__name__}"] = lambda rank, world, li=layer, m=make: fsdp_training(
+                rank, world, li, m, protecting(li)
+            )
+    found["ddp projection"] = lambda rank, world: ddp_training(rank, world, protecting(), adamw)
+    for kind in ("dense", "kronecker", "blocks", "sketch"):
+        found[f"moments {kind}"] = lambda rank, world, k=kind: moments_of_everything(rank, world, k)
+    found["moments under fsdp"] = moments_of_a_sharded_model
     found["ddp nothing seen at first"] = nothing_seen_at_first
     found["failing owner"] = failing_owner
     found["counted solves"] = counted_solves

@@ -135,6 +135,38 @@ def test_exports_give_the_same_numbers() -> None:
     assert max(differences.values()) < 1e-5
 
 
+def test_rounding_by_groups_keeps_more_than_chance() -> None:
+    scores = example("rounded_depthwise").main(steps=60)
+    assert scores.keys() == {"float", "none", "mean", "groups"}
+    assert scores["groups"] > 0.4
+
+
+def test_rounding_with_moments_comes_nearer_to_the_outputs_than_to_the_nearest() -> None:
+    rounded = example("rounded_depthwise").rounded
+    torch.manual_seed(0)
+    x = torch.randn(4, 200, 9).double() @ torch.randn(4, 9, 9).double()
+    weight = torch.randn(4, 3, 9)
+    errors = {}
+    for name, moment in (("none", torch.eye(9).double().expand(4, -1, -1)), ("groups", x.mT @ x / 200)):
+        found = rounded(weight, moment, 3)
+        assert all(len(row.unique()) <= 8 for row in found.flatten(0, 1))
+        errors[name] = (x @ (found - weight).double().mT).square().sum()
+    assert errors["groups"] < 0.8 * errors["none"]
+
+
+def test_projection_forgets_less_than_training_on() -> None:
+    main = example("continual_digits").main
+    held, plain = main(steps=30), main(steps=30, energy=None)
+    lost = [sum(history[task][task] - history[-1][task] for task in range(4)) for history in (held, plain)]
+    assert lost[0] < lost[1]
+
+
+def test_lora_starts_where_the_model_is_and_learns() -> None:
+    losses = example("lora_from_moments").main(steps=12)
+    assert losses["random"][0] == pytest.approx(losses["aligned"][0], abs=1e-5)
+    assert losses["random"][-1] != losses["aligned"][-1]
+
+
 # they resume --------------------------------------------------------------------------------------------------------
 
 

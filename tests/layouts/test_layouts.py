@@ -612,8 +612,6 @@ def test_lazy_layers_are_known_after_their_first_input() -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.LSTM(2, 3), "hidden states"),
-        (nn.GRUCell(2, 3), "hidden states"),
         (nn.EmbeddingBag(5, 3), "bag"),
         (nn.BatchNorm1d(3), "identity"),
         (nn.InstanceNorm2d(3, affine=True), "identity"),

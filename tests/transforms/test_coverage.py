@@ -42,7 +42,7 @@ def test_of_an_optimizer_that_is_gone_it_says_what_was_done():
     optimizer.add_param_group({"params": [model[1].bias]})
     rows, lines = handle.coverage(), handle.report().splitlines()
     assert "not held" in lines[3]
-    assert lines[4].split() == ["1.bias", "(2,)", "unchanged"]
+    assert lines[4].split() == ["1.bias", "(2,)", "unchanged:", "a", "bias"]
     del optimizer
     assert handle.coverage() == rows
     assert handle.report().splitlines() == ["centralization over SGD (which no longer exists)", *lines[1:]]

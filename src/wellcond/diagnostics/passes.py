@@ -144,6 +144,26 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
+@contextlib.contextmanager
+def shown(calls: Iterable[tuple[nn.Module, Callable[..., None], Callable[..., None] | None]]) -> Iterator[None]:
+    """Show calls of modules to those who gather, with kernels that call every layer.
+
+    Args:
+        calls: Of each module who is shown its arguments before it runs (module, args, kwargs), and who its output
+            afterwards (module, args, output), if anybody.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        for module, before, after in calls:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(after).remove)
+        # In evaluation, torch's transformer layers would run as one kernel.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
 def loss_of(model: nn.Module, batch: Any, loss: Loss, call: Call | None) -> Tensor:
     """Run a model on a batch and return its loss, a scalar with a gradient.
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from wellcond.diagnostics.passes import batches_on_device, check_where, layers_of, left_as_found
+from wellcond.diagnostics.passes import batches_on_device, check_where, layers_of, left_as_found, shown
 from wellcond.diagnostics.spectra import FeatureSpectrum, LayerSpectrum, Spectrum
 from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.layouts.rows import input_pieces, row_pieces
-from wellcond.numerics.second_moments import SecondMoment, SketchedMoment, WholeMoment
+from wellcond.numerics.row_moments import SecondMoment, SketchedMoment, WholeMoment
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, run_on, unwrapped
 from wellcond.transforms.base import WellcondWarning, check_choice
@@ -98,7 +97,7 @@ def feature_spectrum(
     inner = unwrapped(model)
     moments = {name: _Moments(layer, max_dim, sketch, precision) for name, layer in _measured(inner, where).items()}
     batches = 0
-    with left_as_found(inner), torch.no_grad(), _watched(moments.values()):
+    with left_as_found(inner), torch.no_grad(), shown(own.watch() for own in moments.values()):
         for batch in batches_on_device(inner, loader, max_batches):
             batches += 1
             run_on(inner, batch, call)
@@ -159,6 +158,10 @@ class _Moments:
         return self.unknown is None and all(
             own is not None and min(own.counts) > 0 for own in (self._input, self._output)
         )
+
+    def watch(self) -> tuple[nn.Module, Callable[..., None], Callable[..., None]]:
+        """Say whose calls are to be shown to whom."""
+        return self.layer.called, self.before, self.after
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take in the input of a call."""
@@ -229,21 +232,3 @@ class _Moments:
             exact=isinstance(moment, WholeMoment),
             resolution=max(moment.width * torch.finfo(self._dtype).eps, self._rounding),
         )
-
-
-@contextlib.contextmanager
-def _watched(moments: Iterable[_Moments]) -> Iterator[None]:
-    """Show calls of layers to those who gather, with kernels that call every layer."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        for own in moments:
-            called = own.layer.called
-            for handle in (
-                called.register_forward_pre_hook(own.before, with_kwargs=True),
-                called.register_forward_hook(own.after),
-            ):
-                stack.callback(handle.remove)
-        # In evaluation, torch's transformer layers would run as one kernel.
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield

@@ -13,11 +13,11 @@ from wellcond.layouts.linear import (
     EmbeddingBagLayout,
     EmbeddingLayout,
     LinearLayout,
-    RecurrentLayout,
     TransposedLinearLayout,
     WhitenedLinearLayout,
 )
 from wellcond.layouts.norm import BatchNormLayout, NormLayout
+from wellcond.layouts.recurrent import RecurrentLayout
 from wellcond.layouts.registry import layout_of, register_layout
 from wellcond.layouts.watching import UnknownInputError
 

@@ -1,4 +1,4 @@
-"""Linear maps of features: Linear, Bilinear, embeddings, recurrent layers."""
+"""Linear maps of features: Linear, Bilinear, embeddings."""
 
 from __future__ import annotations
 
@@ -140,18 +140,6 @@ class EmbeddingBagLayout(Layout):
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """View as [1, out, tokens]."""
         return weight.transpose(0, 1).unsqueeze(0)
-
-
-class RecurrentLayout(Layout):
-    """``nn.RNN``, ``nn.LSTM``, ``nn.GRU`` and their cells: each weight (gates · hidden, in)."""
-
-    missing_rows = "the hidden states inside a recurrent layer are not seen"
-
-    def weights(self, module: nn.Module) -> list[tuple[str, str | None]]:
-        """Pair each ``weight_…`` with its ``bias_…``."""
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        biases = {name.replace("weight", "bias"): name for name in names if name.startswith("weight")}
-        return [(weight, bias if bias in names else None) for bias, weight in biases.items()]
 
 
 def _last_axis_rows(output: Any) -> Tensor | None:

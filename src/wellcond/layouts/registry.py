@@ -15,19 +15,19 @@ from wellcond.layouts.linear import (
     EmbeddingBagLayout,
     EmbeddingLayout,
     LinearLayout,
-    RecurrentLayout,
     TransposedLinearLayout,
 )
 from wellcond.layouts.norm import BatchNormLayout, GroupNormLayout, LayerNormLayout
 from wellcond.layouts.own_forward import watched, without_rows
+from wellcond.layouts.recurrent import RecurrentLayout
 from wellcond.layouts.twin import can_be_moved, own_forward
 
 _LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.Linear: LinearLayout(),
     nn.Bilinear: BilinearLayout(),
     nn.MultiheadAttention: AttentionLayout(),
-    nn.RNNBase: RecurrentLayout(),
-    nn.RNNCellBase: RecurrentLayout(),
+    **dict.fromkeys((nn.RNN, nn.LSTM, nn.GRU, nn.RNNBase), RecurrentLayout()),
+    **dict.fromkeys((nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.RNNCellBase), RecurrentLayout()),
     nn.Embedding: EmbeddingLayout(),
     nn.EmbeddingBag: EmbeddingBagLayout(),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLayout()),

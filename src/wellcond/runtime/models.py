@@ -109,6 +109,31 @@ def _takes_list(model: Any) -> bool:
     return said.lower().removeprefix("typing.").startswith("list[")
 
 
+def first_samples(batch: Any, count: int, model: Any) -> Any:
+    """Return a batch of its first samples alone: of each tensor that has one entry for each of them.
+
+    >>> first_samples((torch.zeros(4, 2), torch.arange(4)), 2, nn.Linear(2, 1))
+    (tensor([[0., 0.],
+            [0., 0.]]), tensor([0, 1]))
+    """
+    samples = samples_of(batch, model)
+    if samples is None or samples <= count:
+        return batch
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.dim() and len(value) == samples else value
+        if isinstance(value, Mapping):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(cut, value))
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(cut, value))
+        return value
+
+    return cut(batch)
+
+
 @contextlib.contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
     """Restore torch's random state afterwards: data loaders draw from it, too."""

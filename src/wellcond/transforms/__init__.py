@@ -7,6 +7,7 @@ from wellcond.transforms.constraints import NormClipping, ZScore
 from wellcond.transforms.hidden_weights import HiddenWeights
 from wellcond.transforms.orthogonalize import Orthogonalize
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
+from wellcond.transforms.projection import GradientProjection
 
 __all__ = [
     "Attachment",
@@ -15,6 +16,7 @@ __all__ = [
     "FeatureDescent",
     "FeatureWhitening",
     "GradientCentralization",
+    "GradientProjection",
     "GradientTransform",
     "HiddenWeights",
     "NormClipping",

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wellcond.layouts import find_layers
+from wellcond.moments.collection import SecondMoments
 from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
@@ -31,6 +32,7 @@ from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
+from wellcond.transforms.running import running_moments
 from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
 from wellcond.transforms.weight_decay import WeightDecayKind, group_decay, mixed_with
 from wellcond.transforms.weights import Places, shared_uses, slots_of
@@ -79,9 +81,9 @@ def attach(
         >>> print(handle.report())
         centralization over AdamW
         0.weight  (8, 4)  gradient centred over 4 inputs of each of 8 output units  0 B
-        0.bias    (8,)    unchanged
+        0.bias    (8,)    unchanged: a bias
         2.weight  (2, 8)  gradient centred over 8 inputs of each of 2 output units  0 B
-        2.bias    (2,)    unchanged
+        2.bias    (2,)    unchanged: a bias
         in all: 2 of 4 parameters, 0 B kept
         >>> wellcond.attach(optimizer, model, "whitening").stats()["whitening"]["weights"]
         2
@@ -230,6 +232,36 @@ class Attachment:
             lines = coverage_lines(self._model, self._groups.held, self._slots[transform.name])
             blocks.append("\n".join([title, *lines]))
         return "\n\n".join(blocks)
+
+    def second_moments(self) -> SecondMoments:
+        """Return E[x xᵀ] of layers' inputs as the attached transforms have it now: moving averages over training steps.
+
+        Returns:
+            The moments by layer, copied to the CPU, of layers of which something was seen; of other layers the reason
+            why not. Of Kronecker factors, tap blocks and sketches means are not known.
+
+        Raises:
+            ValueError: If no attached transform keeps second moments.
+        """
+        self._look_again()
+        return running_moments(self.transforms, self._slots)
+
+    def protect(self, moments: SecondMoments) -> None:
+        """Have `GradientProjection` protect further features from now on, such as those of a task just learned.
+
+        Args:
+            moments: Of the features, as `second_moments` takes them; layers that have none there stay as they are.
+
+        Raises:
+            ValueError: If no transform attached does such a thing, or a layer has another number of features.
+        """
+        self._look_again()
+        done = [transform.protect(self._covered(transform), moments) for transform in self.transforms]
+        if not any(done):
+            raise ValueError(f"protect needs GradientProjection, attached are {', '.join(self.names)}")
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._published.show(optimizer, self._all_slots())
 
     # which weights --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ that the closure computes (once without a closure), the optimizer's own update, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.moments.collection import SecondMoments
+from wellcond.moments.layer_moment import LayerMoment
 from wellcond.runtime.checks import WellcondWarning as WellcondWarning
 from wellcond.runtime.checks import check_choice as check_choice
 from wellcond.runtime.ranks import Ranks
@@ -241,6 +243,22 @@ class GradientTransform(ABC):
             slots: All covered weights; ``scratch`` tells which of them `update` was given.
         """
         return
+
+    def second_moments(self, slot: Slot) -> Mapping[str, LayerMoment]:
+        """Return what the transform has found of E[x xᵀ] of a weight's inputs, by the weight's name in each layer."""
+        return {}
+
+    def protect(self, slots: Sequence[Slot], moments: SecondMoments) -> bool:
+        """Keep further features as they are, if the transform does such a thing.
+
+        Args:
+            slots: All covered weights.
+            moments: Of the features.
+
+        Returns:
+            Whether it does.
+        """
+        return False
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
         """Count what happened so far; may synchronize the device.

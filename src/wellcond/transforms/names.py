@@ -10,10 +10,19 @@ from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.constraints import NormClipping, ZScore
 from wellcond.transforms.orthogonalize import Orthogonalize
 from wellcond.transforms.preconditioner.transform import FeatureDescent, FeatureWhitening
+from wellcond.transforms.projection import GradientProjection
 
 TRANSFORMS: dict[str, type[GradientTransform]] = {
     kind.name: kind
-    for kind in (GradientCentralization, FeatureWhitening, FeatureDescent, Orthogonalize, NormClipping, ZScore)
+    for kind in (
+        GradientCentralization,
+        FeatureWhitening,
+        FeatureDescent,
+        GradientProjection,
+        Orthogonalize,
+        NormClipping,
+        ZScore,
+    )
 }
 """From a transform's name, as in ``stats()`` and in parameter groups, to its class."""
 

@@ -41,6 +41,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
     """
     found_layers = find_layers(model)
     unknown, unfit = found_layers.unknown, found_layers.unfit
+    biases = {id(layer.bias) for layer in found_layers if layer.bias is not None}
     no_numbers = {id(slot.layer.weight) for slot in slots if slot.layer.unfit}
     done: dict[int, tuple[str, int | None]] = {}
     for slot in slots:
@@ -56,7 +57,7 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
         if nn.parameter.is_lazy(parameter):
             rows.append(ParameterCoverage(name, (), "known after its first forward pass", None))
             continue
-        found: tuple[str, int | None] = ("unchanged", None)
+        found: tuple[str, int | None] = ("unchanged: a vector beside the weights of its layer", None)
         if id(parameter) not in held:
             found = ("not held by this optimizer", None)
         elif not parameter.requires_grad and parameter.grad is None and id(parameter) not in no_numbers:
@@ -67,6 +68,8 @@ def coverage_rows(model: nn.Module, held: Collection[int], slots: Sequence[Slot]
             found = (f"unchanged: {unfit[name]}", None)
         elif name in unknown:
             found = (f"unchanged: no rule for the layer type {unknown[name]} (see register_layout)", None)
+        elif id(parameter) in biases:
+            found = ("unchanged: a bias", None)
         rows.append(ParameterCoverage(name, tuple(parameter.shape), *found))
     return rows
 

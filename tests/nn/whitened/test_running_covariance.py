@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wellcond.nn.whitened.running_covariance import RunningCovariance
-from wellcond.numerics.second_moments import Covariance
+from wellcond.numerics.row_moments import Covariance
 
 FLOAT64 = torch.float64
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wellcond.nn.norm.buffers import KeptStatistics
-from wellcond.numerics.second_moments import Covariance
+from wellcond.numerics.row_moments import Covariance
 from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.ranks import Ranks
 

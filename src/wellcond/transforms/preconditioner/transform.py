@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer, LinearLayout
+from wellcond.moments.layer_moment import LayerMoment
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
@@ -32,6 +33,7 @@ from wellcond.transforms.preconditioner.precision import (
     statistics_dtype,
     tensor_cores,
 )
+from wellcond.transforms.preconditioner.records import averages_of, layer_moment
 from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 
@@ -343,6 +345,15 @@ class FeaturePreconditioner(GradientTransform):
             latest = torch.where(slot.found_inf > 0, average, latest)
         average.copy_(latest)
         return latest * scale
+
+    def second_moments(self, slot: Slot) -> dict[str, LayerMoment]:
+        """Return M without its bias's constant, debiased; nothing before it was first updated."""
+        mass = float(tensor_of(slot, "mass")) if slot.state else 0.0
+        if mass == 0:
+            return {}
+        form = form_of(slot)
+        averages = averages_of(form, slot.state, mass)
+        return {use.name: layer_moment(form, use, averages) for use in slot.uses}
 
     def stats(self, slots: Sequence[Slot]) -> dict[str, int]:
         """Count the layers, failed factorizations, and updates skipped for inputs that were not finite.
