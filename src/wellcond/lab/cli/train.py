@@ -210,7 +210,8 @@ def _result(plan: Plan, spec: RunSpec, record: RunRecord) -> str:
     if record.diverged:
         return f"{spec.name}: diverged after {len(record.epochs)} epochs"
     last = record.epochs[-1]
+    training = "" if last.train_score is None else f"training {last.train_score:.2f}, "
     return (
-        f"{spec.name}: test {plan.task.score} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
+        f"{spec.name}: test {plan.task.score} {last.test_score:.2f}, validation {last.validation_score:.2f}, {training}"
         f"loss {last.train_loss:.4g}, {last.seconds:.3g} s of training"
     )

@@ -106,6 +106,8 @@ class EpochRecord:
         test_score: On the test images.
         test_loss: On the test images; None where evaluation has no loss.
         metrics: Further metrics of the test images, in percent.
+        train_score: On the epoch's training batches, each as the network was when it trained on it; None where the
+            task has no score of training batches.
     """
 
     steps: int
@@ -116,6 +118,7 @@ class EpochRecord:
     test_score: float
     test_loss: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    train_score: float | None = None
 
     def check(self, steps: int, begun: tuple[int, float]) -> None:
         """Check what was read from a file.
@@ -132,6 +135,8 @@ class EpochRecord:
         check_number("train_loss", self.train_loss)
         for name in ("validation_score", "test_score"):
             check_number(name, getattr(self, name), 0, 100)
+        if self.train_score is not None:
+            check_number("train_score", self.train_score, 0, 100)
         for name in ("validation_loss", "test_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))

@@ -87,6 +87,18 @@ class SeedData(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the training loss of a batch, a scalar with its graph."""
 
+    def train_score(self, output: Any, batch: Any) -> Tensor | None:
+        """Return what the task's score of a training batch is made of, from what the loss has computed anyway.
+
+        Args:
+            output: What the network's last forward pass in `loss` returned.
+            batch: The batch.
+
+        Returns:
+            Float64, [2], on the device: a sum over this rank's samples, and their number. The epoch's score is the
+            quotient of both, each summed over steps and ranks. None where training batches have no such score.
+        """
+
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return what the network scores; the same on every rank.
 

@@ -31,7 +31,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.tasks.classification import evaluate_classifier
+from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
 from wellcond.lab.tasks.counts import count_images
 
 _IMAGE_SIZE = 224
@@ -187,6 +187,10 @@ class FolderSeed:
         """Return the batch's mean cross-entropy."""
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
+
+    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return how many of a batch's images are right."""
+        return batch_accuracy(output, batch[1])
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""

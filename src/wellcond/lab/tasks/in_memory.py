@@ -19,7 +19,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.tasks.classification import evaluate_classifier
+from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
@@ -160,6 +160,10 @@ class InMemorySeed:
         """Return the batch's mean cross-entropy."""
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
+
+    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return how many of a batch's images are right."""
+        return batch_accuracy(output, batch[1])
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""

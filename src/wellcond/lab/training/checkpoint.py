@@ -86,7 +86,7 @@ class Keeper(pl.Callback):
     """Keeps an unfinished run now and then, and lets a kept one go on exactly as if it had not stopped.
 
     Lightning keeps network, optimizer, lr schedule and the place in the loop; this adds the random generators, the
-    epoch's losses, buffers that state dicts leave out, and what was warned of, on every rank.
+    epoch's losses and scores, buffers that state dicts leave out, and what was warned of, on every rank.
 
     Args:
         file: The checkpoint.
@@ -115,6 +115,7 @@ class Keeper(pl.Callback):
             "cpu": torch.random.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(training.device) if training.device.type == "cuda" else None,
             "losses": [loss.cpu() for loss in training.losses],
+            "scored": None if training.scored is None else training.scored.cpu(),
             "decay": None if training.decay is None else training.decay.state_dict(),
             "said": sorted({*self.before, *self.said()}),
         }
@@ -136,6 +137,7 @@ class Keeper(pl.Callback):
         if self._kept is not None:
             own = self._kept["ranks"][trainer.global_rank]
             training.losses = [loss.to(training.device) for loss in own["losses"]]
+            training.scored = None if own["scored"] is None else own["scored"].to(training.device)
             self.before = own["said"]
             if training.decay is not None:
                 training.decay.load_state_dict(own["decay"])

@@ -47,11 +47,13 @@ class Measure(pl.Callback):
         training = cast(Training, pl_module)
         ranks = Ranks(True)
         train_loss = float(ranks.total(training.mean_loss()) / ranks.size)
+        scored = training.take_scored()
+        train_score = None if scored is None else _quotient(ranks.total(scored))
         ranks.send(list(training.model.buffers()), 0)
         validation, test = (
             self._evaluate(training.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
         )
-        measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
+        measured = (train_loss, train_score, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):
             self.diverged = True
@@ -67,6 +69,7 @@ class Measure(pl.Callback):
                 test_score=test.score,
                 test_loss=test.loss,
                 metrics=test.metrics,
+                train_score=train_score,
             )
         )
 
@@ -100,6 +103,11 @@ class Measure(pl.Callback):
         model.train()
         self.evaluated += evaluation.images
         return evaluation
+
+
+def _quotient(scored: Tensor) -> float:
+    total, number = scored.tolist()
+    return float(total / number)
 
 
 def measure_of(trainer: pl.Trainer) -> Measure:

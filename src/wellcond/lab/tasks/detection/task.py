@@ -189,6 +189,9 @@ class DetectionSeed:
             losses: dict[str, Tensor] = model(batch.images, batch.targets)
         return torch.stack(list(losses.values())).sum()
 
+    def train_score(self, output: Any, batch: DetectionBatch) -> None:
+        """Return None: a detector finds no objects while it trains."""
+
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return average precision; a network with an infinite or undefined weight scores NaN.
 

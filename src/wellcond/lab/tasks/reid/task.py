@@ -191,6 +191,9 @@ class ReidSeed:
         """Return the loss; the network's centers move."""
         return reid_loss(model(batch.images), batch.labels, unwrapped(model).get_buffer("centers"), self.group)
 
+    def train_score(self, output: Any, batch: PersonBatch) -> None:
+        """Return None: persons are searched among those that do not train."""
+
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return mAP and the share of queries found among the first; features that are not finite score NaN."""
         search = self.split.validation if role == "validation" else self.task.test
