@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
-        return self.task.train_images // self.batch_size
+        """Batches of an epoch."""
+        return self.template.steps_per_epoch
 
     @property
     def steps(self) -> int:
@@ -126,7 +126,8 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     _check_ghost_batch(settings, batch_size)
     _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
     epochs = settings.epochs or defaults.epochs
-    steps = epochs * (task.train_images // batch_size)
+    steps_per_epoch = task.steps_with(batch_size)
+    steps = epochs * steps_per_epoch
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
     _check_training(settings, task, methods, epochs, steps)
@@ -156,10 +157,12 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             augmentation=task.augmentation,
             train_images=task.train_images,
             validation_images=task.validation_images,
-            data=task.fingerprint(),
+            data=task.digest,
             # Of the first rank's machine: all have to agree on what is kept.
             environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            metric=task.metric,
             schedule=settings.schedule,
             warmup=settings.warmup,
             precision=settings.precision,

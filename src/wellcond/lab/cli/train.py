@@ -159,7 +159,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
     settings = plan.settings
     watchers: list[Any] = [RunLog(store.folder.parent, weights.stem, arguments.log_every)]
     if not arguments.quiet:
-        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.score))
+        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.metric.name))
     runner = Runner(
         plan.task,
         training_device(settings.accelerator),
@@ -196,7 +196,7 @@ def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) ->
     result = asdict(record)
     return {
         "command": command_line,
-        "task": {"kind": plan.task.kind, "score": plan.task.score, **plan.task.describe()},
+        "task": {"kind": plan.task.kind, "score": plan.task.metric.name, **plan.task.describe()},
         "run": asdict(spec),
         "processes": launched().size,
         "strategy": plan.settings.strategy,
@@ -212,6 +212,7 @@ def _result(plan: Plan, spec: RunSpec, record: RunRecord) -> str:
     last = record.epochs[-1]
     training = "" if last.train_score is None else f"training {last.train_score:.2f}, "
     return (
-        f"{spec.name}: test {plan.task.score} {last.test_score:.2f}, validation {last.validation_score:.2f}, {training}"
+        f"{spec.name}: test {plan.task.metric.name} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
+        f"{training}"
         f"loss {last.train_loss:.4g}, {last.seconds:.3g} s of training"
     )
