@@ -20,8 +20,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=_DEFAULTS.data,
         metavar="WHAT",
-        help="digits, a .parquet file in the Hugging Face image layout, or a folder of data: parquet files, CIFAR, a "
-        "folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
+        help="digits, a file (a text, a table, frozen features, images as .parquet), or a folder of data: parquet files, "
+        "CIFAR, a folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
+    )
+    data.add_argument(
+        "--target-column", metavar="NAME", help="of a table: the column that is to be told (default: the last)"
+    )
+    data.add_argument(
+        "--kind",
+        metavar="NAME",
+        help="of a table: classification or regression (default: by whether the target is of words or few integers)",
     )
     data.add_argument(
         "--train-images", type=int, metavar="N", help="images that train (default: 1000 for digits, else all)"

@@ -88,6 +88,8 @@ class Settings:
         train_images: Images that train.
         validation_images: Images that choose the lr.
         test_images: Images that measure.
+        target_column: The column of a table that is to be told; None for the last.
+        kind: What is learned of a table's target, one of `KINDS`; None for what it looks like.
         image_size: Height and width to average-pool the images to, or to cut files of images to.
         augmentation: A name in `AUGMENTATIONS`.
         batch_size: Images of a batch.
@@ -121,6 +123,8 @@ class Settings:
     train_images: int | None = None
     validation_images: int | None = None
     test_images: int | None = None
+    target_column: str | None = None
+    kind: str | None = None
     image_size: int | None = None
     augmentation: str | None = None
     batch_size: int | None = None

@@ -150,7 +150,7 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} must have a method loss(self, model, batch)")
 
     def train_score(self, output: Any, batch: Any) -> Tensor | float | None:
-        """Return the metric of a training batch, for the records and curves of training; None, the default, without one.
+        """Return the metric of a training batch, for records and curves of training; None, as here, without one.
 
         Args:
             output: What the network's last forward pass in `loss` returned: nothing is computed twice.

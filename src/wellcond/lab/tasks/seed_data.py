@@ -227,6 +227,8 @@ class TaskSeed:
             return None
         rows = max(1, rows_of(own))
         mean = torch.as_tensor(score, dtype=torch.float64, device=self.device).detach()
+        if mean.dim():
+            raise DataError(f"train_score must return one number, got a tensor of shape {list(mean.shape)}")
         return torch.stack([rows * mean, torch.full_like(mean, rows)])
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
