@@ -13,7 +13,7 @@ from wellcond.lab.data.batches import share_of
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Epochs, Evaluation, Role
+from wellcond.lab.tasks.base import Epochs, Evaluation, Role, SeedData
 from wellcond.lab.tasks.objectives import Objective
 
 
@@ -52,7 +52,7 @@ class FixedRows:
         return Rows(self.rows.inputs[positions], self.rows.targets[positions])
 
 
-class RowsSeed:
+class RowsSeed(SeedData):
     """One seed's rows on one rank's device.
 
     Args:
@@ -65,8 +65,6 @@ class RowsSeed:
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
-
-    roles = ROLES
 
     def __init__(
         self,
