@@ -94,6 +94,7 @@ def test_two_processes_equal_one_with_their_shares_as_ghost_groups(two, one, met
     for mine, expected in zip(epochs(ours), epochs(alone), strict=True):
         assert mine["steps"] == expected["steps"]
         assert mine["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+        assert mine["train_score"] == expected["train_score"]
         if "GN" in method:  # no running statistics, of which the first process has its own
             assert mine["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
             assert mine["test_score"] == expected["test_score"]

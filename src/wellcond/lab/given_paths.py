@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from wellcond.lab.errors import LabError
+
+
+def short_name(path: str | Path, otherwise: str) -> str:
+    """Return what a file or folder is called, fit for the name of another one.
+
+    Args:
+        path: The file or folder.
+        otherwise: What it is called where nothing of its name is fit.
+
+    >>> short_name("data/War and Peace.txt", "text")
+    'war-and-peace'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", Path(path).resolve().stem.lower()).strip("-") or otherwise
 
 
 def is_there(path: str | Path) -> bool:

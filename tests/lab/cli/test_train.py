@@ -24,6 +24,7 @@ from wellcond.lab.training.run_memory import RunMemory
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 SMALL = ["--epochs", "2", "--train-images", "128", "--val-images", "64", "--test-images", "64", "--log-every", "2"]
+SCORES = ("train_score", "validation_score", "test_score")
 TRAIN = ["train", "--method", "W-SGDM", "--lr", "0.03", "--seed", "3", *SMALL]
 
 
@@ -61,7 +62,7 @@ def test_the_loss_is_logged_every_few_steps_and_the_rest_after_every_epoch(finis
     assert [row["step"] for row in after] == [4, 8]
     record = json.loads((finished / "run.json").read_text())
     for row, epoch in zip(after, record["epochs"], strict=True):
-        for name in ("train_loss", "validation_score", "validation_loss", "test_score", "test_loss", "seconds"):
+        for name in (*SCORES, "train_loss", "validation_loss", "test_loss", "seconds"):
             assert row[name] == pytest.approx(epoch[name], rel=1e-5)
         assert row["test_top-5"] == pytest.approx(epoch["metrics"]["top-5"], rel=1e-5)
         assert row["whitening/weights"] == record["transforms"]["whitening"]["weights"] > 0
@@ -70,7 +71,7 @@ def test_the_loss_is_logged_every_few_steps_and_the_rest_after_every_epoch(finis
 
 def test_tensorboard_has_the_same(finished):
     drawn, logged = board(finished), rows(finished)
-    for name in ("loss", "next_lr", "train_loss", "validation_score", "test_score", "whitening/weights"):
+    for name in ("loss", "next_lr", "train_loss", "train_score", "validation_score", "test_score", "whitening/weights"):
         expected = [(row["step"], pytest.approx(row[name], rel=1e-5, abs=1e-7)) for row in logged if name in row]
         assert drawn[name] == expected
 

@@ -23,7 +23,7 @@ from wellcond.lab.runs.records import EpochRecord, RunRecord, RunSpec, RunStore
 
 SPEC = RunSpec(METHODS["SGDM"], 0.1, 0, 20, 5, 25, "convnet", 32, None, "none", 320, 32, "data", "here", 2)
 EPOCHS = (
-    EpochRecord(10, 1.0, 0.5, 80.0, 0.4, 81.0, 0.4, {"top-5": 99.0}),
+    EpochRecord(10, 1.0, 0.5, 80.0, 0.4, 81.0, 0.4, {"top-5": 99.0}, train_score=85.0),
     EpochRecord(20, 2.0, 0.4, 100.0, None, 0.0, None),
 )
 RECORD = RunRecord(EPOCHS, False, 1, {"whitening": {"weights": 2}}, ("said",), 0.01, memory=Memory(1, 2, 3, 4))
@@ -41,6 +41,16 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
+def test_a_record_from_before_there_were_scores_of_training_is_read(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.save(SPEC, RECORD)
+    content = json.loads(store.path(SPEC).read_text())
+    for epoch in content["result"]["epochs"]:
+        del epoch["train_score"]
+    store.path(SPEC).write_text(json.dumps(content))
+    assert store.load(SPEC) == replace(RECORD, epochs=tuple(replace(epoch, train_score=None) for epoch in EPOCHS))
+
+
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 NO_NUMBERS = (None, "90", True, [90.0], {})
 BAD: dict[str, tuple[Any, ...]] = {
@@ -49,9 +59,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "train_loss": (*NOT_FINITE, *NO_NUMBERS),
     "validation_score": (500.0, -0.1, 100.1, *NOT_FINITE, *NO_NUMBERS),
     "test_score": (500, -3.0, *NOT_FINITE, *NO_NUMBERS),
+    "train_score": (100.5, *NOT_FINITE, "1", True),
     "validation_loss": (*NOT_FINITE, "1", True),
     "test_loss": (*NOT_FINITE, [1.0]),
-    "metrics": ({"top-5": 101.0}, {"top-5": None}, {"top-5": float("nan")}, [1], None),
+    "metrics": ({"top-5": None}, {"top-5": float("nan")}, [1], None),
 }
 
 

@@ -11,6 +11,7 @@ from stopped_runs import stop_after, uncounted
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.in_memory import InMemorySeed
 from wellcond.lab.tasks.open import open_task
 from wellcond.lab.training.checkpoint import Checkpointing
 from wellcond.lab.training.run_memory import RunMemory
@@ -97,6 +98,28 @@ def test_lr_follows_a_cosine_to_zero_over_the_run(plan, runner, monkeypatch):
 def test_a_budget_of_steps_ends_with_a_measurement(plan, runner, steps, epochs):
     record = runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0, steps=steps))
     assert [epoch.steps for epoch in record.epochs] == epochs
+
+
+def test_the_score_of_training_is_that_of_each_batch_as_the_network_trained_on_it(plan, runner, monkeypatch):
+    """Counted from the forward passes that training makes: no other is made."""
+    passes = []
+    original = InMemorySeed.loss
+
+    def loss(self, model, batch):
+        def keep(module, inputs, output):
+            passes.append((output.argmax(1) == batch[1], module.training))
+
+        with_hook = model.register_forward_hook(keep)
+        value = original(self, model, batch)
+        with_hook.remove()
+        return value
+
+    monkeypatch.setattr(InMemorySeed, "loss", loss)
+    record = runner.run(plan.spec(METHODS["SGDM"], 0.1, seed=0))
+    assert len(passes) == 12
+    assert all(training for _, training in passes)
+    for epoch, some in zip(record.epochs, (passes[:6], passes[6:]), strict=True):
+        assert epoch.train_score == 100 * sum(int(right.sum()) for right, _ in some) / 192
 
 
 @pytest.mark.parametrize("name", ["SGDM", "W-SGDM", "FAdam"])

@@ -441,6 +441,75 @@ def test_unbiased_instances() -> None:
     close(layer.running_var, 0.9 + 0.1 * v_bn[0])
 
 
+class AuthorsFormula:
+    """What the authors' layer for [N, C] computes, with the unbiased variances of the layer and of the batch."""
+
+    def __init__(self, layer: SwitchableNorm1d, keep: float) -> None:
+        self.layer, self.keep = layer, keep
+        self.mean, self.var = layer.running_mean.clone(), layer.running_var.clone()
+
+    def __call__(self, x: Tensor, training: bool = True) -> Tensor:
+        layer, (samples, channels) = self.layer, x.shape
+        of_mean, of_var = softmax(layer.mean_logits), softmax(layer.var_logits)
+        mu_l = x.sum(1, keepdim=True) / channels
+        v_l = ((x - mu_l) ** 2).sum(1, keepdim=True) / (channels - 1)
+        mu_b, v_b = self.mean, self.var
+        if training:
+            mu_b = x.sum(0) / samples
+            v_b = ((x - mu_b) ** 2).sum(0) / (samples - 1)
+            self.mean = self.keep * self.mean + (1 - self.keep) * mu_b.detach()
+            self.var = self.keep * self.var + (1 - self.keep) * v_b.detach()
+        mean, var = of_mean[0] * mu_l + of_mean[1] * mu_b, of_var[0] * v_l + of_var[1] * v_b
+        return (x - mean) / (var + layer.eps) ** 0.5 * layer.weight + layer.bias
+
+
+@pytest.mark.parametrize("positions", [(), (1,)])
+def test_the_authors_layer_for_vectors(positions: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs = {
+        "weight": torch.randn(1, 5, generator=generator),
+        "bias": torch.randn(1, 5, generator=generator),
+        "mean_weight": torch.randn(2, generator=generator),
+        "var_weight": torch.randn(2, generator=generator),
+        "running_mean": torch.randn(1, 5, generator=generator),
+        "running_var": torch.rand(1, 5, generator=generator),
+    }
+    layer = SwitchableNorm1d(5, momentum=1 - 0.997, normalizers=("ln", "bn"), unbiased=True)
+    layer.load_state_dict(theirs)
+    check_taken(layer, theirs)
+    formula = AuthorsFormula(layer.double(), 0.997)
+    for step in range(3):
+        x, other = (batch(step, 6, 5, positions).requires_grad_() for _ in range(2))
+        y, expected = layer(x), formula(other.flatten(1)).reshape(x.shape)
+        close(y, expected)
+        upstream, parameters = batch(9, 6, 5, positions), list(layer.parameters())
+        ours = torch.autograd.grad(y, [x, *parameters], upstream)
+        close(ours, torch.autograd.grad(expected, [other, *parameters], upstream), 1e-10)
+        close(layer.running_mean, formula.mean)
+        close(layer.running_var, formula.var)
+    layer.eval()
+    x = batch(4, 6, 5, positions)
+    close(layer(x), formula(x.flatten(1), training=False).reshape(x.shape))
+    close(layer(x[:1]), layer(x)[:1])
+
+
+def test_the_authors_layer_for_vectors_in_groups_and_compiled() -> None:
+    layer = made(SwitchableNorm1d, channels=5, normalizers=("ln", "bn"), unbiased=True, group_size=3)
+    whole = made(SwitchableNorm1d, channels=5, normalizers=("ln", "bn"), unbiased=True)
+    x = batch(0, 6, 5, ())
+    close(layer(x), torch.cat([whole(part) for part in x.split(3)]))
+    whole = made(SwitchableNorm1d, channels=5, normalizers=("ln", "bn"), unbiased=True)
+    close(torch.compile(copy.deepcopy(whole), backend="eager")(x), whole(x))
+    with pytest.raises(ValueError, match="unbiased=True needs more than 1 value per sample"):
+        made(SwitchableNorm1d, channels=1, normalizers=("ln", "bn"), unbiased=True)(batch(0, 6, 1, ()))
+
+
+def test_a_checkpoint_of_other_normalizers_is_told_apart() -> None:
+    theirs = {"mean_weight": torch.ones(2), "var_weight": torch.ones(2)}
+    with pytest.raises(RuntimeError, match=r'of 2 normalizers, those of this layer .* and for \[N, C\] \("ln", "bn"\)'):
+        SwitchableNorm1d(3, unbiased=True).load_state_dict(theirs, strict=False)
+
+
 # precision ----------------------------------------------------------------------------------------------------------
 
 

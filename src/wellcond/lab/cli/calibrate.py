@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         after = evaluate(model, data, device, progress)
         save(model, out)
     passed = passed_over(model, len(batches) * loaded) + (f" in batches of {m}" if m else "")
-    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.score, before, after)
+    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.metric.name, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
     return 0
 

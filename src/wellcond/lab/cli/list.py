@@ -6,6 +6,8 @@ import argparse
 
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.methods.method import DEFAULT_METHODS, METHODS
+from wellcond.lab.networks.gpt_specs import GPTS
+from wellcond.lab.networks.mlp_specs import MLPS
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.tasks.detection.networks import DETECTORS
 from wellcond.lab.tasks.open import LAYOUTS
@@ -38,6 +40,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             *((model.name, model.description) for model in MODELS.values()),
             *((model.name, model.description) for model in DETECTORS.values()),
             *((model.name, model.description) for model in REID_NETWORKS.values()),
+            *((model.name, model.description) for model in GPTS.values()),
+            *((model.name, model.description) for model in MLPS.values()),
             ("torchvision:NAME", "an image classifier of torchvision, ImageNet stem (torchvision:resnet50)"),
             ("timm:NAME", "one of timm, if that is installed (timm:resnet50.a1_in1k)"),
         ],

@@ -19,6 +19,7 @@ from wellcond.lab.cli.options import (
     add_data_options,
     add_model_options,
     add_process_options,
+    add_task_options,
     add_training_options,
     given_settings,
 )
@@ -76,6 +77,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_model_options(parser)
     add_training_options(parser)
     add_data_options(parser)
+    add_task_options(parser)
     output = parser.add_argument_group("running and results")
     output.add_argument(
         "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/train-<data>)"
@@ -159,7 +161,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
     settings = plan.settings
     watchers: list[Any] = [RunLog(store.folder.parent, weights.stem, arguments.log_every)]
     if not arguments.quiet:
-        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.score))
+        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.metric.name))
     runner = Runner(
         plan.task,
         training_device(settings.accelerator),
@@ -169,7 +171,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
         weights,
     )
     try:
-        plan.task.check_files()
+        plan.task.check(training_device(settings.accelerator))
         return runner.run(spec)
     except LabError:
         raise
@@ -196,7 +198,7 @@ def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) ->
     result = asdict(record)
     return {
         "command": command_line,
-        "task": {"kind": plan.task.kind, "score": plan.task.score, **plan.task.describe()},
+        "task": {"kind": plan.task.kind, "score": plan.task.metric.name, **plan.task.describe()},
         "run": asdict(spec),
         "processes": launched().size,
         "strategy": plan.settings.strategy,
@@ -210,7 +212,9 @@ def _result(plan: Plan, spec: RunSpec, record: RunRecord) -> str:
     if record.diverged:
         return f"{spec.name}: diverged after {len(record.epochs)} epochs"
     last = record.epochs[-1]
+    training = "" if last.train_score is None else f"training {last.train_score:.2f}, "
     return (
-        f"{spec.name}: test {plan.task.score} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
+        f"{spec.name}: test {plan.task.metric.name} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
+        f"{training}"
         f"loss {last.train_loss:.4g}, {last.seconds:.3g} s of training"
     )

@@ -182,7 +182,7 @@ def summarize(comparison: Comparison) -> Summary:
     target = plan.target if plan.target is not None else float(max(1, math.floor(fmean(finals))))
     shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
     return Summary(
-        score=plan.task.score,
+        score=plan.task.metric.name,
         seeds=plan.settings.seeds,
         epochs=last,
         steps=plan.steps,

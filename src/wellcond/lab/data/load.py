@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import Indices, derived_seed, stratified_draw, without
 from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import short_name
 
 # Chosen once: every comparison on the same data tests on the same images.
 _TEST_SPLIT_SEED = derived_seed("test", 0)
@@ -105,7 +105,7 @@ def load_data(
     from wellcond.lab.data.parquet import find_parquet, read_parquet
 
     train_files, test_files = find_parquet(source)
-    name = re.sub(r"[^a-z0-9]+", "-", Path(source).resolve().stem.lower()).strip("-") or "images"
+    name = short_name(source, "images")
     if not test_files:
         most = min(10_000, train_images or 10_000)
         return _one_set(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from wellcond.lab.data.load import ImageData, load_data
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
 from wellcond.lab.networks import registry as models
+from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
-from wellcond.lab.tasks.classification import evaluate_classifier
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
+from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
@@ -44,7 +45,7 @@ class Split:
     moments: tuple[Tensor, Tensor]
 
 
-class InMemoryTask:
+class InMemoryTask(Task):
     """Classification of labelled images that are all of one size.
 
     Args:
@@ -56,7 +57,9 @@ class InMemoryTask:
     """
 
     kind = "classification"
-    score = "accuracy"
+    samples = "images"
+    metric = ACCURACY
+    is_rehearsed = False
 
     def __init__(
         self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
@@ -70,12 +73,12 @@ class InMemoryTask:
         self._split = lru_cache(maxsize=1)(self._draw)
         self._test = lru_cache(maxsize=1)(self._test_on)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What the data is called."""
         return self.data.name
 
-    @property
+    @cached_property
     def chance(self) -> float:
         """The accuracy of guessing, in percent."""
         return 100.0 / self.classes
@@ -85,10 +88,14 @@ class InMemoryTask:
         """How many classes there are to tell apart."""
         return len(self.data.pool.classes)
 
-    @property
+    @cached_property
     def test_images(self) -> int:
         """Images that measure."""
         return len(self.data.test.labels)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the whole batches of an epoch."""
+        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of every pixel and label, and of which images test."""
@@ -127,7 +134,7 @@ class InMemoryTask:
         return Part(test.images.to(device), torch.from_numpy(test.labels).to(device))
 
 
-class InMemorySeed:
+class InMemorySeed(SeedData):
     """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
 
     Args:
@@ -160,6 +167,10 @@ class InMemorySeed:
         """Return the batch's mean cross-entropy."""
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
+
+    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return how many of a batch's images are right."""
+        return batch_accuracy(output, batch[1])
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""

@@ -26,12 +26,14 @@ class Layout:
         description: One line for `wellcond list`.
         is_here: Whether a path that exists has this layout.
         open: From the settings to the task.
+        takes: Options of data that other data does not have.
     """
 
     name: str
     description: str
     is_here: Callable[[Path], bool]
     open: Callable[[Settings], Task]
+    takes: tuple[str, ...] = ()
 
 
 # What finds and opens is imported when it is asked: `wellcond list` only names the layouts, and torchvision's detectors
@@ -66,6 +68,42 @@ def _is_class_folders(path: Path) -> bool:
     return find_class_folders(path) is not None
 
 
+def _is_text(path: Path) -> bool:
+    from wellcond.lab.data.text import is_text
+
+    return is_text(path)
+
+
+def _is_table(path: Path) -> bool:
+    from wellcond.lab.data.table_files import is_table
+
+    return is_table(path)
+
+
+def _is_features(path: Path) -> bool:
+    from wellcond.lab.data.features import is_features
+
+    return is_features(path)
+
+
+def _open_text(settings: Settings) -> Task:
+    from wellcond.lab.tasks.text import open_text
+
+    return open_text(settings)
+
+
+def _open_table(settings: Settings) -> Task:
+    from wellcond.lab.tasks.table import open_table
+
+    return open_table(settings)
+
+
+def _open_features(settings: Settings) -> Task:
+    from wellcond.lab.tasks.table import open_features
+
+    return open_features(settings)
+
+
 def _open_in_memory(settings: Settings) -> Task:
     from wellcond.lab.tasks.in_memory import open_in_memory
 
@@ -91,6 +129,26 @@ def _open_reid(settings: Settings) -> Task:
 
 
 LAYOUTS = (
+    Layout(
+        "FILE.txt, or another text file",
+        "language modelling: a small GPT predicts the next character (byte, if it is not UTF-8); the last tenth tests",
+        _is_text,
+        _open_text,
+    ),
+    Layout(
+        "FILE.csv, .tsv, .npy, or .parquet without images",
+        "a table: classification or regression of a column (--target-column, --kind); a fifth of the rows tests",
+        _is_table,
+        _open_table,
+        takes=("target_column", "kind"),
+    ),
+    Layout(
+        "FILE.npz",
+        "frozen features x [n, features] with labels y [n], perhaps x_test and y_test: a linear or small head",
+        _is_features,
+        _open_features,
+        takes=("kind",),
+    ),
     Layout(
         "FILE.parquet",
         "an image column of struct<bytes, path> and an integer label column; a fifth of it tests",
@@ -217,7 +275,17 @@ def open_task(settings: Settings) -> Task:
     Raises:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
+    if settings.task is not None:
+        from wellcond.lab.tasks.own import open_own
+
+        if settings.task_is_given:
+            raise LabError(f"the task {settings.task} was handed over as an object, and cannot be opened anew")
+        return open_own(settings.task, settings.task_args, settings.data_module, settings.data_args, settings.score)
     layout = find_layout(settings.data)
+    for option in dict.fromkeys(option for each in LAYOUTS for option in each.takes):
+        if getattr(settings, option) is not None and (layout is None or option not in layout.takes):
+            takers = ", ".join(each.name for each in LAYOUTS if option in each.takes)
+            raise LabError(f"--{option.replace('_', '-')} is not for {settings.data}; it is for {takers}")
     if layout is None:
         return _open_in_memory(settings)
     try:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.lab.data.randomness import GeneratorStates
 from wellcond.lab.runs.records import RunSpec, RunStore, partial
 from wellcond.lab.training.measure import Measure
 from wellcond.lab.training.module import Training
@@ -86,7 +87,7 @@ class Keeper(pl.Callback):
     """Keeps an unfinished run now and then, and lets a kept one go on exactly as if it had not stopped.
 
     Lightning keeps network, optimizer, lr schedule and the place in the loop; this adds the random generators, the
-    epoch's losses, buffers that state dicts leave out, and what was warned of, on every rank.
+    epoch's losses and scores, buffers that state dicts leave out, and what was warned of, on every rank.
 
     Args:
         file: The checkpoint.
@@ -112,9 +113,9 @@ class Keeper(pl.Callback):
         """Add what Lightning does not know of."""
         training = cast(Training, pl_module)
         own = {
-            "cpu": torch.random.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(training.device) if training.device.type == "cuda" else None,
+            "generators": GeneratorStates.now(training.device).to_dict(),
             "losses": [loss.cpu() for loss in training.losses],
+            "scored": None if training.scored is None else training.scored.cpu(),
             "decay": None if training.decay is None else training.decay.state_dict(),
             "said": sorted({*self.before, *self.said()}),
         }
@@ -136,6 +137,7 @@ class Keeper(pl.Callback):
         if self._kept is not None:
             own = self._kept["ranks"][trainer.global_rank]
             training.losses = [loss.to(training.device) for loss in own["losses"]]
+            training.scored = None if own["scored"] is None else own["scored"].to(training.device)
             self.before = own["said"]
             if training.decay is not None:
                 training.decay.load_state_dict(own["decay"])
@@ -158,9 +160,7 @@ class Keeper(pl.Callback):
         if self._kept is None:
             return
         own, self._kept = self._kept["ranks"][trainer.global_rank], None
-        torch.random.set_rng_state(own["cpu"])
-        if own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], pl_module.device)
+        GeneratorStates.from_dict(own["generators"]).restore(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wellcond.lab.runs.records import EpochRecord
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Evaluation, Role, SeedData
+from wellcond.lab.tasks.base import Evaluation, Role, SeedData
 from wellcond.lab.training.module import Training
 from wellcond.runtime.ranks import Ranks
 
@@ -22,15 +22,20 @@ class Measure(pl.Callback):
     """Times the training of each epoch and measures the network after it; evaluation does not count as training.
 
     Of several ranks the first one's running statistics are evaluated, as data parallelism keeps them.
+
+    Args:
+        data: The seed's data.
+        stopwatch: Runs in training.
+        steps: Steps of the run.
     """
 
-    def __init__(self, data: SeedData, stopwatch: Stopwatch) -> None:
-        self.data = data
+    def __init__(self, data: SeedData, stopwatch: Stopwatch, steps: int) -> None:
+        self.data, self.steps = data, steps
         self.stopwatch = stopwatch
         self.evaluation = Stopwatch(stopwatch.device)
         self.evaluated = 0
         self.epochs: list[EpochRecord] = []
-        self.diverged = False
+        self.diverged = self.stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the stopwatch where a run goes on within an epoch, which is not begun again."""
@@ -47,11 +52,16 @@ class Measure(pl.Callback):
         training = cast(Training, pl_module)
         ranks = Ranks(True)
         train_loss = float(ranks.total(training.mean_loss()) / ranks.size)
+        scored = training.take_scored()
+        train_score = None if scored is None else _quotient(ranks.total(scored))
         ranks.send(list(training.model.buffers()), 0)
-        validation, test = (
-            self._evaluate(training.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
-        )
-        measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
+        found = {
+            role: self._evaluate(training.model, role, trainer.precision_plugin.forward_context())
+            for role in self.data.roles
+        }
+        test = found["test"]
+        validation = found.get("validation", test)
+        measured = (train_loss, train_score, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):
             self.diverged = True
@@ -67,8 +77,11 @@ class Measure(pl.Callback):
                 test_score=test.score,
                 test_loss=test.loss,
                 metrics=test.metrics,
+                train_score=train_score,
             )
         )
+        if trainer.global_step < self.steps and self.data.stop([epoch.validation_score for epoch in self.epochs]):
+            self.stopped = trainer.should_stop = True
 
     def evaluation_seconds(self) -> float | None:
         """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""
@@ -100,6 +113,11 @@ class Measure(pl.Callback):
         model.train()
         self.evaluated += evaluation.images
         return evaluation
+
+
+def _quotient(scored: Tensor) -> float:
+    total, number = scored.tolist()
+    return float(total / number)
 
 
 def measure_of(trainer: pl.Trainer) -> Measure:

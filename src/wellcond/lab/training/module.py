@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,6 +39,7 @@ class Training(pl.LightningModule):
         self.model = model
         self.data = data
         self.losses: list[Tensor] = []
+        self.scored: Tensor | None = None
         self.handle: wellcond.Attachment | None = None
         self.norm_schedule: NormSchedule | None = None
         self.decay: BatchNoiseDecay | None = None
@@ -51,10 +53,15 @@ class Training(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Return the batch's loss, kept for the epoch's mean."""
-        with nullcontext() if self.decay is None else self.decay.observing():
+        with nullcontext() if self.decay is None else self.decay.observing(), _last_output(self.model) as outputs:
             loss = self.data.loss(self.model, batch)
         # Kept on the device: reading it here would make every step wait for the device.
         self.losses.append(loss.detach())
+        if outputs:
+            with torch.no_grad():
+                score = self.data.train_score(outputs.pop(), batch)
+            if score is not None:
+                self.scored = score if self.scored is None else self.scored + score
         return loss if self.decay is None else self.decay.added_to(loss)
 
     def backward(self, loss: Tensor) -> None:
@@ -92,3 +99,23 @@ class Training(pl.LightningModule):
         loss = torch.stack(self.losses).mean()
         self.losses.clear()
         return loss
+
+    def take_scored(self) -> Tensor | None:
+        """Return the sum of the scores since the last call, and the samples that they are of; None without scores."""
+        scored, self.scored = self.scored, None
+        return scored
+
+
+@contextmanager
+def _last_output(model: nn.Module) -> Iterator[list[Any]]:
+    """Yield a list that holds what the model's last forward pass in the block returned."""
+    outputs: list[Any] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[:] = [output]
+
+    hook = model.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        hook.remove()

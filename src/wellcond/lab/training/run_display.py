@@ -75,8 +75,9 @@ class RunDisplay(pl.Callback):
         if not trainer.is_global_zero or not measure.epochs or measure.diverged:
             return
         epoch = measure.epochs[-1]
+        training = "" if epoch.train_score is None else f", training {self.score} {epoch.train_score:.2f}"
         self._say(
-            f"epoch {len(measure.epochs)} of {trainer.max_epochs}: loss {epoch.train_loss:.4g}, "
+            f"epoch {len(measure.epochs)} of {trainer.max_epochs}: loss {epoch.train_loss:.4g}{training}, "
             f"validation {self.score} {epoch.validation_score:.2f}, test {self.score} {epoch.test_score:.2f}, "
             f"{duration(epoch.seconds)} of training"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import wellcond
-from wellcond.lab.data.splits import derived_seed
+from wellcond.lab.data.randomness import seeded
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import machine_text
 from wellcond.lab.hardware.strategies import EndAtOnce, trainer_options
@@ -86,7 +86,7 @@ class Runner:
         data = self.task.for_seed(spec, self.device, self.ranks.rank, self.ranks.size)
         sharded = self.strategy == "fsdp" and self.ranks.size > 1
         training = Training(spec, self._network(spec), data, self.ranks.size, sharded)
-        measure = Measure(data, Stopwatch(self.device))
+        measure = Measure(data, Stopwatch(self.device), spec.steps)
         batches = Budget(data.batches(), spec.steps)
         if kept:
             batches.resume_at(kept)
@@ -119,6 +119,7 @@ class Runner:
         record = RunRecord(
             epochs=tuple(measure.epochs),
             diverged=measure.diverged,
+            stopped=measure.stopped,
             threads=torch.get_num_threads(),
             transforms=training.transform_stats(),
             warnings=tuple(sorted({*_said(caught), *(keeper.before if keeper else ())})),
@@ -152,11 +153,9 @@ class Runner:
 
     @contextmanager
     def _noise(self, seed: int) -> Iterator[None]:
-        """Let layers that draw random numbers draw those of the seed, and leave torch's global generators alone."""
-        devices = [self.device] if self.device.type == "cuda" else []
+        """Let layers that draw random numbers draw those of the seed, and leave the global generators alone."""
         purpose = "noise" if self.ranks.rank == 0 else f"noise of rank {self.ranks.rank}"
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(purpose, seed))
+        with seeded(purpose, seed, self.device):
             yield
 
 

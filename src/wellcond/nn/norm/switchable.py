@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.live import Carried, live_moments, normalize_with
 from wellcond.nn.norm.base import StatisticsNorm
-from wellcond.numerics.moments import Moments, merge, positions
+from wellcond.numerics.moments import Moments, merge, positions, unbiased
 from wellcond.runtime.checks import checked
 
 NORMALIZERS = ("in", "ln", "bn")
@@ -104,8 +104,8 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
         self._check_enough(input)
         instances, features = self._instances(input)
         batch, spread = self.merged(instances)
-        self.track(self._as_tracked(batch))
-        return self._normalize(instances, features, spread)
+        self.track(self._as_tracked(batch, instances))
+        return self._normalize(instances, features, self._own_var(spread, instances))
 
     def normalize_with_estimates(self, input: Tensor) -> Tensor:
         """Normalize with the mixture of the sample's own statistics and the running ones."""
@@ -126,16 +126,33 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
         if not self.unbiased:
             return instances, features
         count = positions(input)
-        if count == 1:
+        if count > 1:
+            return Moments(instances.mean, instances.var * (count / (count - 1)), count), features
+        if "in" in self.normalizers:
             raise ValueError(
-                f"unbiased=True needs more than 1 position: one has no unbiased variance, got {list(input.shape)}"
+                "unbiased=True needs more than 1 position: one has no unbiased variance; the authors' layer for them "
+                f"is normalizers=('ln', 'bn'), got {list(input.shape)}"
             )
-        return Moments(instances.mean, instances.var * (count / (count - 1)), count), features
+        if input.shape[1] == 1:
+            raise ValueError(
+                "unbiased=True needs more than 1 value per sample: one has no unbiased variance, "
+                f"got {list(input.shape)}"
+            )
+        return instances, features
 
-    def _as_tracked(self, batch: Moments) -> Moments:
-        """Return what the running statistics take in: with `unbiased`, the variance as it is."""
+    def _own_var(self, whole: Moments, instances: Moments) -> Moments:
+        """Return a layer's or a batch's moments as they normalize.
+
+        Of instances of one position, which have no variance, the authors take the unbiased variance itself.
+        """
+        if self.unbiased and instances.elements == 1:
+            return Moments(whole.mean, unbiased(whole), whole.elements)
+        return whole
+
+    def _as_tracked(self, batch: Moments, instances: Moments) -> Moments:
+        """Return what the running statistics take in, which is made unbiased there: that which normalizes."""
         mean, var, count = batch.mean.detach(), batch.var.detach(), batch.elements
-        if not self.unbiased:
+        if not self.unbiased or instances.elements == 1:
             return Moments(mean, var, count)
         return Moments(mean, var * ((count - 1) / count), count)
 
@@ -143,7 +160,7 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
         """Normalize with Σ w μ and Σ w' σ² of the instance, of the layer and of the batch."""
         own = {"in": instances}
         if "ln" in self.normalizers:
-            own["ln"] = merge(instances, dim=1, keepdim=True)
+            own["ln"] = self._own_var(merge(instances, dim=1, keepdim=True), instances)
         if batch is not None:
             own["bn"] = batch
         shares = self.ratios()
@@ -170,7 +187,16 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
                 arguments[name] = True
         return arguments
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         _rename_authors(state_dict, prefix, self.num_features)
         known = [state_dict[prefix + name] for name in ("weight", "running_mean") if prefix + name in state_dict]
         if known:
@@ -178,7 +204,16 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
             for name in ("mean_logits", "var_logits"):
                 if self._parameters.get(name) is not None and prefix + name not in state_dict:
                     state_dict[prefix + name] = self.own_or(name, 1.0, known[0])
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        given = state_dict.get(prefix + "mean_logits")
+        if given is not None and given.numel() != len(self.normalizers):
+            error_msgs.append(
+                f"{prefix}mean_logits are of {given.numel()} normalizers, those of this layer are {self.normalizers}; "
+                'the authors\' layers have ("in", "ln", "bn"), without batch normalization ("in", "ln"), '
+                'and for [N, C] ("ln", "bn")'
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _mixed(shares: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -215,10 +250,12 @@ class SwitchableNorm1d(SwitchableNorm, nn.BatchNorm1d):
     others, so weight decay pulls the shares towards equal ones: leave them out of it as γ and β (`switch_logits`).
 
     The authors' code differs: their instance variance is unbiased (so that a 1×1 map gives NaN), and with it the other
-    two are neither biased nor unbiased, nor is the running one corrected. ``unbiased=True`` is that; an input of one
-    position is then refused. Their running variance starts at 0, here at 1, their `momentum` weighs the old value, here
-    as in torch the new one. `load_state_dict` takes their checkpoints (weights of shape [1, C, 1, 1]); those with
-    `using_moving_average=False` hold sums over an unknown number of batches: calibrate after loading.
+    two are neither biased nor unbiased, nor is the running one corrected. ``unbiased=True`` is that; instances of one
+    position are then refused. Their layer for [N, C] switches between the layer and the batch alone, with the unbiased
+    variances of both: ``normalizers=("ln", "bn"), unbiased=True``. Their running variance starts at 0, here at 1, their
+    `momentum` weighs the old value, here as in torch the new one. `load_state_dict` takes their checkpoints (weights of
+    shape [1, C, 1, 1]); those with `using_moving_average=False` hold sums over an unknown number of batches: calibrate
+    after loading.
 
     Args:
         num_features: C.
@@ -229,7 +266,7 @@ class SwitchableNorm1d(SwitchableNorm, nn.BatchNorm1d):
         normalizers: Which of ``"in"``, ``"ln"``, ``"bn"`` to switch between, at least two. Without ``"bn"`` nothing
             depends on the batch, and there are no running statistics.
         shared_logits: Let the same shares serve means and variances (w' = w).
-        unbiased: Take the instances' unbiased variances, as the authors' code.
+        unbiased: Take the instances' unbiased variances, as the authors' code; of [N, C], those of layer and batch.
         group_size: Take the batch statistics over ghost groups of so many samples.
         synchronize: Take them over all ranks (True; "SyncSN"), over a process group, or over this process alone.
         bias: Learn β where γ is learned, as of `nn.BatchNorm*`.
