@@ -17,7 +17,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +38,7 @@ from wellcond.lab.report.formats import difference_text, share_text, spread_text
 from wellcond.lab.report.results import Results, collect_results, rounded, write_results
 from wellcond.lab.report.share_bars import SHARE_STYLES
 from wellcond.lab.report.shares import PARTS, SharesSummary, average_share, method_shares
-from wellcond.lab.runs.records import RunStore, write_atomically
+from wellcond.lab.runs.records import RunRecord, RunStore, write_atomically
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.extras import Shares
 from wellcond.lab.training.progress import RunProgress
@@ -193,15 +193,19 @@ def make_plans(settings: Settings) -> dict[int, Plan]:
 
 def check_claim(comparisons: Mapping[int, Comparison]) -> Claim | None:
     """Return whether LN's share is larger at the smallest m than at the largest; None if SN's runs have no shares."""
-    large, small = comparisons[max(GROUPS)], comparisons[min(GROUPS)]
-    methods = [next(method for method in each.plan.methods if method.name == "SN") for each in (large, small)]
+    large, small = (comparisons[m].methods["SN"] for m in (max(GROUPS), min(GROUPS)))
 
-    def pairs(lr: float | None) -> list[tuple[Shares, Shares]]:
-        runs = zip(large.runs(methods[0], lr), small.runs(methods[1], lr), strict=True)
-        found = [(one.extras.get("shares"), other.extras.get("shares")) for one, other in runs]
+    def pairs(runs: Iterable[RunRecord], others: Iterable[RunRecord]) -> list[tuple[Shares, Shares]]:
+        found = [
+            (one.extras.get("shares"), other.extras.get("shares")) for one, other in zip(runs, others, strict=True)
+        ]
         return [(one, other) for one, other in found if one and other]
 
-    return claim_of(pairs(None), {lr: pairs(lr) for lr in methods[0].lrs})
+    at_lr = {
+        trial.lr: pairs(runs, others)
+        for (trial, runs), others in zip(large.trials.items(), small.trials.values(), strict=True)
+    }
+    return claim_of(pairs(large.runs, small.runs), at_lr)
 
 
 def claim_of(

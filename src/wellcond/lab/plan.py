@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
+from wellcond.lab.trials import Trial, make_trials
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,30 @@ class Plan:
             ghost_batch=self.template.ghost_batch if method.has_batch_statistics else None,
         )
 
+    @cached_property
+    def trials(self) -> dict[str, tuple[Trial, ...]]:
+        """The grid of each method, by the method's name; all are equally long."""
+        return make_trials(self.methods)
+
+    @cached_property
+    def table(self) -> dict[Trial, tuple[RunSpec, ...]]:
+        """Every run of all epochs, made once: the trials of all methods, one run a seed each."""
+        return {trial: self.row(trial) for trials in self.trials.values() for trial in trials}
+
+    def row(self, trial: Trial, steps: int | None = None) -> tuple[RunSpec, ...]:
+        """Return a trial's runs, one a seed, of all epochs unless it says how many steps."""
+        return tuple(self.spec(trial.method, trial.lr, seed, steps) for seed in range(self.settings.seeds))
+
     def specs(self) -> list[RunSpec]:
         """Return every run of all epochs.
 
         Methods come innermost, so that a machine that slows down or speeds up meets all of them alike.
         """
         return [
-            self.spec(method, method.lrs[rank], seed)
+            self.table[trial][seed]
             for seed in range(self.settings.seeds)
-            for rank in range(max(len(method.lrs) for method in self.methods))
-            for method in self.methods
-            if rank < len(method.lrs)
+            for place in zip(*self.trials.values(), strict=True)
+            for trial in place
         ]
 
 

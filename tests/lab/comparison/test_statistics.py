@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from wellcond.lab.comparison.statistics import epochs_to, median_ratio, paired_difference, spread
+from wellcond.lab.comparison.statistics import epochs_to, paired_difference, spread
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 
@@ -67,10 +67,6 @@ def test_pairs_must_match():
         paired_difference([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="at least one value"):
         spread([])
-
-
-def test_ratio_is_the_median_over_pairs():
-    assert median_ratio([2.0, 3.0, 100.0], [1.0, 2.0, 1.0]) == 2.0
 
 
 def test_epochs_to_counts_from_one_and_includes_equality():

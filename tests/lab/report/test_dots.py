@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from wellcond.lab.comparison.compare import Comparison
+from wellcond.lab.comparison.compare import compared
 from wellcond.lab.comparison.summary import Summary, summarize
 from wellcond.lab.plan import make_plan
 from wellcond.lab.report.dots import draw_dots, lr_panels, seed_panels
@@ -33,9 +32,7 @@ def summary(seeds: int = 3, lrs: tuple[float, ...] = LRS, diverged: tuple[str, f
         )
         ends = diverged == (spec.method.name, spec.lr) and spec.seed == 0
         records[spec] = RunRecord(epochs[:1] if ends else epochs, ends, 1, {}, ())
-    chosen = {method.name: lrs[0] for method in plan.methods}
-    none: dict[str, Any] = {method.name: None for method in plan.methods}
-    return summarize(Comparison(plan, records, chosen, none, none, none, {}))
+    return summarize(compared(plan, records, {name: trials[0] for name, trials in plan.trials.items()}))
 
 
 def points(picture: str) -> dict[str, list[tuple[float, float]]]:

@@ -214,15 +214,15 @@ def test_the_report_draws_each_layers_shares(compared):
     assert "http" not in page
 
 
-def test_a_comparison_of_one_method_still_says_what_it_learned(compared):
-    from wellcond.lab.comparison.compare import Comparison
+def test_a_comparison_of_one_method_still_says_what_it_learned():
+    from wellcond.lab.comparison.compare import compared
     from wellcond.lab.comparison.summary import summarize
 
     plan = make_plan(Settings(methods=("SN",), epochs=1, train_images=96, seeds=1, lrs=(("SGD", (0.1,)),)))
     method = plan.methods[0]
     spec = plan.spec(method, 0.1, seed=0)
     record = Runner(plan.task, torch.device("cpu")).run(spec)
-    said = findings(summarize(Comparison(plan, {spec: record}, {"SN": 0.1}, {"SN": 1.0}, {"SN": 1.0}, {"SN": 1.0}, {})))
+    said = findings(summarize(compared(plan, {spec: record})))
     assert len(said) == 2
     assert said[0].startswith("Only baselines")
     assert said[1].startswith("SN learned these shares, on average over 3 layers: 0.3")

@@ -90,17 +90,6 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], level:
     return Difference(summary.mean, summary.mean - half, summary.mean + half, summary.count)
 
 
-def median_ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """Return the median of ``values / baseline``, pair by pair.
-
-    The median, because a machine that does something else for a moment spoils a few pairs by a lot.
-
-    >>> median_ratio([2.0, 9.0, 3.0], [1.0, 3.0, 1.0])
-    3.0
-    """
-    return statistics.median(value / reference for value, reference in zip(values, baseline, strict=True))
-
-
 def epochs_to(scores: Sequence[float], target: float) -> int | None:
     """Return the first epoch, counted from 1, whose score is at least the target; None if there is none.
 

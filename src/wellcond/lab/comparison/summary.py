@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from wellcond.lab.comparison.compare import Comparison
+from wellcond.lab.comparison.compare import Comparison, MethodRuns, TimedRuns
 from wellcond.lab.comparison.statistics import Difference, Spread, epochs_to, paired_difference, spread
-from wellcond.lab.methods.method import Method
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import Coverage, RunRecord
+from wellcond.lab.trials import Trial
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,10 @@ def summarize(comparison: Comparison) -> Summary:
     plan = comparison.plan
     last = plan.epochs
     early = None if last == 1 else min(2, last - 1)
-    first = next(method for method in plan.methods if method.name == plan.baselines[plan.methods[0].name])
-    finals = [run.test_score(last, plan.chance) for run in comparison.runs(first)]
+    first = comparison.methods[plan.baselines[plan.methods[0].name]]
     # The baseline's own level, for data about which nothing is known beforehand.
-    target = plan.target if plan.target is not None else float(max(1, math.floor(fmean(finals))))
+    level = fmean(_scores(first.runs, last, plan.chance))
+    target = plan.target if plan.target is not None else float(max(1, math.floor(level)))
     shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
     return Summary(
         score=plan.task.score,
@@ -192,109 +193,103 @@ def summarize(comparison: Comparison) -> Summary:
         chance=plan.chance,
         jobs=plan.settings.jobs,
         ghost_batch=plan.settings.ghost_batch,
-        methods=tuple(_summarize_method(comparison, method, shown, early, target) for method in plan.methods),
+        methods=tuple(
+            _summarize_method(comparison, found, shown, early, target) for found in comparison.methods.values()
+        ),
         machines=tuple(sorted({record.machine for record in comparison.records.values()} - {""})),
     )
 
 
 def _summarize_method(
-    comparison: Comparison, method: Method, shown: tuple[int, ...], early: int | None, target: float
+    comparison: Comparison, found: MethodRuns, shown: tuple[int, ...], early: int | None, target: float
 ) -> MethodSummary:
-    plan = comparison.plan
-    baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
-    runs, baseline_runs = comparison.runs(method), comparison.runs(baseline)
-
-    def scores(some_runs: list[RunRecord], epoch: int) -> list[float]:
-        return [run.test_score(epoch, plan.chance) for run in some_runs]
+    plan, method, baseline = comparison.plan, found.method, comparison.methods[found.baseline]
+    is_baseline = found is baseline
 
     def difference(epoch: int | None) -> Difference | None:
-        if method is baseline or epoch is None:
+        if is_baseline or epoch is None:
             return None
-        return paired_difference(scores(runs, epoch), scores(baseline_runs, epoch))
+        return paired_difference(*(_scores(each.runs, epoch, plan.chance) for each in (found, baseline)))
 
-    equal_time = None
-    equal_runs = _equal_runs(comparison, method)
-    if equal_runs:
-        ends = _ends(equal_runs, plan.chance)
-        equal_time = EqualTime(
-            comparison.equal_time_steps[method.name],
-            spread(ends),
-            paired_difference(ends, scores(baseline_runs, plan.epochs)),
-            {
-                other.name: paired_difference(ends, _ends(_equal_runs(comparison, other), plan.chance))
-                for other in plan.methods
-                if other not in (method, baseline) and plan.baselines[other.name] == baseline.name
-            },
-        )
     reached = [
-        epoch for run in runs if (epoch := epochs_to([record.test_score for record in run.epochs], target)) is not None
+        epoch
+        for run in found.runs
+        if (epoch := epochs_to([record.test_score for record in run.epochs], target)) is not None
     ]
-    all_runs = [run for lr in method.lrs for run in comparison.runs(method, lr)]
-    times = [time for run in all_runs if (time := run.seconds_per_step) is not None]
-    extra = equal_runs if equal_time is not None and equal_time.steps != plan.steps else []
-    lr = comparison.chosen[method.name]
-    edges = {method.lrs[0]: "lowest", method.lrs[-1]: "highest"} if len(method.lrs) > 1 else {}
-    same_network = (method.norm, method.layers) == (baseline.norm, baseline.layers)
+    times = [time for run in found.all_runs if (time := run.seconds_per_step) is not None]
+    equal = found.timed.get(1.0)
+    every = [*found.all_runs, *(equal.runs if equal is not None and equal.steps != plan.steps else ())]
+    lr, lrs = found.chosen.lr, [trial.lr for trial in found.trials]
+    edges = {min(lrs): "lowest", max(lrs): "highest"} if len(set(lrs)) > 1 else {}
+    same_network = (method.norm, method.layers) == (baseline.method.norm, baseline.method.layers)
     return MethodSummary(
         name=method.name,
         description=method.description,
-        baseline=baseline.name,
+        baseline=found.baseline,
         lr=lr,
         lr_edge=edges.get(lr),
-        lr_grid=tuple(_grid_point(lr, comparison.runs(method, lr), early, plan.chance) for lr in method.lrs),
-        scores={epoch: spread(scores(runs, epoch)) for epoch in shown},
+        lr_grid=tuple(_grid_point(trial, runs, early, plan.chance) for trial, runs in found.trials.items()),
+        scores={epoch: spread(_scores(found.runs, epoch, plan.chance)) for epoch in shown},
         epochs_to_target=fmean(reached) if reached else None,
         reached_target=len(reached),
         early_difference=difference(early),
         final_difference=difference(plan.epochs),
         milliseconds_per_step=1000 * median(times) if times else None,
-        time_ratio=comparison.time_ratios[method.name],
-        evaluation_ratio=None if same_network else comparison.evaluation_ratios[method.name],
-        equal_time=equal_time,
-        diverged_runs=sum(run.diverged for run in (*all_runs, *extra)),
-        warnings=tuple(sorted({warning for run in (*all_runs, *extra) for warning in run.warnings})),
-        curves=tuple(_curve(seed, run) for seed, run in enumerate(runs)),
-        extras={kind: tuple(run.extras.get(kind) for run in runs) for kind in _extras_of(runs)},
+        time_ratio=found.time_ratio,
+        evaluation_ratio=None if same_network else found.evaluation_ratio,
+        equal_time=None if equal is None else _equal_time(comparison, found, equal),
+        diverged_runs=sum(run.diverged for run in every),
+        warnings=tuple(sorted({warning for run in every for warning in run.warnings})),
+        curves=tuple(_curve(seed, run) for seed, run in enumerate(found.runs)),
+        extras={kind: tuple(run.extras.get(kind) for run in found.runs) for kind in _extras_of(found.runs)},
         transforms=tuple(transform.name for transform in method.transforms),
         norm=None if method.norm is None else method.norm.kind,
         layers=method.layers,
         seconds_per_epoch=median(times) * plan.steps_per_epoch if times else None,
-        memory=next((run.memory for run in runs), None),
-        memory_ratio=comparison.memory_ratios[method.name],
-        coverage=next((run.coverage for run in runs), {}),
-        recipe=method.text(plan.settings.ghost_batch),
+        memory=next((run.memory for run in found.runs), None),
+        memory_ratio=found.memory_ratio,
+        coverage=next((run.coverage for run in found.runs), {}),
+        recipe=found.chosen.method.text(plan.settings.ghost_batch),
     )
 
 
-def _extras_of(runs: list[RunRecord]) -> list[str]:
+def _scores(runs: Sequence[RunRecord], epoch: int, chance: float) -> list[float]:
+    """Return the test score of each run after an epoch, counted from 1; after divergence that of guessing."""
+    return [run.epochs[epoch - 1].test_score if epoch <= len(run.epochs) else chance for run in runs]
+
+
+def _equal_time(comparison: Comparison, found: MethodRuns, timed: TimedRuns) -> EqualTime:
+    plan, baseline = comparison.plan, comparison.methods[found.baseline]
+
+    def ends(runs: Sequence[RunRecord]) -> list[float]:
+        return [plan.chance if run.diverged else run.epochs[-1].test_score for run in runs]
+
+    others = {
+        other.method.name: paired_difference(ends(timed.runs), ends(other.timed[1.0].runs))
+        for other in comparison.methods.values()
+        if other not in (found, baseline) and other.baseline == found.baseline and 1.0 in other.timed
+    }
+    difference = paired_difference(ends(timed.runs), _scores(baseline.runs, plan.epochs, plan.chance))
+    return EqualTime(timed.steps, spread(ends(timed.runs)), difference, others)
+
+
+def _extras_of(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(kind for run in runs for kind in run.extras))
 
 
-def _equal_runs(comparison: Comparison, method: Method) -> list[RunRecord]:
-    steps = comparison.equal_time_steps.get(method.name)
-    return [] if steps is None else comparison.runs(method, steps=steps)
-
-
-def _ends(runs: list[RunRecord], chance: float) -> list[float]:
-    return [chance if run.diverged else run.epochs[-1].test_score for run in runs]
-
-
-def _grid_point(lr: float, runs: list[RunRecord], early: int | None, chance: float) -> GridPoint:
-    early_score = None if early is None else fmean(run.test_score(early, chance) for run in runs)
+def _grid_point(trial: Trial, runs: Sequence[RunRecord], early: int | None, chance: float) -> GridPoint:
+    early_score = None if early is None else fmean(_scores(runs, early, chance))
     diverged = sum(run.diverged for run in runs)
     if diverged:
-        return GridPoint(lr, None, None, early_score, diverged)
+        return GridPoint(trial.lr, None, None, early_score, diverged)
     last = [run.epochs[-1] for run in runs]
     score = fmean(epoch.validation_score for epoch in last)
     losses = [epoch.validation_loss for epoch in last if epoch.validation_loss is not None]
-    return GridPoint(lr, score, fmean(losses) if losses else None, early_score, 0)
-
-
-def _metrics_of(run: RunRecord) -> list[str]:
-    return list(run.epochs[0].metrics) if run.epochs else []
+    return GridPoint(trial.lr, score, fmean(losses) if losses else None, early_score, 0)
 
 
 def _curve(seed: int, run: RunRecord) -> Curve:
+    metrics = run.epochs[0].metrics if run.epochs else ()
     return Curve(
         seed=seed,
         seconds=tuple(epoch.seconds for epoch in run.epochs),
@@ -303,5 +298,5 @@ def _curve(seed: int, run: RunRecord) -> Curve:
         validation_loss=tuple(epoch.validation_loss for epoch in run.epochs),
         test_score=tuple(epoch.test_score for epoch in run.epochs),
         test_loss=tuple(epoch.test_loss for epoch in run.epochs),
-        metrics={name: tuple(epoch.metrics[name] for epoch in run.epochs) for name in _metrics_of(run)},
+        metrics={name: tuple(epoch.metrics[name] for epoch in run.epochs) for name in metrics},
     )

@@ -13,7 +13,6 @@ from wellcond.lab.comparison.statistics import Difference, Spread, paired_differ
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.machine import machine, versions
-from wellcond.lab.methods.method import Method
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
 from wellcond.lab.report.results import collect_results, rounded
@@ -224,8 +223,7 @@ def _figure(recipe: Recipe, panel: ScaledPanel, comparison: Comparison, method: 
     table = panel.table
     ends = _ends(recipe, table, comparison.plan, method)
     if table.figure is not None:
-        baseline = next(other for other in comparison.plan.methods if other.name == method.baseline)
-        difference = _probed_difference(table.figure, comparison, method, baseline)
+        difference = _probed_difference(table.figure, comparison, method)
         equal_time = None
     else:
         sign = -1.0 if recipe.score == "error" else 1.0
@@ -258,16 +256,14 @@ def _ends(recipe: Recipe, table: PanelTable, plan: Plan, method: MethodSummary) 
     return tuple(100.0 - end for end in ends) if recipe.score == "error" else tuple(ends)
 
 
-def _probed_difference(
-    figure: str, comparison: Comparison, method: MethodSummary, baseline: Method
-) -> Difference | None:
+def _probed_difference(figure: str, comparison: Comparison, method: MethodSummary) -> Difference | None:
     """Return the paired difference of a probe's figure, over the seeds in which both runs have it."""
     if method.is_baseline:
         return None
-    mine = next(other for other in comparison.plan.methods if other.name == method.name)
+    mine, theirs = comparison.methods[method.name].runs, comparison.methods[method.baseline].runs
     pairs = [
         (one.extras["probe"][figure], other.extras["probe"][figure])
-        for one, other in zip(comparison.runs(mine), comparison.runs(baseline), strict=True)
+        for one, other in zip(mine, theirs, strict=True)
         if "probe" in one.extras and "probe" in other.extras
     ]
     return paired_difference([one for one, _ in pairs], [other for _, other in pairs]) if pairs else None

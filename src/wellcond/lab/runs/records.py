@@ -175,10 +175,6 @@ class RunRecord:
         """Mean training seconds of a step; None if the run diverged in its first epoch."""
         return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
 
-    def test_score(self, epoch: int, chance: float) -> float:
-        """Return the test score after an epoch, counted from 1; after divergence that of guessing."""
-        return self.epochs[epoch - 1].test_score if epoch <= len(self.epochs) else chance
-
     def check(self, steps: int) -> None:
         """Check what was read from a file.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wellcond.lab.comparison.lr_choice import choose_lr
+from wellcond.lab.comparison.choice import choose
 from wellcond.lab.runs.records import EpochRecord, RunRecord
 
 
@@ -17,43 +17,43 @@ def run(*validation: float, loss: float | None = 0.5, test: float = 0.0, diverge
 def test_the_best_final_accuracy_wins_over_a_quicker_start():
     slow = [run(20, 90), run(20, 91), run(20, 92)]
     quick = [run(80, 85), run(80, 86), run(80, 87)]
-    assert choose_lr({0.1: quick, 0.3: slow}) == 0.3
+    assert choose({0.1: quick, 0.3: slow}) == 0.3
 
 
 def test_of_lrs_within_one_standard_error_the_quickest_wins():
     """Differences of +1, -1 and +0.6 have the mean 0.2 and the standard error 0.61."""
     slow = [run(20, 91), run(20, 91), run(20, 91)]
     quick = [run(80, 90), run(80, 92), run(80, 90.4)]
-    assert choose_lr({0.1: quick, 0.3: slow}) == 0.1
-    assert choose_lr({0.1: slow, 0.3: quick}) == 0.3
+    assert choose({0.1: quick, 0.3: slow}) == 0.1
+    assert choose({0.1: slow, 0.3: quick}) == 0.3
 
 
 def test_beyond_one_standard_error_the_final_accuracy_decides():
     """Differences of 1, 1.2 and 0.8 have the mean 1 and the standard error 0.12."""
     slow = [run(20, 91), run(20, 91), run(20, 91)]
     quick = [run(80, 90), run(80, 89.8), run(80, 90.2)]
-    assert choose_lr({0.1: quick, 0.3: slow}) == 0.3
+    assert choose({0.1: quick, 0.3: slow}) == 0.3
 
 
 def test_one_seed_has_no_standard_error_only_ties():
-    assert choose_lr({0.1: [run(80, 90)], 0.3: [run(20, 90.1)]}) == 0.3
-    assert choose_lr({0.1: [run(20, 90)], 0.3: [run(80, 90)]}) == 0.3
+    assert choose({0.1: [run(80, 90)], 0.3: [run(20, 90.1)]}) == 0.3
+    assert choose({0.1: [run(20, 90)], 0.3: [run(80, 90)]}) == 0.3
 
 
-def test_a_tie_goes_to_the_lower_loss_and_then_to_the_lower_lr():
-    assert choose_lr({0.1: [run(90, loss=0.5)], 0.3: [run(90, loss=0.4)]}) == 0.3
-    assert choose_lr({0.3: [run(90)], 0.1: [run(90)]}) == 0.1
+def test_a_tie_goes_to_the_lower_loss_and_then_to_the_first_of_the_grid():
+    assert choose({0.1: [run(90, loss=0.5)], 0.3: [run(90, loss=0.4)]}) == 0.3
+    assert choose({0.1: [run(90)], 0.3: [run(90)]}) == 0.1
 
 
-def test_without_a_loss_a_tie_goes_to_the_lower_lr():
-    assert choose_lr({0.3: [run(90, loss=None)], 0.1: [run(90, loss=None)]}) == 0.1
-    assert choose_lr({0.1: [run(80, loss=None)], 0.3: [run(90, loss=None)]}) == 0.3
+def test_without_a_loss_a_tie_goes_to_the_first_of_the_grid():
+    assert choose({0.1: [run(90, loss=None)], 0.3: [run(90, loss=None)]}) == 0.1
+    assert choose({0.1: [run(80, loss=None)], 0.3: [run(90, loss=None)]}) == 0.3
 
 
 def test_an_lr_with_diverged_runs_comes_last():
-    assert choose_lr({0.03: [run(20), run(20)], 0.1: [run(99), run(diverged=True)]}) == 0.03
-    assert choose_lr({0.1: [run(diverged=True), run(diverged=True)], 0.3: [run(99), run(diverged=True)]}) == 0.3
+    assert choose({0.03: [run(20), run(20)], 0.1: [run(99), run(diverged=True)]}) == 0.03
+    assert choose({0.1: [run(diverged=True), run(diverged=True)], 0.3: [run(99), run(diverged=True)]}) == 0.3
 
 
 def test_test_figures_choose_nothing():
-    assert choose_lr({0.1: [run(90, test=0)], 0.3: [run(80, test=100)]}) == 0.1
+    assert choose({0.1: [run(90, test=0)], 0.3: [run(80, test=100)]}) == 0.1
