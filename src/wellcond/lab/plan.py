@@ -17,6 +17,7 @@ from wellcond.lab.hardware.machine import environment, training_device
 from wellcond.lab.methods.method import Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.weights import check_weights, digest_of
+from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
@@ -65,6 +66,11 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     @property
+    def metric(self) -> Metric:
+        """What the score is."""
+        return getattr(self.task, "metric", Metric(self.task.score))
+
+    @property
     def chance(self) -> float:
         """The score of guessing, in percent: what a diverged run counts as."""
         return self.task.chance
@@ -84,7 +90,7 @@ class Plan:
     @cached_property
     def trials(self) -> dict[str, tuple[Trial, ...]]:
         """The grid of each method, by the method's name; all are equally long."""
-        return make_trials(self.methods)
+        return make_trials(self.methods, self.settings.sweeps, self.settings.search, self.settings.trials)
 
     @cached_property
     def table(self) -> dict[Trial, tuple[RunSpec, ...]]:
@@ -93,7 +99,13 @@ class Plan:
 
     def row(self, trial: Trial, steps: int | None = None) -> tuple[RunSpec, ...]:
         """Return a trial's runs, one a seed, of all epochs unless it says how many steps."""
-        return tuple(self.spec(trial.method, trial.lr, seed, steps) for seed in range(self.settings.seeds))
+        specs = [self.spec(trial.method, trial.lr, seed, steps) for seed in range(self.settings.seeds)]
+        options = trial.run_options
+        if "ghost_batch" in options and not trial.method.has_batch_statistics:
+            options["ghost_batch"] = None
+        if steps is None and "batch_size" in options:
+            options["steps"] = self.epochs * (self.task.train_images // int(str(options["batch_size"])))
+        return tuple(replace(spec, **options) for spec in specs)  # type: ignore[arg-type]
 
     def specs(self) -> list[RunSpec]:
         """Return every run of all epochs.

@@ -145,10 +145,10 @@ def _drawn(method: Method, taken: Sequence[Sweep], sweeps: Sequence[Sweep], coun
     generator = random.Random(0)
     trials = []
     for _ in range(count):
-        lr = _between(method.lrs, generator.random())
+        lr = float(f"{_between(method.lrs, generator.random())}")
         values = {sweep: _between(sweep[1], generator.random()) for sweep in sweeps}
         swept = tuple((sweep[0], value) for sweep, value in values.items() if sweep in taken)
-        trials.append(_trial(method, float(str(lr)), swept))
+        trials.append(_trial(method, lr, swept))
     return tuple(sorted(trials, key=lambda trial: trial.lr))
 
 

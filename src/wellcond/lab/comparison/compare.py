@@ -90,20 +90,28 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_tim
         RunFailedError: If a run fails; the finished ones are kept.
     """
     records: dict[RunSpec, RunRecord] = {}
-    with_baseline = [method for method in plan.methods if equal_time and plan.baselines[method.name] != method.name]
-    _complete(plan, plan.specs(), store, records, progress, later=len(with_baseline) * plan.settings.seeds)
+    shares = plan.settings.time_shares if equal_time else ()
+    again = [(share, method) for share in shares for method in plan.methods if not _is_full_run(plan, share, method)]
+    _complete(plan, plan.specs(), store, records, progress, later=len(again) * plan.settings.seeds)
     comparison = compared(plan, records)
     rows = {}
-    for method in with_baseline:
+    for share, method in again:
         found = comparison.methods[method.name]
         if found.time_ratio is not None:
-            rows[method.name] = plan.row(found.chosen, max(1, round(plan.steps / found.time_ratio)))
+            whole = plan.table[comparison.methods[found.baseline].chosen][0].steps
+            rows[share, method.name] = plan.row(found.chosen, max(1, round(share * whole / found.time_ratio)))
     # A budget of exactly a full run is that full run, which is there already.
     missing = [spec for seed in zip(*rows.values(), strict=True) for spec in seed if spec not in records]
-    _complete(plan, missing, store, records, progress, later=0)
-    for name, row in rows.items():
-        comparison.methods[name].timed[1.0] = TimedRuns(row[0].steps, tuple(records[spec] for spec in row))
+    _complete(plan, list(dict.fromkeys(missing)), store, records, progress, later=0)
+    for (share, name), row in rows.items():
+        timed = TimedRuns(row[0].steps, tuple(records[spec] for spec in row))
+        comparison.methods[name].timed[share] = timed
     return comparison
+
+
+def _is_full_run(plan: Plan, share: float, method: Method) -> bool:
+    """Return whether a method's runs in a share of its baseline's time are those of all epochs."""
+    return share == 1.0 and plan.baselines[method.name] == method.name
 
 
 def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str, Trial] | None = None) -> Comparison:
@@ -116,20 +124,27 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
     """
     runs = {trial: tuple(records[spec] for spec in row) for trial, row in plan.table.items()}
     grids = {name: {trial: runs[trial] for trial in trials} for name, trials in plan.trials.items()}
+    if chosen is None:
+        target = plan.target if plan.settings.mode == "target" else None
+        chosen = {name: choose(trials, plan.metric, target) for name, trials in grids.items()}
+    # With batches of several sizes, steps at one place of two grids need not be alike: only the chosen ones count.
+    alike = "batch_size" not in dict(plan.settings.sweeps)
     methods = {}
     for method in plan.methods:
         mine, baseline = grids[method.name], plan.baselines[method.name]
+        theirs = grids[baseline]
+        places = zip(mine, theirs, strict=True) if alike else [(chosen[method.name], chosen[baseline])]
         pairs = [
             (one, other)
-            for ours, theirs in zip(mine.values(), grids[baseline].values(), strict=True)
-            for one, other in zip(ours, theirs, strict=True)
+            for ours, reference in places
+            for one, other in zip(mine[ours], theirs[reference], strict=True)
             if one.epochs and other.epochs
         ]
         methods[method.name] = MethodRuns(
             method=method,
             baseline=baseline,
             trials=mine,
-            chosen=choose(mine) if chosen is None else chosen[method.name],
+            chosen=chosen[method.name],
             time_ratio=paired_ratio(pairs, lambda run: run.seconds_per_step),
             evaluation_ratio=paired_ratio(pairs, lambda run: run.evaluation_seconds),
             memory_ratio=paired_ratio(pairs, lambda run: None if run.memory is None else run.memory.peak),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from wellcond.lab.runs.figures import check_count, check_number
+from wellcond.lab.runs.files import partial, write_atomically
 
 if TYPE_CHECKING:
     from wellcond.lab.methods.method import Method
@@ -106,6 +106,8 @@ class EpochRecord:
         test_score: On the test images.
         test_loss: On the test images; None where evaluation has no loss.
         metrics: Further metrics of the test images, in percent.
+        train_score: On the epoch's training batches, each as the network was when it trained on it; None where the
+            task has no score of training batches.
     """
 
     steps: int
@@ -116,6 +118,7 @@ class EpochRecord:
     test_score: float
     test_loss: float | None
     metrics: dict[str, float] = field(default_factory=dict)
+    train_score: float | None = None
 
     def check(self, steps: int, begun: tuple[int, float]) -> None:
         """Check what was read from a file.
@@ -132,6 +135,8 @@ class EpochRecord:
         check_number("train_loss", self.train_loss)
         for name in ("validation_score", "test_score"):
             check_number(name, getattr(self, name), 0, 100)
+        if self.train_score is not None:
+            check_number("train_score", self.train_score, 0, 100)
         for name in ("validation_loss", "test_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
@@ -267,19 +272,3 @@ class RunStore:
         write_atomically(self.path(spec), json.dumps(content, indent=1))
         self.checkpoint(spec).unlink(missing_ok=True)
         partial(self.checkpoint(spec)).unlink(missing_ok=True)
-
-
-def partial(path: Path) -> Path:
-    """Return where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.part")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it, so that no reader ever sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
