@@ -1,1 +1,33 @@
 """The experiment harness: trains a network with and without the techniques and shows what each gained and cost."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wellcond.lab.runs.metric import Metric
+    from wellcond.lab.tasks.base import Task
+
+__all__ = ["Metric", "Task"]
+
+# Names are looked up when they are first used, as those of wellcond itself.
+_PLACES = {
+    "Metric": "wellcond.lab.runs.metric",
+    "Task": "wellcond.lab.tasks.base",
+}
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import what a public name stands for, once."""
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

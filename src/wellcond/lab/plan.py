@@ -17,7 +17,6 @@ from wellcond.lab.hardware.machine import environment, training_device
 from wellcond.lab.methods.method import Method, Refresh, baselines, select_methods, with_lrs
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.weights import check_weights, digest_of
-from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
@@ -57,18 +56,13 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
-        return self.task.train_images // self.batch_size
+        """Batches of an epoch."""
+        return self.template.steps_per_epoch
 
     @property
     def steps(self) -> int:
         """Steps of a run of all epochs."""
         return self.epochs * self.steps_per_epoch
-
-    @property
-    def metric(self) -> Metric:
-        """What the score is."""
-        return getattr(self.task, "metric", Metric(self.task.score))
 
     @property
     def chance(self) -> float:
@@ -104,7 +98,8 @@ class Plan:
         if "ghost_batch" in options and not trial.method.has_batch_statistics:
             options["ghost_batch"] = None
         if steps is None and "batch_size" in options:
-            options["steps"] = self.epochs * (self.task.train_images // int(str(options["batch_size"])))
+            per_epoch = self.task.steps_with(int(str(options["batch_size"])))
+            options |= {"steps_per_epoch": per_epoch, "steps": self.epochs * per_epoch}
         return tuple(replace(spec, **options) for spec in specs)  # type: ignore[arg-type]
 
     def specs(self) -> list[RunSpec]:
@@ -153,7 +148,8 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     _check_ghost_batch(settings, batch_size)
     _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
     epochs = settings.epochs or defaults.epochs
-    steps = epochs * (task.train_images // batch_size)
+    steps_per_epoch = task.steps_with(batch_size)
+    steps = epochs * steps_per_epoch
     refresh = Refresh.for_run_of(steps)
     refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
     _check_training(settings, task, methods, epochs, steps)
@@ -183,10 +179,12 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             augmentation=task.augmentation,
             train_images=task.train_images,
             validation_images=task.validation_images,
-            data=task.fingerprint(),
+            data=task.digest,
             # Of the first rank's machine: all have to agree on what is kept.
             environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            metric=task.metric,
             schedule=settings.schedule,
             warmup=settings.warmup,
             precision=settings.precision,

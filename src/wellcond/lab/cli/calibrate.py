@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         _save(model, out)
     passed = f"{len(batches) * loaded} training images in batches of {m}"
     title = f"{arguments.what} for {plan.model} on {plan.task.name}, from {passed}"
-    _print(title, plan.metric, before, after)
+    _print(title, plan.task.metric, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
     return 0
 

@@ -150,8 +150,8 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         "--mode",
         default=_DEFAULTS.mode,
         metavar="NAME",
-        help=f"{' or '.join(MODES)}: what trials are chosen for on validation, the score at the end or the fewest epochs "
-        "to --target, as speed-run boards count them (default: %(default)s)",
+        help=f"{' or '.join(MODES)}: what trials are chosen for on validation, the score at the end or the fewest "
+        "epochs to --target, as speed-run boards count them (default: %(default)s)",
     )
     group.add_argument(
         "--time-fractions",

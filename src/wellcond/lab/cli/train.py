@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
     settings = plan.settings
     watchers: list[Any] = [RunLog(store.folder.parent, weights.stem, arguments.log_every)]
     if not arguments.quiet:
-        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.score))
+        watchers.append(RunDisplay(Console(stderr=True), spec.steps, plan.task.metric.name))
     runner = Runner(
         plan.task,
         training_device(settings.accelerator),
@@ -190,7 +190,7 @@ def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) ->
     result = asdict(record)
     return {
         "command": command_line,
-        "task": {"kind": plan.task.kind, "score": plan.task.score, **plan.task.describe()},
+        "task": {"kind": plan.task.kind, "score": plan.task.metric.name, **plan.task.describe()},
         "run": asdict(spec),
         "processes": launched().size,
         "strategy": plan.settings.strategy,
@@ -205,6 +205,6 @@ def _result(plan: Plan, spec: RunSpec, record: RunRecord) -> str:
         return f"{spec.name}: diverged after {len(record.epochs)} epochs"
     last = record.epochs[-1]
     return (
-        f"{spec.name}: test {plan.task.score} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
+        f"{spec.name}: test {plan.task.metric.name} {last.test_score:.2f}, validation {last.validation_score:.2f}, "
         f"loss {last.train_loss:.4g}, {last.seconds:.3g} s of training"
     )

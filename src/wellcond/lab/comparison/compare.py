@@ -126,7 +126,7 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
     grids = {name: {trial: runs[trial] for trial in trials} for name, trials in plan.trials.items()}
     if chosen is None:
         target = plan.target if plan.settings.mode == "target" else None
-        chosen = {name: choose(trials, plan.metric, target) for name, trials in grids.items()}
+        chosen = {name: choose(trials, plan.task.metric, target) for name, trials in grids.items()}
     # With batches of several sizes, steps at one place of two grids need not be alike: only the chosen ones count.
     alike = "batch_size" not in dict(plan.settings.sweeps)
     methods = {}

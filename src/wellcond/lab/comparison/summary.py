@@ -279,7 +279,7 @@ def summarize(comparison: Comparison) -> Summary:
     target = _target(plan, fmean(_scores(first.runs, last, plan.chance)))
     shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
     summary = Summary(
-        score=plan.metric.name,
+        score=plan.task.metric.name,
         seeds=plan.settings.seeds,
         epochs=last,
         steps=plan.steps,
@@ -293,7 +293,7 @@ def summarize(comparison: Comparison) -> Summary:
             _summarize_method(comparison, found, shown, early, target) for found in comparison.methods.values()
         ),
         machines=tuple(sorted({record.machine for record in comparison.records.values()} - {""})),
-        metric=plan.metric,
+        metric=plan.task.metric,
         mode=plan.settings.mode,
         sweeps=dict(plan.settings.sweeps),
     )
@@ -305,11 +305,12 @@ def _target(plan: Plan, level: float) -> float:
     """Return the target, or the baseline's own level for data about which nothing is known beforehand."""
     if plan.target is not None:
         return plan.target
-    if plan.metric.is_percentage and plan.metric.higher_is_better:
+    if plan.task.metric.is_percentage and plan.task.metric.higher_is_better:
         return float(max(1, math.floor(level)))
     # Cut to two digits in the direction that is easier to reach.
+    sign = plan.task.metric.sign
     step = 10.0 ** (math.floor(math.log10(abs(level))) - 1) if level else 1.0
-    return plan.metric.sign * math.floor(plan.metric.sign * level / step) * step
+    return float(f"{sign * math.floor(sign * level / step) * step:.6g}")
 
 
 def _summarize_method(
@@ -323,7 +324,9 @@ def _summarize_method(
             return None
         return paired_difference(*(_scores(each.runs, epoch, plan.chance) for each in (found, baseline)))
 
-    reached = [epoch for run in found.runs if (epoch := epochs_to(run, plan.metric, target, "test_score")) is not None]
+    reached = [
+        epoch for run in found.runs if (epoch := epochs_to(run, plan.task.metric, target, "test_score")) is not None
+    ]
     times = [time for run in found.all_runs if (time := run.seconds_per_step) is not None]
     equal = found.timed.get(1.0)
     shorter = [run for timed in found.timed.values() if timed.steps != plan.steps for run in timed.runs]
@@ -375,10 +378,12 @@ def _edge(value: Any, grid: Sequence[Any]) -> str | None:
 
 
 def _to_target(found: MethodRuns, plan: Plan, target: float) -> ToTarget:
-    last, p_value = 0, None
+    last, p_value, sign = 0, None, plan.task.metric.sign
     for epoch in range(1, plan.epochs + 1):
         scores = _scores(found.runs, epoch, plan.chance)
-        p_value = probability_within([plan.metric.sign * score for score in scores], plan.metric.sign * target)
+        p_value = probability_within(
+            [plan.task.metric.sign * score for score in scores], plan.task.metric.sign * target
+        )
         if p_value is not None and p_value < LEVEL:
             last = epoch
             break
@@ -408,7 +413,7 @@ def _ends(runs: Sequence[RunRecord], chance: float) -> list[float]:
 
 def _scores(runs: Sequence[RunRecord], epoch: int, chance: float) -> list[float]:
     """Return the test score of each run after an epoch, counted from 1; after divergence that of guessing."""
-    return [run.epochs[epoch - 1].test_score if epoch <= len(run.epochs) else chance for run in runs]
+    return [run.test_score(epoch, chance) for run in runs]
 
 
 def _equal_time(comparison: Comparison, found: MethodRuns, timed: TimedRuns) -> EqualTime:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from wellcond.diagnostics.spectra import Figure as FigureName
 from wellcond.lab.diagnosis.diagnose import Diagnosis, Probe
 from wellcond.lab.report.drawing import figure_svg, in_page_colours
 
@@ -86,7 +87,7 @@ def _features(diagnosis: Diagnosis) -> Section:
     if own is not None:
         found = own
 
-        def both_sides(ax: Axes, quantity: Quantity) -> None:
+        def both_sides(ax: Axes, quantity: FigureName) -> None:
             found.plot(found.plot(ax, quantity=quantity, side="input"), quantity=quantity, side="output")
 
         drawn += [

@@ -135,7 +135,7 @@ def _work(
             return f"its worker has other software: {here[0]}, not {expected[0]}, or other code of the same version"
         torch.set_num_threads(threads)
         runner = _runner(settings, folder)
-        if runner.task.fingerprint() != spec.data:
+        if runner.task.digest != spec.data:
             return f"the data in {settings.data} on its worker is not the data here"
         record: RunRecord = runner.run(spec)
         return record

@@ -57,11 +57,16 @@ def code_digest(package: Path | None = None) -> str:
 def _digest(package: Path) -> str:
     digest = hashlib.sha256()
     for file in computing_files(package):
-        digest.update(_code(file.read_text(encoding="utf-8")))
+        digest.update(code_of(file.read_text(encoding="utf-8")))
     return digest.hexdigest()
 
 
-def _code(source: str) -> bytes:
+def code_of(source: str) -> bytes:
+    """Return a program without its docstrings and comments, for a digest.
+
+    Args:
+        source: The program's text.
+    """
     return ast.dump(without_docstrings(source)).encode()
 
 

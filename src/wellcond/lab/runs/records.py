@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from wellcond.lab.runs.figures import check_count, check_number
 from wellcond.lab.runs.files import partial, write_atomically
+from wellcond.lab.runs.metric import ACCURACY, Metric
 
 if TYPE_CHECKING:
     from wellcond.lab.methods.method import Method
@@ -43,6 +44,8 @@ class RunSpec:
         validation_images: Images that validate.
         data: The task's fingerprint.
         epochs: Epochs that the schedule is made for; `steps` may be fewer than they have, at equal wall time.
+        steps_per_epoch: Batches of an epoch.
+        metric: What the scores are.
         schedule: How the lr goes, in the form that `parse_schedule` reads.
         warmup: Epochs in which the lr rises at the beginning.
         precision: How training computes, in Lightning's names.
@@ -69,6 +72,8 @@ class RunSpec:
     data: str
     environment: str
     epochs: int
+    steps_per_epoch: int = 1
+    metric: Metric = ACCURACY
     schedule: str = "cosine"
     warmup: float = 0.0
     precision: Precision = "32-true"
@@ -77,11 +82,6 @@ class RunSpec:
     probe: str | None = None
     weights: str | None = None
     weights_digest: str | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
-        return self.train_images // self.batch_size
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What was measured at the end of an epoch; scores in percent.
+    """What was measured at the end of an epoch; scores in the unit of the run's metric.
 
     Attributes:
         steps: Training steps so far.
@@ -105,7 +105,7 @@ class EpochRecord:
         validation_loss: On the seed's validation images; None where evaluation has no loss.
         test_score: On the test images.
         test_loss: On the test images; None where evaluation has no loss.
-        metrics: Further metrics of the test images, in percent.
+        metrics: Further scores of the test images, by name.
         train_score: On the epoch's training batches, each as the network was when it trained on it; None where the
             task has no score of training batches.
     """
@@ -120,12 +120,13 @@ class EpochRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     train_score: float | None = None
 
-    def check(self, steps: int, begun: tuple[int, float]) -> None:
+    def check(self, steps: int, begun: tuple[int, float], metric: Metric) -> None:
         """Check what was read from a file.
 
         Args:
             steps: Steps of the run.
             begun: Steps and seconds when the epoch began.
+            metric: What the scores are.
 
         Raises:
             ValueError: If it holds what no run measures; the message names the figure and what was found.
@@ -134,16 +135,16 @@ class EpochRecord:
         check_number("seconds", self.seconds, begun[1])
         check_number("train_loss", self.train_loss)
         for name in ("validation_score", "test_score"):
-            check_number(name, getattr(self, name), 0, 100)
+            check_number(name, getattr(self, name), *metric.span)
         if self.train_score is not None:
-            check_number("train_score", self.train_score, 0, 100)
+            check_number("train_score", self.train_score, *metric.span)
         for name in ("validation_loss", "test_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
         if not isinstance(self.metrics, dict):
             raise ValueError(f"metrics must be figures by name, got {self.metrics!r}")
         for name, value in self.metrics.items():
-            check_number(f"metrics.{name}", value, 0, 100)
+            check_number(f"metrics.{name}", value)
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class RunRecord:
     Attributes:
         epochs: One record for each epoch that ended with finite losses.
         diverged: Whether the run ended early with a NaN or infinite loss.
+        stopped: Whether the task's stopping rule ended it early.
         threads: Torch's threads during the run.
         transforms: What the transforms counted.
         warnings: What the transforms and layers warned of.
@@ -174,17 +176,28 @@ class RunRecord:
     memory: Memory | None = None
     machine: str = ""
     coverage: dict[str, Coverage] = field(default_factory=dict)
+    stopped: bool = False
 
     @property
     def seconds_per_step(self) -> float | None:
         """Mean training seconds of a step; None if the run diverged in its first epoch."""
         return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
 
-    def check(self, steps: int) -> None:
+    def test_score(self, epoch: int, chance: float) -> float:
+        """Return the test score after an epoch, counted from 1.
+
+        After divergence it is that of guessing, after the end of a run that was stopped the last.
+        """
+        if epoch > len(self.epochs) and not self.stopped:
+            return chance
+        return self.epochs[min(epoch, len(self.epochs)) - 1].test_score
+
+    def check(self, steps: int, metric: Metric = ACCURACY) -> None:
         """Check what was read from a file.
 
         Args:
             steps: Steps of the run.
+            metric: What its scores are.
 
         Raises:
             ValueError: If it holds what no run measures; the message names the figure and what was found.
@@ -196,11 +209,14 @@ class RunRecord:
         """
         begun = (0, 0.0)
         for epoch in self.epochs:
-            epoch.check(steps, begun)
+            epoch.check(steps, begun, metric)
             begun = (epoch.steps, epoch.seconds)
-        if not isinstance(self.diverged, bool):
-            raise ValueError(f"diverged must be true or false, got {self.diverged!r}")
-        if not self.diverged and begun[0] != steps:
+        for name in ("diverged", "stopped"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.stopped and (self.diverged or not self.epochs):
+            raise ValueError("a run that was stopped must have an epoch and no divergence")
+        if not self.diverged and not self.stopped and begun[0] != steps:
             raise ValueError(f"the last epoch must end after {steps} steps, got {begun[0]}")
         check_count("threads", self.threads, 1)
         if self.evaluation_seconds is not None:
@@ -254,7 +270,7 @@ class RunStore:
                 memory=None if memory is None else Memory(**memory),
                 **result,
             )
-            record.check(spec.steps)
+            record.check(spec.steps, spec.metric)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,39 +1,37 @@
-"""What a run needs to know of a data set and of what one does with it, whatever it is."""
+"""A task: a model, its training batches, its loss and its scores, which methods are compared on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.data.randomness import seeded
+from wellcond.lab.errors import DataError
+from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.tasks.batch_parts import rows_of
+from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
+from wellcond.lab.tasks.own_digest import task_digest
+from wellcond.lab.tasks.seed_data import EpochBatches, Epochs, SeedData, TaskSeed
 
-Role = Literal["validation", "test"]
-"""Which images are evaluated: those that choose the lr, or those that measure."""
-
-
-ROLES: tuple[Role, ...] = ("validation", "test")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A network measured on the images of one role.
-
-    Attributes:
-        score: The task's main metric in percent; higher is better.
-        loss: Mean loss; None where evaluation has none.
-        images: How many images were evaluated, on all ranks together.
-        metrics: Further metrics in percent, by name.
-    """
-
-    score: float
-    loss: float | None
-    images: int
-    metrics: dict[str, float] = field(default_factory=dict)
+__all__ = [
+    "ROLES",
+    "Defaults",
+    "EpochBatches",
+    "Epochs",
+    "Evaluation",
+    "Metric",
+    "Role",
+    "SeedData",
+    "Task",
+    "TaskSeed",
+]
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Defaults:
     Attributes:
         model: Name of the network.
         epochs: Epochs of a run.
-        batch_size: Images of a batch.
-        target: Score, in percent, to count the epochs to; None: the first baseline's final score decides.
+        batch_size: Samples of a batch.
+        target: Score, in the metric's unit, to count the epochs to; None: the first baseline's final score decides.
         smallest_batch: The least batch size that can train; 2 where batch statistics are taken over images.
     """
 
@@ -55,92 +53,211 @@ class Defaults:
     smallest_batch: int = 2
 
 
-class EpochBatches(Protocol):
-    """One epoch of batches on the device each time it is iterated over.
+class Task:
+    """What methods are compared on: your model, your data, your loss, your scores.
+
+    Subclass it and write four methods and the metric; everything else is done for you: paired seeds, lr grids, the
+    choice of the lr on the validation split, runs at equal wall time, runs that go on where they were stopped, several
+    processes, the report. A class with these four methods that is no subclass will do, too.
+
+    The global random generators of Python, numpy and torch are seeded before `model`, `batches` and `scores` are
+    called, and while batches are drawn, and are left as they were: what is drawn from them is the same for every method
+    of a seed. A generator of your own must be seeded with what you are given.
 
     Attributes:
-        epoch: Number of the next epoch, from 0. Order and augmentation are a function of the seed, the epoch and the
-            position alone. An iteration that is begun raises it by one.
+        metric: The score that chooses the lr and that the report compares. In its place, `score` may name it and
+            `higher_is_better` say which way; it has no unit, then.
+        epochs: Epochs of a run, where nothing else is asked for.
+        splits: What `scores` can be asked for. ``("test",)`` where nothing validates: the lr is chosen on the test
+            split, then, and the report says so.
+        samples: What one row of a batch is, in the plural, for the report.
+        target: Score to count the epochs to; None: what the first baseline reaches decides.
+
+    Example:
+        A network on random numbers, complete:
+
+        >>> class Sums(Task):
+        ...     metric = Metric("error", unit="", higher_is_better=False)
+        ...     epochs = 2
+        ...
+        ...     def model(self, seed):
+        ...         return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        ...
+        ...     def batches(self, seed, epoch):
+        ...         for _ in range(10):
+        ...             inputs = torch.randn(16, 4)
+        ...             yield inputs, inputs.sum(1, keepdim=True)
+        ...
+        ...     def loss(self, model, batch):
+        ...         inputs, sums = batch
+        ...         return (model(inputs) - sums).square().mean()
+        ...
+        ...     def scores(self, model, split):
+        ...         inputs = torch.randn(100, 4)
+        ...         error = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        ...         return {"error": error}
+        >>> task = Sums()
+        >>> task.steps_per_epoch, task.batch_size, task.model_name
+        (10, 16, 'Sequential')
+
+    See Also:
+        The page "Compare on your own work", with a second example that reads data and holds some of it out.
     """
 
-    epoch: int
+    score: str = ""
+    higher_is_better: bool = True
+    epochs: int = 10
+    splits: tuple[Role, ...] = ROLES
+    samples: str = "samples"
+    target: float | None = None
 
-    def __len__(self) -> int:
-        """Return the batches of a whole epoch."""
+    # What you write ---------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[Any]:
-        """Begin the next epoch."""
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch, exactly as if it had not been interrupted.
-
-        The iteration yields ``len(self) - batch`` batches; those after it are whole epochs again.
-        """
-
-
-class SeedData(Protocol):
-    """One seed's data on one rank's device."""
-
-    def batches(self) -> EpochBatches:
-        """Return the training batches from the first epoch on: this rank's share of each global batch."""
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the training loss of a batch, a scalar with its graph."""
-
-    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
-        """Return what the network scores; the same on every rank.
+    def model(self, seed: int) -> nn.Module:
+        """Return the network that a run begins with.
 
         Args:
-            model: The network, in evaluation mode; called under ``torch.no_grad``.
-            role: The images.
-            stopwatch: Runs in forward passes only.
+            seed: The run's. torch's generator is seeded by it already: layers as they are built need nothing more. Two
+                networks of one seed must be equal, or the methods of a seed would begin with different weights.
         """
+        raise NotImplementedError(f"{type(self).__name__} must have a method model(self, seed)")
 
+    def batches(self, seed: int, epoch: int) -> Iterable[Any]:
+        """Return the training batches of an epoch: a loader, a list, or what a generator yields.
 
-class Task(Protocol):
-    """A data set and what one does with it; the test images are the same for every seed."""
+        Args:
+            seed: The run's.
+            epoch: From 0. The batches must be a function of seed and epoch; every epoch has equally many.
 
-    @property
-    def name(self) -> str:
-        """A short name, fit for a file name."""
+        Returns:
+            Batches in any nesting of tuples, lists, dicts and dataclasses; their tensors are moved to the device that
+            trains. Where several processes train a run, each takes its rows of every tensor. If the method takes
+            ``rank`` and ``ranks`` as well, it gives each process its own batches; if it takes ``skip``, it leaves out
+            the first so many, which else are made and dropped where a run goes on within an epoch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method batches(self, seed, epoch)")
 
-    @property
-    def kind(self) -> str:
-        """``"classification"``, ``"detection"`` or ``"re-identification"``."""
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch.
 
-    @property
-    def score(self) -> str:
-        """What the main metric is called: ``"accuracy"``, ``"AP"`` or ``"mAP"``."""
+        Args:
+            model: The network, in training mode, with the method's layers.
+            batch: One of `batches`, on the device.
 
-    @property
-    def chance(self) -> float:
-        """The score of guessing, in percent: what a diverged run counts as."""
+        Returns:
+            A scalar with its graph.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method loss(self, model, batch)")
 
-    @property
-    def train_images(self) -> int:
-        """Images that train in each seed."""
+    def scores(self, model: nn.Module, split: Role) -> Mapping[str, float]:
+        """Return what the network scores after an epoch.
 
-    @property
-    def validation_images(self) -> int:
-        """Images that choose the lr in each seed."""
+        Args:
+            model: The network, in evaluation mode and under ``torch.no_grad``; inputs belong on its device.
+            split: ``"validation"`` or ``"test"``.
 
-    @property
-    def test_images(self) -> int:
-        """Images that measure."""
+        Returns:
+            Numbers by name: the metric, the mean ``"loss"`` if there is one (it decides between lrs that score alike),
+            and whatever else is worth a column in the records.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method scores(self, model, split)")
 
-    @property
-    def augmentation(self) -> str:
-        """What training images go through."""
+    def stop(self, scores: list[float]) -> bool:
+        """Return whether a run ends now, before its last epoch.
 
-    @property
-    def defaults(self) -> Defaults:
-        """What is used where nothing else is asked for."""
+        Args:
+            scores: The metric on the validation split after each epoch so far.
+        """
+        return False
 
     def fingerprint(self) -> str:
-        """Return a digest of the data and of which images test, so that no other data's results are taken for its."""
+        """Return what tells this data from other data, such as the digest of a file or its name and date.
+
+        Kept runs of another fingerprint are not taken for this task's. The code of the task's modules belongs to it
+        without being named. By default it is a digest of the object's attributes.
+        """
+        return ""
 
     def describe(self) -> dict[str, Any]:
-        """Return what the report says of the data: classes, image size and the like, as JSON takes it."""
+        """Return what the report says of the task beside its name, as JSON takes it."""
+        return {}
+
+    # What the lab asks ------------------------------------------------------------------------------------------------
+
+    kind: str = "own work"
+    augmentation: str = ""
+    validation_images: int = 0
+
+    @cached_property
+    def test_images(self) -> int:
+        """Samples that measure, where the task counts them."""
+        return 0
+
+    @cached_property
+    def metric(self) -> Metric:
+        """The score that counts."""
+        if not self.score:
+            raise DataError(f"{type(self).__name__} must have a metric, such as metric = Metric('accuracy')")
+        return Metric(self.score, unit="", higher_is_better=self.higher_is_better)
+
+    @cached_property
+    def name(self) -> str:
+        """A short name, fit for a file name."""
+        return type(self).__name__
+
+    @cached_property
+    def chance(self) -> float:
+        """What a run that diverged counts as."""
+        end = self.metric.end
+        return self.untrained_score if end is None else end
+
+    @cached_property
+    def untrained_score(self) -> float:
+        """What the network of seed 0 scores on the test split before training."""
+        device = torch.device("cpu")
+        model = self.initial_model("", 0, None).eval()
+        with torch.no_grad():
+            return TaskSeed(self, 0, device).evaluate(model, "test", Stopwatch(device)).score
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        with seeded("batches of epoch 0", 0):
+            batches = self.batches(0, 0)
+            try:
+                return len(batches)  # type: ignore[arg-type]
+            except TypeError:
+                return sum(1 for _ in batches)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the batches of an epoch, where a comparison may ask for another batch size."""
+        return self.steps_per_epoch
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Samples of the first batch."""
+        with seeded("batches of epoch 0", 0):
+            return rows_of(next(iter(self.batches(0, 0)), None))
+
+    @cached_property
+    def model_name(self) -> str:
+        """What the network is called."""
+        return type(self.initial_model("", 0, None)).__name__
+
+    @cached_property
+    def train_images(self) -> int:
+        """Samples that train in each seed."""
+        return self.steps_per_epoch * self.batch_size
+
+    @cached_property
+    def defaults(self) -> Defaults:
+        """What is used where nothing else is asked for."""
+        return Defaults(self.model_name, self.epochs, self.batch_size, self.target, smallest_batch=1)
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the task's data and of its own code, so that no other task's results are taken for its."""
+        return task_digest(self, Task)
 
     def check_files(self) -> None:
         """Look at every file that runs will read, before the first of them begins.
@@ -150,23 +267,26 @@ class Task(Protocol):
         """
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with; torch's global generator is left as it was.
+        """Return the network that a run begins with; the global generators are left as they were.
 
         Args:
-            model: The network's name.
+            model: The network's name, where the task has several.
             seed: The run's seed: weights are drawn from ``derived_seed("weights", seed)``.
             weights: Where other weights come from; None draws all.
 
         Raises:
-            LabError: If the task has no such network, or it does not fit the images or the weights.
+            LabError: If the task has no such network, or it does not fit the data or the weights.
         """
+        with seeded("weights", seed):
+            return self.model(seed)
 
     def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> SeedData:
         """Return one seed's data.
 
         Args:
-            spec: The run; seed, batch size, images, augmentation and ghost batch count.
+            spec: The run.
             device: Where the batches go.
             rank: Which process of the run this is.
             ranks: How many processes the run has.
         """
+        return TaskSeed(self, spec.seed, device, rank, ranks)

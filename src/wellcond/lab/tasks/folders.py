@@ -27,10 +27,11 @@ from wellcond.lab.data.views import (
 )
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks import registry as models
+from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Role, Task
 from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import count_images
 
@@ -41,7 +42,7 @@ _LARGE_DEFAULTS = Defaults(model="torchvision:resnet50", epochs=100, batch_size=
 _DEFAULTS = Defaults(model="torchvision:resnet18", epochs=30, batch_size=32)
 
 
-class FolderTask:
+class FolderTask(Task):
     """Classification of labelled image files, cut to one size on the way.
 
     Args:
@@ -54,7 +55,8 @@ class FolderTask:
     """
 
     kind = "classification"
-    score = "accuracy"
+    samples = "images"
+    metric = ACCURACY
 
     def __init__(
         self,
@@ -73,12 +75,12 @@ class FolderTask:
         self.workers = workers
         self.defaults = default_of(data)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What the data is called."""
         return self.data.name
 
-    @property
+    @cached_property
     def chance(self) -> float:
         """The accuracy of guessing, in percent."""
         return 100.0 / self.classes
@@ -88,7 +90,7 @@ class FolderTask:
         """How many classes there are to tell apart."""
         return len(self.data.pool.classes)
 
-    @property
+    @cached_property
     def test_images(self) -> int:
         """Images that measure."""
         return len(self.data.test.labels)
@@ -102,6 +104,10 @@ class FolderTask:
     def test(self) -> Pictures:
         """The images that measure, decoded once if they fit into memory."""
         return Pictures(self.data.test)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the whole batches of an epoch."""
+        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the images' names, sizes in bytes and classes, and of how they are cut."""
@@ -161,6 +167,8 @@ class FolderSeed:
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
+
+    roles = ROLES
 
     def __init__(
         self, task: FolderTask, drawn: Split, spec: RunSpec, device: torch.device, rank: int, ranks: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from wellcond.lab.data.load import ImageData, load_data
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
 from wellcond.lab.networks import registry as models
+from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Role, Task
 from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
@@ -44,7 +45,7 @@ class Split:
     moments: tuple[Tensor, Tensor]
 
 
-class InMemoryTask:
+class InMemoryTask(Task):
     """Classification of labelled images that are all of one size.
 
     Args:
@@ -56,7 +57,8 @@ class InMemoryTask:
     """
 
     kind = "classification"
-    score = "accuracy"
+    samples = "images"
+    metric = ACCURACY
 
     def __init__(
         self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
@@ -70,12 +72,12 @@ class InMemoryTask:
         self._split = lru_cache(maxsize=1)(self._draw)
         self._test = lru_cache(maxsize=1)(self._test_on)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What the data is called."""
         return self.data.name
 
-    @property
+    @cached_property
     def chance(self) -> float:
         """The accuracy of guessing, in percent."""
         return 100.0 / self.classes
@@ -85,10 +87,14 @@ class InMemoryTask:
         """How many classes there are to tell apart."""
         return len(self.data.pool.classes)
 
-    @property
+    @cached_property
     def test_images(self) -> int:
         """Images that measure."""
         return len(self.data.test.labels)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the whole batches of an epoch."""
+        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of every pixel and label, and of which images test."""
@@ -137,6 +143,8 @@ class InMemorySeed:
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
+
+    roles = ROLES
 
     def __init__(self, split: Split, spec: RunSpec, classes: int, rank: int, ranks: int) -> None:
         self.split, self.spec, self.classes = split, spec, classes

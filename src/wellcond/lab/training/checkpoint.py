@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.lab.data.randomness import GeneratorStates
 from wellcond.lab.runs.files import partial
 from wellcond.lab.runs.records import RunSpec, RunStore
 from wellcond.lab.training.measure import Measure
@@ -113,8 +114,7 @@ class Keeper(pl.Callback):
         """Add what Lightning does not know of."""
         training = cast(Training, pl_module)
         own = {
-            "cpu": torch.random.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(training.device) if training.device.type == "cuda" else None,
+            "generators": GeneratorStates.now(training.device).to_dict(),
             "losses": [loss.cpu() for loss in training.losses],
             "decay": None if training.decay is None else training.decay.state_dict(),
             "said": sorted({*self.before, *self.said()}),
@@ -159,9 +159,7 @@ class Keeper(pl.Callback):
         if self._kept is None:
             return
         own, self._kept = self._kept["ranks"][trainer.global_rank], None
-        torch.random.set_rng_state(own["cpu"])
-        if own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], pl_module.device)
+        GeneratorStates.from_dict(own["generators"]).restore(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wellcond.lab.runs.records import EpochRecord
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Evaluation, Role, SeedData
+from wellcond.lab.tasks.base import Evaluation, Role, SeedData
 from wellcond.lab.training.module import Training
 from wellcond.runtime.ranks import Ranks
 
@@ -48,9 +48,12 @@ class Measure(pl.Callback):
         ranks = Ranks(True)
         train_loss = float(ranks.total(training.mean_loss()) / ranks.size)
         ranks.send(list(training.model.buffers()), 0)
-        validation, test = (
-            self._evaluate(training.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
-        )
+        found = {
+            role: self._evaluate(training.model, role, trainer.precision_plugin.forward_context())
+            for role in self.data.roles
+        }
+        test = found["test"]
+        validation = found.get("validation", test)
         measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):

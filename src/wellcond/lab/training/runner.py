@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import wellcond
-from wellcond.lab.data.splits import derived_seed
+from wellcond.lab.data.randomness import seeded
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import machine_text
 from wellcond.lab.hardware.strategies import EndAtOnce, trainer_options
@@ -153,11 +153,9 @@ class Runner:
 
     @contextmanager
     def _noise(self, seed: int) -> Iterator[None]:
-        """Let layers that draw random numbers draw those of the seed, and leave torch's global generators alone."""
-        devices = [self.device] if self.device.type == "cuda" else []
+        """Let layers that draw random numbers draw those of the seed, and leave the global generators alone."""
         purpose = "noise" if self.ranks.rank == 0 else f"noise of rank {self.ranks.rank}"
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(purpose, seed))
+        with seeded(purpose, seed, self.device):
             yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Metric, Role, Task
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
@@ -49,7 +49,7 @@ class DetectionBatch(NamedTuple):
     chance: int
 
 
-class DetectionTask:
+class DetectionTask(Task):
     """Detection of objects: the images of ``train`` train and validate, those of ``val`` only measure.
 
     Args:
@@ -65,8 +65,8 @@ class DetectionTask:
     """
 
     kind = "detection"
-    score = "AP"
-    chance = 0.0
+    samples = "images"
+    metric = Metric("AP", worst=0.0)
 
     def __init__(
         self,
@@ -87,10 +87,14 @@ class DetectionTask:
         self.pool_ids = pool.with_objects()
         self.defaults = default_of(len(self.pool_ids))
 
-    @property
+    @cached_property
     def test_images(self) -> int:
         """Images that measure."""
         return len(self.test_ids)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the whole batches of an epoch."""
+        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the annotations, of which images measure, and of their size in the network."""
@@ -149,6 +153,8 @@ class DetectionSeed:
         rank: Which process of the run this is: it takes every ``ranks``-th image of a batch, from this one on.
         ranks: How many processes the run has.
     """
+
+    roles = ROLES
 
     def __init__(
         self,

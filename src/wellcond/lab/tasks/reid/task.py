@@ -20,7 +20,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role
+from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Metric, Role, Task
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
     FOLDERS,
@@ -54,7 +54,7 @@ class PersonBatch(NamedTuple):
     labels: Tensor
 
 
-class ReidTask:
+class ReidTask(Task):
     """Re-identification: some identities of the training images validate, one's own in each seed.
 
     Args:
@@ -69,7 +69,8 @@ class ReidTask:
     """
 
     kind = "re-identification"
-    score = "mAP"
+    samples = "images"
+    metric = Metric("mAP")
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class ReidTask:
         # Runs come seed by seed, so the last seed's split is nearly always the one that is needed.
         self.split = lru_cache(maxsize=1)(self._draw)
 
-    @property
+    @cached_property
     def test_images(self) -> int:
         """Images that measure: those that are searched for, and those that are searched in."""
         return len(self.test.query) + len(self.test.gallery)
@@ -103,6 +104,10 @@ class ReidTask:
             for part in (self.test.query, self.test.gallery)
         )
         return guessing_precision(query, gallery)
+
+    def steps_with(self, batch_size: int) -> int:
+        """Return the whole batches of an epoch."""
+        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the images' names and sizes in bytes, of which measure, and of their height."""
@@ -158,6 +163,8 @@ class ReidSeed:
         rank: Which process of the run this is: it takes every ``ranks``-th identity of a batch, from this one on.
         ranks: How many processes the run has.
     """
+
+    roles = ROLES
 
     def __init__(
         self, task: ReidTask, split: PersonSplit, spec: RunSpec, device: torch.device, rank: int = 0, ranks: int = 1

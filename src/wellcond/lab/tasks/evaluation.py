@@ -1,0 +1,29 @@
+"""What a network is measured on, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["validation", "test"]
+"""Which samples are evaluated: those that choose the lr, or those that measure."""
+
+
+ROLES: tuple[Role, ...] = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network measured on the samples of one role.
+
+    Attributes:
+        score: The task's metric, in its unit.
+        loss: Mean loss; None where evaluation has none.
+        images: How many samples were evaluated, on all ranks together.
+        metrics: Further scores, by name.
+    """
+
+    score: float
+    loss: float | None
+    images: int
+    metrics: dict[str, float] = field(default_factory=dict)
