@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from wellcond.lab.comparison.choice import choose
+import pytest
+
+from wellcond.lab.comparison.choice import choose, epochs_to
+from wellcond.lab.runs.metric import ACCURACY, Metric
 from wellcond.lab.runs.records import EpochRecord, RunRecord
 
 
@@ -57,3 +60,33 @@ def test_an_lr_with_diverged_runs_comes_last():
 
 def test_test_figures_choose_nothing():
     assert choose({0.1: [run(90, test=0)], 0.3: [run(80, test=100)]}) == 0.1
+
+
+LOSS = Metric("loss", unit="", higher_is_better=False)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_of_which_less_is_better_is_chosen_the_other_way_round(sign):
+    metric = Metric("score", unit="", higher_is_better=sign > 0)
+    slow = [run(sign * 20, sign * 91) for _ in range(3)]
+    quick = [run(sign * 80, sign * score) for score in (90, 92, 90.4)]
+    worse = [run(sign * 90, sign * 80) for _ in range(3)]
+    assert choose({0.1: worse, 0.3: slow}, metric) == 0.3
+    assert choose({0.1: quick, 0.3: slow}, metric) == 0.1
+
+
+def test_epochs_to_counts_from_one_and_includes_equality():
+    assert epochs_to(run(94.9, 95.0), ACCURACY, 95.0, "validation_score") == 2
+    assert epochs_to(run(94.9), ACCURACY, 95.0, "validation_score") is None
+    assert epochs_to(run(2.0, 1.5, 1.0), LOSS, 1.5, "validation_score") == 2
+    assert epochs_to(run(50.0, test=95.0), ACCURACY, 95.0, "test_score") == 1
+
+
+def test_for_a_target_the_quickest_to_it_wins_and_every_seed_counts():
+    early = [run(96, 96), run(95, 96)]
+    better = [run(90, 99), run(94, 99)]
+    unsteady = [run(99, 99), run(80, 90)]
+    assert choose({0.1: early, 0.3: better, 1.0: unsteady}, ACCURACY, 95.0) == 0.1
+    assert choose({0.1: early, 0.3: better}, ACCURACY) == 0.3
+    # Where nothing reaches it, the score at the end decides as ever.
+    assert choose({0.1: early, 0.3: better}, ACCURACY, 99.5) == 0.3

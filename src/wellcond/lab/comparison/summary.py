@@ -381,9 +381,7 @@ def _to_target(found: MethodRuns, plan: Plan, target: float) -> ToTarget:
     last, p_value, sign = 0, None, plan.task.metric.sign
     for epoch in range(1, plan.epochs + 1):
         scores = _scores(found.runs, epoch, plan.chance)
-        p_value = probability_within(
-            [plan.task.metric.sign * score for score in scores], plan.task.metric.sign * target
-        )
+        p_value = probability_within([sign * score for score in scores], sign * target)
         if p_value is not None and p_value < LEVEL:
             last = epoch
             break

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from markupsafe import Markup, escape
 
@@ -40,6 +40,8 @@ _LOOK = {
     "ytick.color": _GRID,
     "xtick.labelcolor": _TEXT,
     "ytick.labelcolor": _TEXT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "lines.markersize": 5,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
@@ -75,9 +77,7 @@ def chart_svg(chart: Chart | Bars) -> Markup:
 
     about = chart.title if isinstance(chart, Bars) else f"{chart.title}: {chart.y_label} over {chart.x_label}"
     svg = in_page_colours(figure_svg(draw, about, (_WIDTH, _HEIGHT)))
-    for name, said in texts.items():
-        svg = _with_titles(svg, name, said)
-    return Markup(svg)
+    return Markup(_with_titles(svg, texts))
 
 
 def in_page_colours(svg: str) -> str:
@@ -202,28 +202,31 @@ def _draw_bars(axes: Axes, bars: Bars, texts: dict[str, Sequence[str]]) -> None:
     axes.set_ylabel("share")
 
 
-def _with_titles(svg: str, name: str, said: Sequence[str]) -> str:
-    """Return a picture whose markers, or whose one path, in the group of this name say these texts."""
-    opening = f'<g id="{name}">'
-    before, found, rest = svg.partition(opening)
-    if not found:
-        return svg
-    # Up to the next group of its kind, the parts of this one: its line, its markers.
-    body, following, after = rest.partition('<g id="')
-    marker = r"<use ([^>]*)/>" if "<use " in body else r"<path ([^>]*)/>"
-    if len(re.findall(marker, body)) == len(said):
-        numbers = count()
-        tag = marker[1:4].strip()
-        body = re.sub(
-            marker, lambda part: f"<{tag} {part[1]}><title>{escape(said[next(numbers)])}</title></{tag}>", body
-        )
-    return f'{before}<g data-name="{name}">{body}{following}{after}'
+def _with_titles(svg: str, texts: Mapping[str, Sequence[str]]) -> str:
+    """Return a picture whose markers say texts when pointed at.
+
+    Args:
+        svg: The picture.
+        texts: From the name of a group to what its markers say, or what its one path does.
+    """
+    root = ElementTree.fromstring(svg)
+    for group in root.iter("g"):
+        said = texts.get(group.get("data-name", ""), ())
+        marks = list(group.iter("use")) or list(group.iter("path"))
+        # A marker beyond the picture is not drawn, and then it is not known which are.
+        for mark, text in zip(marks, said, strict=False) if len(marks) == len(said) else ():
+            ElementTree.SubElement(mark, "title").text = text
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _shrunk(svg: str) -> str:
     """Leave out what decides nothing: comments, metadata, names, lists of fonts, digits beyond a hundredth."""
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(?<=<g) id="(?!series|ring|bar)[a-zA-Z_.]+\d+"', "", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 sans-serif", svg).replace("xlink:href", "href")
+    # The style would be of the whole page.
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)
+    # Names of groups are the same in every picture of a page; those given here stay, as what they are.
+    svg = re.sub(r'<g id="((?:series|ring|bar)[^"]*)"', r'<g data-name="\1"', svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"(font-family:|font: [\d.]+px) '[^;\"]*sans-serif", r"\1 sans-serif", svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'(?<= [dxy]=")[^"]*(?=")', lambda places: re.sub(r"(\.\d\d)\d+", r"\1", places[0]), svg)
     return re.sub(r"\n\s*", "\n", svg)
