@@ -21,7 +21,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
-from wellcond.lab.trials import Trial, make_trials
+from wellcond.lab.trials import RUN_OPTIONS, Trial, make_trials
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     _check_training(settings, task, methods, epochs, steps)
     _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
-    return Plan(
+    plan = Plan(
         settings=settings,
         task=task,
         methods=methods,
@@ -195,6 +195,8 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             weights_digest=None if settings.weights is None else digest_of(settings.weights),
         ),
     )
+    _check_trials(plan)
+    return plan
 
 
 def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
@@ -312,7 +314,43 @@ def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: 
     """Build every method once, so that options that a transform or a layer refuses are told now."""
     network = task.initial_model(model, 0, settings.weights)
     for method in methods:
-        try:
-            method.build(method.with_layers(copy.deepcopy(network), settings.ghost_batch), method.lrs[0], refresh)
-        except (TypeError, ValueError) as error:
-            raise LabError(f"method {method.name}: {error}") from error
+        _check_method(method, network, settings.ghost_batch, refresh)
+
+
+def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | None, refresh: Refresh) -> None:
+    try:
+        method.build(method.with_layers(copy.deepcopy(network), ghost_batch), method.lrs[0], refresh)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"method {method.name}: {error}") from error
+
+
+def _check_trials(plan: Plan) -> None:
+    """Look at every swept value, so that one that a run, a transform or a layer refuses is told now."""
+    settings, task = plan.settings, plan.task
+    if not settings.sweeps:
+        return
+    for name, values in settings.sweeps:
+        least = task.defaults.smallest_batch if name == "batch_size" else 1
+        whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values)
+        if name in RUN_OPTIONS and not whole:
+            raise LabError(f"--sweep {name} must be whole numbers of at least {least}, got {_listed(values)}")
+        if name == "batch_size" and type(task).steps_with is Task.steps_with:
+            raise LabError(f"--sweep batch_size is not for {task.name}, which makes its own batches")
+    for row in plan.table.values():
+        spec = row[0]
+        if spec.batch_size > task.train_images:
+            raise LabError(
+                f"--sweep batch_size must be at most the number of training images ({task.train_images}), got "
+                f"{spec.batch_size}"
+            )
+        if spec.ghost_batch is not None and spec.ghost_batch > spec.batch_size:
+            raise LabError(
+                f"--sweep: ghost_batch must be at most batch_size ({spec.batch_size}), got {spec.ghost_batch}"
+            )
+    network = task.initial_model(plan.model, 0, settings.weights)
+    for method in dict.fromkeys(trial.method for trials in plan.trials.values() for trial in trials):
+        _check_method(method, network, settings.ghost_batch, plan.refresh)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))

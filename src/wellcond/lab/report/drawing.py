@@ -40,6 +40,7 @@ _LOOK = {
     "ytick.color": _GRID,
     "xtick.labelcolor": _TEXT,
     "ytick.labelcolor": _TEXT,
+    "xtick.major.pad": 6,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "lines.markersize": 5,

@@ -78,8 +78,9 @@ class Table:
         """Print the table, families apart from each other."""
         import rich.table
 
-        table = rich.table.Table(box=None, padding=(0, 1), pad_edge=False, title_justify="left", title_style=style)
-        table.title = self.caption or None
+        if self.caption:
+            console.print(self.caption, style=style, highlight=False)
+        table = rich.table.Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column(self.heads[0], no_wrap=True)
         for place, head in enumerate(self.heads[1:], start=2):
             last = self.worded and place == len(self.heads)
