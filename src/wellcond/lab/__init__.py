@@ -6,15 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wellcond.lab.comparing import Result, compare
+    from wellcond.lab.errors import LabError
     from wellcond.lab.runs.metric import Metric
     from wellcond.lab.tasks.base import Task
+    from wellcond.lab.tasks.lightning_task import LightningTask
 
-__all__ = ["Metric", "Task"]
+__all__ = ["LabError", "LightningTask", "Metric", "Result", "Task", "compare"]
 
 # Names are looked up when they are first used, as those of wellcond itself.
 _PLACES = {
+    "LabError": "wellcond.lab.errors",
+    "LightningTask": "wellcond.lab.tasks.lightning_task",
     "Metric": "wellcond.lab.runs.metric",
+    "Result": "wellcond.lab.comparing",
     "Task": "wellcond.lab.tasks.base",
+    "compare": "wellcond.lab.comparing",
 }
 
 

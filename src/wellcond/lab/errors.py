@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class LabError(ValueError):
@@ -55,3 +59,43 @@ class CommandEndedError(RuntimeError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """Turn an exception of a user's code into one line that says where it was raised.
+
+    Args:
+        what: What was being done.
+
+    Raises:
+        LabError: If the block raises an exception that is none.
+    """
+    try:
+        yield
+    except LabError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and _frames(error) == []:
+            raise
+        raise LabError(f"{what} failed: {_said(error)}") from error
+    except Exception as error:
+        raise LabError(f"{what} failed: {_said(error)}") from error
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the places of an exception that are not in wellcond or in Python's import machinery."""
+    here = f"{os.sep}wellcond{os.sep}lab{os.sep}"
+    return [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if here not in frame.filename and not frame.filename.startswith("<") and "importlib" not in frame.filename
+    ]
+
+
+def _said(error: BaseException) -> str:
+    frames = _frames(error)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{': ' if first else ''}{first}{place}"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from wellcond.lab.errors import LabError
+from wellcond.lab.errors import LabError, naming_errors
 from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import environment, training_device
-from wellcond.lab.methods.method import Method, Refresh, baselines, select_methods, with_lrs
+from wellcond.lab.methods.method import Method, Refresh, baselines, given_grids, select_methods, with_lrs
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.weights import check_weights, digest_of
 from wellcond.lab.runs.records import RunSpec
@@ -115,12 +115,19 @@ class Plan:
         ]
 
 
-def make_plan(settings: Settings, task: Task | None = None) -> Plan:
+def make_plan(
+    settings: Settings,
+    task: Task | None = None,
+    lrs: Mapping[str, Sequence[float]] | Sequence[float] | None = None,
+    more: Mapping[str, Method] | None = None,
+) -> Plan:
     """Check the settings against the data and fill in what they leave open.
 
     Args:
         settings: What was asked for.
         task: Its task if it is open already; None opens it.
+        lrs: lr grids by optimizer, or one for all, beside those of the settings.
+        more: Further methods by name, which the settings may name.
 
     Returns:
         The plan.
@@ -131,9 +138,14 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     if settings.weights is not None:
         check_weights("--weights", settings.weights)
     overrides = {override.label: override.apply() for override in settings.overrides}
-    methods = with_lrs(select_methods(settings.methods, overrides), dict(settings.lrs))
+    methods = select_methods(settings.methods, {**overrides, **(more or {})})
+    methods = with_lrs(methods, dict(settings.lrs) | given_grids(lrs, methods))
     task = task or open_task(settings)
-    defaults = task.defaults
+    # Before anything of a user's task is used: what it keeps of its work must not change what it is known by.
+    digest = task.digest
+    with naming_errors(f"{task.name}"):
+        defaults = task.defaults
+        task.metric  # noqa: B018
     model = settings.model or defaults.model
     batch_size = settings.batch_size or defaults.batch_size
     if batch_size > task.train_images:
@@ -179,7 +191,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
             augmentation=task.augmentation,
             train_images=task.train_images,
             validation_images=task.validation_images,
-            data=task.digest,
+            data=digest,
             # Of the first rank's machine: all have to agree on what is kept.
             environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
@@ -327,6 +339,8 @@ def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | N
 def _check_trials(plan: Plan) -> None:
     """Look at every swept value, so that one that a run, a transform or a layer refuses is told now."""
     settings, task = plan.settings, plan.task
+    if settings.mode == "target" and plan.target is None:
+        raise LabError("--mode target needs the score to reach: --target")
     if not settings.sweeps:
         return
     for name, values in settings.sweeps:

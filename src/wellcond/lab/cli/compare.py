@@ -12,6 +12,7 @@ from wellcond.lab.cli.options import (
     add_model_options,
     add_process_options,
     add_search_options,
+    add_task_options,
     add_training_options,
     given_settings,
     parse_shares,
@@ -26,8 +27,9 @@ from wellcond.lab.training.progress import RunProgress
 from wellcond.lab.trials import parse_sweep
 
 _DESCRIPTION = """\
-Train one network on one data set with several methods, several paired seeds and a small lr grid, and show what each
-method gained and cost against its baseline: test score after each epoch, time per step, score at equal wall time.
+Train one network on one data set, or a task of your own, with several methods, several paired seeds and a small lr
+grid, and show what each method gained and cost against its baseline: test score after each epoch, time per step, score
+at equal wall time.
 
 Every finished run is kept, and an unfinished one every half minute. The same command again continues where it was
 stopped, or only shows the results."""
@@ -44,6 +46,10 @@ examples:
       a folder with *train*.parquet and *test*.parquet files
   wellcond compare --methods SGDM,MBN,EvalNorm,BSR,GN --ghost-batch 2 --data cifar10/
       normalization layers where batch normalization suffers: statistics of 2 images, in batches of the usual size
+  wellcond compare --task my_project.training:MyTask --task-args width=64 --methods SGDM,W-SGDM
+      your own model, data and loss (see `wellcond.lab.Task`)
+  wellcond compare --task my_project.module:LitModel --data-module my_project.data:LitData --score val_acc:max
+      a LightningModule with its data, trained by each method's optimizer
 
 `wellcond list` shows the methods, models and data that can be named."""
 
@@ -80,11 +86,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_model_options(parser)
     add_training_options(parser)
     add_data_options(parser)
+    add_task_options(parser)
     output = parser.add_argument_group("running and results")
     output.add_argument(
         "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/compare-<data>)"
     )
-    output.add_argument("--target", type=float, metavar="SCORE", help="test score to count the epochs to")
+    output.add_argument(
+        "--target", type=float, metavar="SCORE", help="test score to count the epochs to, in the score's unit"
+    )
     output.add_argument(
         "--jobs",
         type=int,

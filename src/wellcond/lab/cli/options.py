@@ -54,6 +54,53 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Add what names a task of one's own."""
+    task = parser.add_argument_group("a task of your own, in the place of data and network")
+    task.add_argument(
+        "--task",
+        metavar="MODULE:NAME",
+        help="a class with model, batches, loss and scores (see wellcond.lab.Task), importable from the current "
+        "folder, such as my_project.training:MyTask or training.py:MyTask; or a LightningModule",
+    )
+    task.add_argument(
+        "--task-args",
+        nargs="+",
+        action="extend",
+        type=_pair,
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the class is built with; values as TOML writes them, other texts as they are",
+    )
+    task.add_argument(
+        "--data-module",
+        metavar="MODULE:NAME",
+        help="the LightningDataModule of a LightningModule (default: the module's own loaders)",
+    )
+    task.add_argument(
+        "--data-args",
+        nargs="+",
+        action="extend",
+        type=_pair,
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the LightningDataModule is built with",
+    )
+    task.add_argument(
+        "--score",
+        metavar="NAME:max|min",
+        help="which of the task's scores counts, such as val_acc:max (default: its metric; of a LightningModule the "
+        "logged val_* that is an accuracy, or val_loss)",
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise LabError(f"--task-args and --data-args must look like lr_warmup=3, got {text!r}")
+    return name, value
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what names the network."""
     model = parser.add_argument_group("network")
@@ -223,4 +270,5 @@ def given_settings(arguments: argparse.Namespace, **more: Any) -> Settings:
         LabError: If a value is out of its range.
     """
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if field.name in arguments}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Settings(**(given | more))

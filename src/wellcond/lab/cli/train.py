@@ -18,6 +18,7 @@ from wellcond.lab.cli.options import (
     add_data_options,
     add_model_options,
     add_process_options,
+    add_task_options,
     add_training_options,
     given_settings,
 )
@@ -76,6 +77,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_model_options(parser)
     add_training_options(parser)
     add_data_options(parser)
+    add_task_options(parser)
     output = parser.add_argument_group("running and results")
     output.add_argument(
         "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/train-<data>)"
@@ -163,7 +165,7 @@ def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunSto
         weights,
     )
     try:
-        plan.task.check_files()
+        plan.task.check(training_device(settings.accelerator))
         return runner.run(spec)
     except LabError:
         raise

@@ -13,12 +13,13 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from wellcond.lab.engines.select import Finished, RunFailedError, told_by_worker
+from wellcond.lab.engines.select import Finished, RunFailedError, given_task, told_by_worker
 from wellcond.lab.errors import DataError
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
 
 
@@ -57,12 +58,15 @@ class WorkerProcesses:
     def execute(self, plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[Finished]:
         """Execute runs; see `Engine.execute`."""
         context = multiprocessing.get_context("spawn")
+        given = given_task(plan)
         waiting = list(reversed(specs))
         running: dict[Connection, tuple[SpawnProcess, RunSpec]] = {}
         try:
             for _ in range(min(self.jobs, len(specs))):
                 here, there = context.Pipe()
-                process = context.Process(target=_work, args=(there, plan.settings, plan.threads, store), daemon=True)
+                process = context.Process(
+                    target=_work, args=(there, plan.settings, given, plan.threads, store), daemon=True
+                )
                 _start_deaf_to_interrupts(process)
                 there.close()
                 spec = waiting.pop()
@@ -111,7 +115,7 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _work(connection: Connection, settings: Settings, threads: int, store: RunStore) -> None:
+def _work(connection: Connection, settings: Settings, given: Task | None, threads: int, store: RunStore) -> None:
     """Serve runs until the connection closes; answer each with its record, a mistake in the data, or a traceback."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
@@ -120,7 +124,7 @@ def _work(connection: Connection, settings: Settings, threads: int, store: RunSt
 
         torch.set_num_threads(threads)
         checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
-        runner = Runner(open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
+        runner = Runner(given or open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
         while True:
             connection.send(runner.run(connection.recv()))
     except (EOFError, BrokenPipeError):

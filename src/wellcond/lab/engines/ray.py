@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,13 +16,14 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from wellcond.lab.engines.select import Finished, RunFailedError, told_by_worker
+from wellcond.lab.engines.select import Finished, RunFailedError, given_task, told_by_worker
 from wellcond.lab.errors import DataError, LabError
 from wellcond.lab.hardware.code_digest import code_digest
 from wellcond.lab.hardware.machine import training_device, versions
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
 
 LOST_WORKERS = 3
@@ -58,7 +60,7 @@ class RayCluster:
             needs = {"num_cpus": plan.threads, "num_gpus": 1 / plan.settings.jobs if gpus else 0}
             _check_machines(needs)
             task = ray.remote(max_retries=LOST_WORKERS, retry_exceptions=False, **needs)(_work)
-            settings = ray.put(_anywhere(plan.settings))
+            settings = ray.put((_anywhere(plan.settings), given_task(plan), sys.path))
             folder = store.folder.resolve()
             expected = (versions(), code_digest())
             for spec in specs:
@@ -126,7 +128,11 @@ def _anywhere(settings: Settings) -> Settings:
 
 
 def _work(
-    settings: Settings, expected: tuple[dict[str, str], str], threads: int, folder: Path, spec: RunSpec
+    sent: tuple[Settings, Task | None, list[str]],
+    expected: tuple[dict[str, str], str],
+    threads: int,
+    folder: Path,
+    spec: RunSpec,
 ) -> RunRecord | DataError | str:
     """Execute a run on a worker; return its record, a mistake in the data, or why it failed."""
     try:
@@ -134,7 +140,10 @@ def _work(
         if here != expected:
             return f"its worker has other software: {here[0]}, not {expected[0]}, or other code of the same version"
         torch.set_num_threads(threads)
-        runner = _runner(settings, folder)
+        settings, given, paths = sent
+        # A task of one's own is imported from where the command runs, if the machines share it.
+        sys.path += [path for path in paths if path not in sys.path]
+        runner = _runner(settings, folder, given)
         if runner.task.digest != spec.data:
             return f"the data in {settings.data} on its worker is not the data here"
         record: RunRecord = runner.run(spec)
@@ -146,11 +155,11 @@ def _work(
 
 
 @lru_cache(maxsize=1)
-def _runner(settings: Settings, folder: Path) -> Any:
+def _runner(settings: Settings, folder: Path, given: Task | None) -> Any:
     """Return a worker's runner, whose data it keeps for the runs to come."""
     from wellcond.lab.training.checkpoint import Checkpointing
     from wellcond.lab.training.runner import Runner
 
     # On a machine that does not share the folder, an unfinished run cannot be kept where the next one would look.
     checkpoints = Checkpointing(folder, settings.checkpoint_every) if folder.is_dir() else None
-    return Runner(open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
+    return Runner(given or open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)

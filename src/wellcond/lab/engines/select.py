@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from wellcond.lab.errors import DataError
+from wellcond.lab.errors import DataError, LabError
+from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 
 if TYPE_CHECKING:
     from wellcond.lab.plan import Plan
+    from wellcond.lab.tasks.base import Task
 
 Finished: TypeAlias = tuple[RunSpec, RunRecord]
 
@@ -42,6 +46,32 @@ def told_by_worker(spec: RunSpec, answer: RunRecord | DataError | str) -> Finish
     if isinstance(answer, str):
         raise RunFailedError(spec, answer)
     return spec, answer
+
+
+def given_task(plan: Plan) -> Task | None:
+    """Return the task that another process cannot open from the settings alone, found fit to be sent there; else None.
+
+    Args:
+        plan: The comparison.
+
+    Raises:
+        LabError: If it cannot be sent.
+    """
+    if not plan.settings.task_is_given:
+        return None
+    task, what = plan.task, "several processes (jobs, engine)"
+    if any(getattr(source, "__module__", "") == "__main__" for source in task.sources) and not _has_a_script():
+        raise LabError(f"{what} need a task that they can import: put {task.name} into a module")
+    try:
+        pickle.dumps(task)
+    except Exception as error:
+        raise LabError(f"{what} need a task that can be pickled, and {task.name} cannot: {error}") from error
+    return task
+
+
+def _has_a_script() -> bool:
+    """Return whether what runs here is a file, which new processes run again under another name."""
+    return bool(getattr(sys.modules["__main__"], "__file__", None))
 
 
 class Engine(Protocol):
@@ -80,7 +110,7 @@ def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[F
         RunFailedError: If a run fails; those that were running with it are given up.
     """
     if specs:
-        plan.task.check_files()
+        plan.task.check(training_device(plan.settings.accelerator))
         yield from _engine(plan).execute(plan, specs, store)
 
 

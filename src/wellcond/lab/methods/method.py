@@ -353,6 +353,33 @@ def parse_lrs(text: str) -> tuple[str, tuple[float, ...]]:
     return optimizer, lrs
 
 
+def given_grids(
+    lrs: Mapping[str, Sequence[float]] | Sequence[float] | None, methods: Sequence[Method]
+) -> dict[str, tuple[float, ...]]:
+    """Return lr grids by optimizer from what was given in Python.
+
+    Args:
+        lrs: By optimizer, one for all, or None for none.
+        methods: The methods.
+
+    Raises:
+        LabError: If an lr is not a positive number, or an optimizer is of no method.
+
+    >>> given_grids([0.1, 0.03], select_methods(["SGDM", "AdamW"]))
+    {'SGD': (0.03, 0.1), 'AdamW': (0.03, 0.1)}
+    """
+    optimizers = list(dict.fromkeys(method.optimizer for method in methods))
+    grids = {} if lrs is None else lrs if isinstance(lrs, Mapping) else dict.fromkeys(optimizers, lrs)
+    for optimizer, values in grids.items():
+        if optimizer not in optimizers:
+            raise unknown_name("optimizer", optimizer, optimizers)
+        if isinstance(values, (str, float, int)) or not len(values):
+            raise LabError(f"lrs must be lists of learning rates, got {values!r} for {optimizer}")
+        if not all(isinstance(lr, (int, float)) and 0 < lr < math.inf for lr in values):
+            raise LabError(f"lrs must be positive numbers, got {list(values)} for {optimizer}")
+    return {optimizer: tuple(sorted({float(lr) for lr in values})) for optimizer, values in grids.items()}
+
+
 def with_lrs(methods: Sequence[Method], grids: Mapping[str, tuple[float, ...]]) -> tuple[Method, ...]:
     """Return the methods with other lr grids.
 

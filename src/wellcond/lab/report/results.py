@@ -129,7 +129,7 @@ def _epochs(records: Mapping[RunSpec, RunRecord]) -> list[dict[str, Any]]:
 
 def _settings(plan: Plan) -> dict[str, Any]:
     return {
-        "data": plan.settings.data,
+        "data": plan.settings.task or plan.settings.data,
         "task": plan.task.kind,
         **plan.task.describe(),
         "train_images": plan.task.train_images,

@@ -12,7 +12,7 @@ from wellcond.lab.comparison.compare import Comparison, run_comparison
 from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference, spread
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.errors import LabError
-from wellcond.lab.hardware.machine import machine, versions
+from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
 from wellcond.lab.report.results import collect_results
@@ -182,7 +182,7 @@ def _check(panels: Sequence[ScaledPanel], settings: Sequence[Settings], shelf: T
             task = shelf.open(asked)
             make_plan(asked, task)
             if task is not checked:
-                task.check_files()
+                task.check(training_device(asked.accelerator))
             checked = task
 
 

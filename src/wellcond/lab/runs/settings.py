@@ -39,6 +39,11 @@ MOST = 1_000_000
 """The most of anything that is counted and not otherwise limited: epochs, steps, images."""
 
 _MOST_COUNTED = 10**9
+# What built-in data leave open and a task of one's own does not.
+_OF_DATA = (
+    *("model", "weights", "train_images", "validation_images", "test_images", "image_size", "augmentation"),
+    *("batch_size", "label_smoothing", "probe"),
+)
 _LIMITS = {"seeds": 1000, "image_size": 4096}
 
 
@@ -84,6 +89,12 @@ class Settings:
 
     Attributes:
         data: ``"digits"``, a parquet file, or a folder in one of `LAYOUTS`.
+        task: Import path of a task of one's own, in the place of data; None: `data` says it.
+        task_args: What it is built with: names and texts.
+        data_module: Import path of the LightningDataModule of a `task` that is a LightningModule.
+        data_args: What that is built with.
+        score: Which of the task's scores counts, such as ``"val_acc:max"``.
+        task_is_given: Whether the task is an object that was handed over, which `task` only names.
         methods: Names in `METHODS`.
         model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         lrs: lr grids by optimizer, where they are not the methods' own.
@@ -157,14 +168,22 @@ class Settings:
     sweeps: tuple[Sweep, ...] = ()
     search: Search = "grid"
     trials: int | None = None
+    task: str | None = None
+    task_args: tuple[tuple[str, str], ...] = ()
+    data_module: str | None = None
+    data_args: tuple[tuple[str, str], ...] = ()
+    score: str | None = None
+    task_is_given: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
         for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices", "trials"):
             self._check_positive(name)
-        if self.target is not None and not 0 < self.target <= 100:
+        if self.target is not None and self.task is None and not 0 < self.target <= 100:
             raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise LabError(f"--target must be a finite number, got {self.target:g}")
         parse_schedule(self.schedule)
         if not 0 <= self.warmup < math.inf:
             raise LabError(f"--warmup must be 0 or more epochs, got {self.warmup:g}")
@@ -191,6 +210,24 @@ class Settings:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         self._check_engine()
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task is None:
+            for name in ("task_args", "data_module", "data_args", "score"):
+                if getattr(self, name):
+                    raise LabError(f"--{name.replace('_', '-')} is for a task of your own: --task module:Name")
+            return
+        if self.data != DIGITS:
+            raise LabError(f"--data {self.data} cannot go with --task {self.task}, which has its own data")
+        for name in _OF_DATA:
+            if getattr(self, name):
+                option = name.replace("_", "-").replace("validation", "val").replace("augmentation", "augment")
+                raise LabError(f"--{option} is for --data; --task {self.task} decides it itself (see --task-args)")
+        for name, given in (("task-args", self.task_args), ("data-args", self.data_args)):
+            names = [key for key, _ in given]
+            if len(set(names)) < len(names):
+                raise LabError(f"--{name} must give each name once, got {', '.join(names)}")
 
     def _check_engine(self) -> None:
         if self.engine not in ENGINES:

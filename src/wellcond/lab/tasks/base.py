@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.lab.data.randomness import seeded
-from wellcond.lab.errors import DataError
+from wellcond.lab.errors import DataError, naming_errors
+from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import rows_of
+from wellcond.lab.tasks.check import check_task
 from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
-from wellcond.lab.tasks.own_digest import task_digest
+from wellcond.lab.tasks.own_digest import held, source_digest, state_digest
 from wellcond.lab.tasks.seed_data import EpochBatches, Epochs, SeedData, TaskSeed
 
 __all__ = [
@@ -176,7 +179,7 @@ class Task:
         Kept runs of another fingerprint are not taken for this task's. The code of the task's modules belongs to it
         without being named. By default it is a digest of the object's attributes.
         """
-        return ""
+        return state_digest(self)
 
     def describe(self) -> dict[str, Any]:
         """Return what the report says of the task beside its name, as JSON takes it."""
@@ -214,8 +217,8 @@ class Task:
     @cached_property
     def untrained_score(self) -> float:
         """What the network of seed 0 scores on the test split before training."""
-        device = torch.device("cpu")
-        model = self.initial_model("", 0, None).eval()
+        device = training_device()
+        model = self.initial_model("", 0, None).to(device).eval()
         with torch.no_grad():
             return TaskSeed(self, 0, device).evaluate(model, "test", Stopwatch(device)).score
 
@@ -257,7 +260,39 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """A digest of the task's data and of its own code, so that no other task's results are taken for its."""
-        return task_digest(self, Task)
+        return "-".join(part for part in (source_digest(self.sources), self.fingerprint()) if part)
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """The classes and functions whose code it is."""
+        return (type(self),)
+
+    def check(self, device: torch.device) -> None:
+        """Check all that can be checked before the first run begins.
+
+        Args:
+            device: What trains.
+
+        Raises:
+            LabError: If a file is missing or broken, or runs of the task could not be compared (see `check_task`).
+        """
+        self.check_files()
+        if not self.is_rehearsed:
+            return
+
+        def naming(what: str) -> AbstractContextManager[None]:
+            return naming_errors(f"{self.name}: {what}")
+
+        try:
+            vars(self)["untrained_score"] = check_task(self, device, naming)
+        except DataError as error:
+            raise DataError(str(error) if str(error).startswith(self.name) else f"{self.name}: {error}") from error
+
+    is_rehearsed: bool = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes that another process needs, without what this one has worked out."""
+        return held(self)
 
     def check_files(self) -> None:
         """Look at every file that runs will read, before the first of them begins.

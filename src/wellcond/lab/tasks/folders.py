@@ -31,7 +31,7 @@ from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Role, Task
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
 from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import count_images
 
@@ -57,6 +57,7 @@ class FolderTask(Task):
     kind = "classification"
     samples = "images"
     metric = ACCURACY
+    is_rehearsed = False
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class FolderTask(Task):
         return FolderSeed(self, drawn, spec, device, rank, ranks)
 
 
-class FolderSeed:
+class FolderSeed(SeedData):
     """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
 
     Args:
@@ -167,8 +168,6 @@ class FolderSeed:
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
-
-    roles = ROLES
 
     def __init__(
         self, task: FolderTask, drawn: Split, spec: RunSpec, device: torch.device, rank: int, ranks: int

@@ -19,7 +19,7 @@ from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Role, Task
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
 from wellcond.lab.tasks.classification import evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
@@ -59,6 +59,7 @@ class InMemoryTask(Task):
     kind = "classification"
     samples = "images"
     metric = ACCURACY
+    is_rehearsed = False
 
     def __init__(
         self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
@@ -133,7 +134,7 @@ class InMemoryTask(Task):
         return Part(test.images.to(device), torch.from_numpy(test.labels).to(device))
 
 
-class InMemorySeed:
+class InMemorySeed(SeedData):
     """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
 
     Args:
@@ -143,8 +144,6 @@ class InMemorySeed:
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
-
-    roles = ROLES
 
     def __init__(self, split: Split, spec: RunSpec, classes: int, rank: int, ranks: int) -> None:
         self.split, self.spec, self.classes = split, spec, classes

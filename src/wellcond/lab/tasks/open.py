@@ -217,6 +217,12 @@ def open_task(settings: Settings) -> Task:
     Raises:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
+    if settings.task is not None:
+        from wellcond.lab.tasks.own import open_own
+
+        if settings.task_is_given:
+            raise LabError(f"the task {settings.task} was handed over as an object, and cannot be opened anew")
+        return open_own(settings.task, settings.task_args, settings.data_module, settings.data_args, settings.score)
     layout = find_layout(settings.data)
     if layout is None:
         return _open_in_memory(settings)

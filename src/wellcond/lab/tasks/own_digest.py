@@ -9,7 +9,7 @@ import importlib.util
 import site
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
@@ -24,35 +24,36 @@ from wellcond.lab.hardware.code_digest import code_of
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
-def task_digest(task: Any, base: type) -> str:
-    """Return a digest of a task's own code and data.
+def source_digest(sources: Iterable[Any]) -> str:
+    """Return a digest of the code of classes and functions, and of their project's modules that it imports.
+
+    Docstrings and comments do not count, nor does what is installed. Of a script or a notebook only what the classes
+    and functions name counts. Empty where all of it is wellcond's own.
 
     Args:
-        task: The task.
-        base: Whose `fingerprint` says nothing: the object's attributes are taken for a task that has no other.
+        sources: Classes and functions.
     """
+    parts = list(_code(sources))
+    return hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
+
+
+def state_digest(task: Any) -> str:
+    """Return a digest of an object's attributes, without what it has worked out from them."""
     digest = hashlib.sha256()
-    for part in _code(task):
-        digest.update(part)
-    kind = type(task)
-    if kind.fingerprint is not base.fingerprint:  # type: ignore[attr-defined]
-        return f"{digest.hexdigest()}-{task.fingerprint()}" if digest.digest() != _NOTHING else str(task.fingerprint())
-    _State(digest).add(_held(task))
+    _State(digest).add(held(task))
     return digest.hexdigest()
 
 
-_NOTHING = hashlib.sha256().digest()
-
-
-def _code(task: Any) -> Iterator[bytes]:
-    """Yield the code that the task's class hangs on, wellcond's own aside."""
-    for kind in type(task).__mro__:
-        module = sys.modules.get(kind.__module__)
-        if module is None or kind.__module__ == "__main__":
-            yield from _code_by_names(kind)
+def _code(sources: Iterable[Any]) -> Iterator[bytes]:
+    """Yield the code that classes and functions hang on, wellcond's own aside."""
+    kinds = [kind for source in sources for kind in (source.__mro__ if isinstance(source, type) else (source,))]
+    seen: set[int] = set()
+    for kind in kinds:
+        if getattr(kind, "__module__", None) == "__main__":
+            yield from _code_by_names(kind, seen) if isinstance(kind, type) else _function(kind, seen)
     files: dict[str, str] = {}
-    for kind in type(task).__mro__:
-        _gather(kind.__module__, files)
+    for kind in kinds:
+        _gather(str(getattr(kind, "__module__", "")), files)
     for name, text in sorted(files.items()):
         if name != "__main__":
             yield code_of(text)
@@ -89,7 +90,12 @@ def _own_file(name: str) -> Path | None:
     if not given or not str(given).endswith(".py"):
         return None
     path = Path(given).resolve()
-    return None if any(path.is_relative_to(folder) for folder in _installed()) else path
+    return None if is_installed(path) else path
+
+
+def is_installed(path: Path) -> bool:
+    """Return whether a file lies among Python's own or the installed packages."""
+    return any(path.resolve().is_relative_to(folder) for folder in _installed())
 
 
 @cache
@@ -98,9 +104,8 @@ def _installed() -> set[Path]:
     return {Path(folder).resolve() for folder in (*folders, *site.getsitepackages(), site.getusersitepackages())}
 
 
-def _code_by_names(kind: type, seen: set[int] | None = None) -> Iterator[bytes]:
+def _code_by_names(kind: type, seen: set[int]) -> Iterator[bytes]:
     """Yield the code of a class of a script or a notebook, and of what it names there, whatever else stands there."""
-    seen = set() if seen is None else seen
     if id(kind) in seen or kind.__module__ != "__main__":
         return
     seen.add(id(kind))
@@ -115,8 +120,8 @@ def _code_by_names(kind: type, seen: set[int] | None = None) -> Iterator[bytes]:
         yield from _code_by_names(other, seen)
 
 
-def _function(function: FunctionType, seen: set[int]) -> Iterator[bytes]:
-    if id(function) in seen:
+def _function(function: Any, seen: set[int]) -> Iterator[bytes]:
+    if id(function) in seen or not isinstance(function, FunctionType):
         return
     seen.add(id(function))
     yield from _instructions(function.__code__, function.__doc__)
@@ -148,7 +153,7 @@ def _names(code: CodeType) -> set[str]:
     return found
 
 
-def _held(task: Any) -> dict[str, Any]:
+def held(task: Any) -> dict[str, Any]:
     """Return an object's attributes, without what it has worked out from them."""
     kind = type(task)
     return {
@@ -199,7 +204,7 @@ class _State:
         elif isinstance(value, type):
             self.digest.update(f"{value.__module__}.{value.__qualname__}".encode())
         elif hasattr(value, "__dict__"):
-            self.add(_held(value))
+            self.add(held(value))
 
     def _tensor(self, value: Tensor) -> None:
         self.digest.update(repr((value.dtype, tuple(value.shape))).encode())

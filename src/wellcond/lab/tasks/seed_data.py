@@ -48,17 +48,23 @@ class EpochBatches(Protocol):
 
 
 class SeedData(Protocol):
-    """One seed's data on one rank's device."""
+    """One seed's data on one rank's device.
 
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """What can be evaluated: ``("test",)`` where nothing validates, else both."""
+    Attributes:
+        roles: What can be evaluated: ``("test",)`` where nothing validates, else both.
+    """
+
+    roles: tuple[Role, ...] = ROLES
 
     def batches(self) -> EpochBatches:
         """Return the training batches from the first epoch on: this rank's share of each global batch."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the training loss of a batch, a scalar with its graph."""
+
+    def stop(self, scores: list[float]) -> bool:
+        """Return whether the run ends after these scores on the validation split, one an epoch."""
+        return False
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return what the network scores; the same on every rank.
@@ -123,8 +129,11 @@ class Scored(Protocol):
     def scores(self, model: nn.Module, split: Any) -> Mapping[str, float]:
         """Return the scores on a split."""
 
+    def stop(self, scores: list[float]) -> bool:
+        """Return whether a run ends now."""
 
-class TaskSeed:
+
+class TaskSeed(SeedData):
     """One seed of a task that says what it is by its four methods alone.
 
     The global generators of Python, numpy and torch are seeded by seed and epoch while batches are made and while the
@@ -141,11 +150,7 @@ class TaskSeed:
     def __init__(self, task: Scored, seed: int, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
         self.task, self.seed, self.device = task, seed, device
         self.rank, self.ranks = rank, ranks
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """What can be evaluated."""
-        return tuple(role for role in ROLES if role in self.task.splits)
+        self.roles = tuple(role for role in ROLES if role in task.splits)
 
     def batches(self) -> Epochs:
         """Return the training batches."""
@@ -203,6 +208,10 @@ class TaskSeed:
         if isinstance(batch, Share):
             return self.task.loss(model, batch.batch) * batch.weight
         return self.task.loss(model, batch)
+
+    def stop(self, scores: list[float]) -> bool:
+        """Return whether the run ends after these scores."""
+        return bool(self.task.stop(scores))
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return what the network scores; of several ranks the first one's figures count."""

@@ -22,15 +22,20 @@ class Measure(pl.Callback):
     """Times the training of each epoch and measures the network after it; evaluation does not count as training.
 
     Of several ranks the first one's running statistics are evaluated, as data parallelism keeps them.
+
+    Args:
+        data: The seed's data.
+        stopwatch: Runs in training.
+        steps: Steps of the run.
     """
 
-    def __init__(self, data: SeedData, stopwatch: Stopwatch) -> None:
-        self.data = data
+    def __init__(self, data: SeedData, stopwatch: Stopwatch, steps: int) -> None:
+        self.data, self.steps = data, steps
         self.stopwatch = stopwatch
         self.evaluation = Stopwatch(stopwatch.device)
         self.evaluated = 0
         self.epochs: list[EpochRecord] = []
-        self.diverged = False
+        self.diverged = self.stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the stopwatch where a run goes on within an epoch, which is not begun again."""
@@ -72,6 +77,8 @@ class Measure(pl.Callback):
                 metrics=test.metrics,
             )
         )
+        if trainer.global_step < self.steps and self.data.stop([epoch.validation_score for epoch in self.epochs]):
+            self.stopped = trainer.should_stop = True
 
     def evaluation_seconds(self) -> float | None:
         """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""

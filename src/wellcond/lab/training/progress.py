@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from types import TracebackType
 
@@ -36,7 +37,7 @@ class RunProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=quiet or not console.is_terminal,
+            disable=quiet or not shows_bars(console),
             transient=True,
             speed_estimate_period=120.0,
         )
@@ -79,7 +80,7 @@ class RunProgress:
             # The first run also waits for imports, which says nothing of the others.
             self._first_finished = now
         share = self.finished / self.total
-        if not self.console.is_terminal and (share >= self._shown + 0.1 or share == 1):
+        if not shows_bars(self.console) and (share >= self._shown + 0.1 or share == 1):
             self._shown = share
             pace = (now - self._first_finished) / max(1, self.finished - 1)
             left = (
@@ -153,6 +154,11 @@ class StepProgress:
     def _say(self, line: str) -> None:
         if not self.quiet and not self.console.is_terminal:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def shows_bars(console: Console) -> bool:
+    """Return whether a console can redraw a bar: a terminal, or a notebook that has widgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def duration(seconds: float) -> str:

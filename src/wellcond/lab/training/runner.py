@@ -87,7 +87,7 @@ class Runner:
         data = self.task.for_seed(spec, self.device, self.ranks.rank, self.ranks.size)
         sharded = self.strategy == "fsdp" and self.ranks.size > 1
         training = Training(spec, self._network(spec), data, self.ranks.size, sharded)
-        measure = Measure(data, Stopwatch(self.device))
+        measure = Measure(data, Stopwatch(self.device), spec.steps)
         batches = Budget(data.batches(), spec.steps)
         if kept:
             batches.resume_at(kept)
@@ -120,6 +120,7 @@ class Runner:
         record = RunRecord(
             epochs=tuple(measure.epochs),
             diverged=measure.diverged,
+            stopped=measure.stopped,
             threads=torch.get_num_threads(),
             transforms=training.transform_stats(),
             warnings=tuple(sorted({*_said(caught), *(keeper.before if keeper else ())})),

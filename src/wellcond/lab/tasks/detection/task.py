@@ -23,7 +23,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Metric, Role, Task
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
@@ -67,6 +67,7 @@ class DetectionTask(Task):
     kind = "detection"
     samples = "images"
     metric = Metric("AP", worst=0.0)
+    is_rehearsed = False
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class DetectionTask(Task):
         return DetectionSeed(self, train, held_out, spec, device, rank, ranks)
 
 
-class DetectionSeed:
+class DetectionSeed(SeedData):
     """One seed's images: the sum of the detector's losses in training, average precision in evaluation.
 
     Args:
@@ -153,8 +154,6 @@ class DetectionSeed:
         rank: Which process of the run this is: it takes every ``ranks``-th image of a batch, from this one on.
         ranks: How many processes the run has.
     """
-
-    roles = ROLES
 
     def __init__(
         self,

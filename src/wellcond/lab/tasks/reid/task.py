@@ -20,7 +20,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import ROLES, Defaults, EpochBatches, Evaluation, Metric, Role, Task
+from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
     FOLDERS,
@@ -71,6 +71,7 @@ class ReidTask(Task):
     kind = "re-identification"
     samples = "images"
     metric = Metric("mAP")
+    is_rehearsed = False
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class ReidTask(Task):
         return draw_persons(self.pool, self.train_images, self.validation_images, seed)
 
 
-class ReidSeed:
+class ReidSeed(SeedData):
     """One seed's images: identity, triplet and center loss in training, mAP of a search in evaluation.
 
     Args:
@@ -163,8 +164,6 @@ class ReidSeed:
         rank: Which process of the run this is: it takes every ``ranks``-th identity of a batch, from this one on.
         ranks: How many processes the run has.
     """
-
-    roles = ROLES
 
     def __init__(
         self, task: ReidTask, split: PersonSplit, spec: RunSpec, device: torch.device, rank: int = 0, ranks: int = 1
