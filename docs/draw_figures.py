@@ -35,7 +35,7 @@ from wellcond.lab.data.splits import draw_split
 from wellcond.lab.diagnosis.diagnose import measured_disparity
 from wellcond.lab.hardware.machine import machine, versions
 from wellcond.lab.networks.registry import initial_model
-from wellcond.lab.report.results import rounded
+from wellcond.lab.runs.files import rounded
 from wellcond.nn.norm.noise_decay import BatchNoiseDecay
 
 RESULTS = Path(__file__).parent / "results"

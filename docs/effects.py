@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from reproductions import claims
 
+from wellcond.lab.reproduction.report import metric_of
+
 TECHNIQUES = {
     "Gradient Centralization": ("SGDM+GC", "AdamW+GC"),
     "feature whitening": ("W-SGDM", "W-Adam"),
@@ -92,7 +94,7 @@ def _of_reproductions(reproduced: Sequence[dict[str, Any]]) -> Iterator[tuple[st
 
 def _as_gain(difference: dict[str, Any], score: str) -> dict[str, Any]:
     """Return a difference so that more is better."""
-    if score not in ("error", "disparity", "condition") or difference["low"] is None:
+    if metric_of(score).higher_is_better or difference["low"] is None:
         return difference
     return {"mean": -difference["mean"], "low": -difference["high"], "high": -difference["low"]}
 

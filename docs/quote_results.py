@@ -29,8 +29,11 @@ from effects import effects_table
 from reproductions import adopted, reproduction_tables, summary_table
 
 from wellcond.lab.comparison.statistics import paired_difference
-from wellcond.lab.report.formats import score_text
-from wellcond.lab.reproduction.report import json_text
+from wellcond.lab.comparison.summary import read_summary
+from wellcond.lab.report.formats import quantity_text
+from wellcond.lab.report.tables import quoted_table
+from wellcond.lab.runs.files import to_json
+from wellcond.lab.runs.metric import ACCURACY
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -42,36 +45,14 @@ EFFECTS = "effects"
 
 def comparison_table(results: dict[str, Any]) -> str:
     """Return a comparison as a Markdown table with the command and the machine that made it."""
-    early, last = results["early_epoch"], results["epochs"]
-    columns = ["method", f"epoch {early}", f"epoch {last}", f"difference, epoch {early}", f"difference, epoch {last}"]
-    columns += ["time per step", "difference at equal time"]
-    # Results from before normalization layers were compared have no time of evaluation.
-    evaluation = any(method.get("evaluation_ratio") is not None for method in results["methods"])
-    if evaluation:
-        columns += ["time per evaluated image", "training loss"]
+    summary = read_summary(results)
+    score = quantity_text(summary.score, summary.metric)
     lines = [
-        f"{results['title']}; {results['seeds']} paired seeds. Test {score_text(results['score'])}, mean ± std; "
-        "differences to the baseline with a 95 % interval.",
+        f"{results['title']}; {summary.seeds} paired seeds. Test {score}, mean ± std; differences to the baseline with "
+        "a 95 % interval.",
         "",
-        f"| {' | '.join(columns)} |",
-        f"| {' | '.join(['---'] * len(columns))} |",
+        quoted_table(summary).to_markdown(),
     ]
-    for method in results["methods"]:
-        scores = method["scores"]
-        cells = [method["name"], _spread(scores[str(early)]), _spread(scores[str(last)])]
-        if method["equal_time"] is None:
-            cells += ["", "", f"{method['milliseconds_per_step']:.1f} ms", ""]
-        else:
-            cells += [
-                _difference(method["early_difference"]),
-                _difference(method["final_difference"]),
-                f"× {method['time_ratio']:.2f}",
-                _difference(method["equal_time"]["difference"]),
-            ]
-        if evaluation:
-            ratio = method["evaluation_ratio"]
-            cells += ["" if ratio is None else f"× {ratio:.2f}", f"{_training_loss(method):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", _run_by(results)])
 
@@ -80,8 +61,9 @@ def forms_table(results: dict[str, Any]) -> str:
     """Return how each form of the second moment compares with the dense one, with the command that made it."""
     last = results["epochs"]
     by_name = {method["name"]: method for method in results["methods"]}
+    score = quantity_text(results["score"], ACCURACY)
     lines = [
-        f"{results['title']}; {results['seeds']} paired seeds. Test {score_text(results['score'])}, mean ± std; "
+        f"{results['title']}; {results['seeds']} paired seeds. Test {score}, mean ± std; "
         "difference to the dense form with a 95 % interval.",
         "",
         f"| method | epoch {last} | difference to dense | training loss | time per step |",
@@ -470,7 +452,7 @@ def adopt(file: Path, name: str) -> None:
         name: What it is called there.
     """
     content = adopted(json.loads(file.read_text(encoding="utf-8")))
-    (RESULTS / f"{name}.json").write_text(json_text(content), encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(to_json(content), encoding="utf-8")
 
 
 def _load(name: str) -> dict[str, Any]:

@@ -11,25 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from wellcond.lab.comparison.statistics import Difference
-from wellcond.lab.report.formats import score_text
-from wellcond.lab.reproduction.report import difference_text, figure_text
-from wellcond.lab.reproduction.reproduce import SECONDS
-
-SEEN, CHANCE, OPPOSITE = "same direction, beyond chance", "within chance", "other direction, beyond chance"
-_HEADS = (
-    "method",
-    "source",
-    "ours",
-    "source's difference",
-    "our difference",
-    "at equal time",
-    "time/step",
-    "time/epoch",
-    "memory",
-    "lr",
-    "verdict",
-)
-
+from wellcond.lab.report.formats import quantity_text, signed_text
+from wellcond.lab.reproduction.report import CHANCE, OPPOSITE, SEEN, against, metric_of, panel_table, verdict
 
 # adoption -----------------------------------------------------------------------------------------------------------
 
@@ -74,27 +57,6 @@ def _last_part(path: str) -> str:
 # one table ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(method: dict[str, Any]) -> str:
-    """Return whether a method's difference points where the source's does, as far as chance lets one say it.
-
-    Args:
-        method: Of a panel in reproduce.json.
-
-    Returns:
-        A few words; nothing for a baseline.
-    """
-    if method["difference"] is None:
-        return ""
-    ours, source = Difference(**method["difference"]), method["paper_difference"]
-    if ours.low is None:
-        return "one seed"
-    if not ours.beyond_chance:
-        return CHANCE
-    if not source:
-        return "above its baseline, beyond chance" if ours.mean > 0 else "below its baseline, beyond chance"
-    return SEEN if ours.mean * source > 0 else OPPOSITE
-
-
 def reproduction_tables(results: dict[str, Any]) -> str:
     """Return a reproduction as Markdown tables, one a panel, with the command and the machine that made it."""
     panels = results["panels"]
@@ -110,45 +72,13 @@ def reproduction_tables(results: dict[str, Any]) -> str:
         own = [item for item in _otherwise(panel) if item not in shared]
         of_own = f" In the source's place: {', '.join(own)}." if own else ""
         lines += ["", f"**{panel['name']}** ({panel['title']}; {panel['seeds']} paired seeds).{of_own}", ""]
-        lines += _panel_rows(panel)
+        lines.append(panel_table(panel, results["score"]).to_markdown())
     notes = dict.fromkeys(note for panel in panels for note in panel["notes"])
     for note in notes:
         names = [panel["name"] for panel in panels if note in panel["notes"]]
         notes[note] = "" if len(names) == len(panels) else f"{', '.join(names)}: "
     listed = [f"- {where}{note}" for note, where in notes.items()]
     return "\n".join([*lines, *([""] if listed else []), *listed, "", f"`{results['command']}` {_made_with(results)}"])
-
-
-def _panel_rows(panel: dict[str, Any]) -> list[str]:
-    """Return the lines of a panel's table, without the columns that hold nothing."""
-    by_label = {method["label"]: method for method in panel["methods"]}
-    rows = [_cells(method, by_label, panel["methods"][0]["label"]) for method in panel["methods"]]
-    shown = [index for index in range(len(_HEADS)) if any(row[index] for row in rows)]
-    table = [
-        [_HEADS[index] for index in shown],
-        ["---"] * len(shown),
-        *([row[index] for index in shown] for row in rows),
-    ]
-    return [f"| {' | '.join(cells)} |" for cells in table]
-
-
-def _cells(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str) -> list[str]:
-    is_baseline = method["baseline"] == method["label"]
-    ours, difference, equal, memory = (method.get(key) for key in ("ours", "difference", "equal_time", "memory_ratio"))
-    base = by_label.get(method["baseline"], {}).get("metrics", {}).get(SECONDS)
-    seconds = method["metrics"].get(SECONDS)
-    ratios = (method["time_ratio"], seconds / base if seconds and base else None, memory)
-    return [
-        method["label"] if method["baseline"] in (first, method["label"]) else _against(method),
-        "" if method["paper"] is None else figure_text(*method["paper"]),
-        "" if ours is None else figure_text(ours["mean"], ours["std"]),
-        "" if method["paper_difference"] is None else _signed(method["paper_difference"]),
-        "" if difference is None else difference_text(Difference(**difference)),
-        "" if equal is None else difference_text(Difference(**equal["difference"])),
-        *("" if is_baseline or ratio is None else f"× {ratio:.2f}" for ratio in ratios),
-        f"{method['lr']:g}",
-        verdict(method),
-    ]
 
 
 def _otherwise(panel: dict[str, Any]) -> list[str]:
@@ -161,22 +91,14 @@ def _otherwise(panel: dict[str, Any]) -> list[str]:
 
 
 def _score(results: dict[str, Any]) -> str:
-    text = {"error": "error in %", "condition": "condition number"}.get(results["score"], score_text(results["score"]))
-    return f"Test {text}"
+    metric = metric_of(results["score"])
+    return f"Test {quantity_text(metric.name, metric)}"
 
 
 def _made_with(results: dict[str, Any]) -> str:
     versions, machine = results["versions"], results["machine"]
     made = f"(wellcond {versions['wellcond']}, torch {versions['torch']}, "
     return f"{made}{machine['processor']}, {machine['cores']} cores)"
-
-
-def _against(method: dict[str, Any]) -> str:
-    return f"{method['label']} (to {method['baseline']})"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}"
 
 
 # all tables ---------------------------------------------------------------------------------------------------------
@@ -256,14 +178,14 @@ def _summary_rows(tables: Sequence[dict[str, Any]]) -> list[str]:
         for claim in claims(results):
             if claim.method["paper_difference"] and claim.method["difference"] is not None:
                 by_label.setdefault(claim.method["label"], []).append(claim.method)
-        for label, methods in by_label.items():
+        for methods in by_label.values():
             said = [verdict(method) for method in methods]
             timed = any(method["equal_time"] is not None for method in methods)
             kept = sum(_seen_at_equal_time(method) for method in methods if verdict(method) == SEEN)
             rows.append(
                 [
                     results["recipe"],
-                    f"{label} (to {methods[0]['baseline']})",
+                    against(methods[0]),
                     str(len(methods)),
                     _range([method["paper_difference"] for method in methods]),
                     _range([method["difference"]["mean"] for method in methods]),
@@ -301,5 +223,5 @@ def _seen_at_equal_time(method: dict[str, Any]) -> bool:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = _signed(min(values)), _signed(max(values))
+    low, high = signed_text(min(values), 2), signed_text(max(values), 2)
     return low if low == high else f"{low} to {high}"

@@ -14,10 +14,9 @@ figure as normalizers.png and .svg, and in m32/, m4/ and m2/ the report of each 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -33,12 +32,12 @@ from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import Interrupted, interruptible
 from wellcond.lab.plan import Plan, make_plan, output_folder, regrouped
-from wellcond.lab.report.curves import BASELINE, Style, method_style
 from wellcond.lab.report.formats import difference_text, share_text, spread_text
-from wellcond.lab.report.results import Results, collect_results, rounded, write_results
-from wellcond.lab.report.share_bars import SHARE_STYLES
+from wellcond.lab.report.results import Results, collect_results, write_results
 from wellcond.lab.report.shares import PARTS, SharesSummary, average_share, method_shares
-from wellcond.lab.runs.records import RunStore, write_atomically
+from wellcond.lab.report.styles import SHARE_STYLES, method_style
+from wellcond.lab.runs.files import rounded, to_json, write_atomically
+from wellcond.lab.runs.records import RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.extras import Shares
 from wellcond.lab.training.progress import RunProgress
@@ -142,11 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {m: collect_results(each, summarize(each), command) for m, each in comparisons.items()}
     for m, each in results.items():
         (folder / f"m{m}").mkdir(exist_ok=True)
-        write_results(each, folder / f"m{m}")
+        write_results(each, comparisons[m].records, folder / f"m{m}")
     claim = check_claim(comparisons)
     content = describe(results, claim)
     files = [folder / f"normalizers.{kind}" for kind in ("json", "png", "svg")]
-    write_atomically(files[0], to_json(content))
+    write_atomically(files[0], to_json(rounded(content)))
     draw(results, files[1:])
     if not options.quiet:
         print(
@@ -193,15 +192,19 @@ def make_plans(settings: Settings) -> dict[int, Plan]:
 
 def check_claim(comparisons: Mapping[int, Comparison]) -> Claim | None:
     """Return whether LN's share is larger at the smallest m than at the largest; None if SN's runs have no shares."""
-    large, small = comparisons[max(GROUPS)], comparisons[min(GROUPS)]
-    methods = [next(method for method in each.plan.methods if method.name == "SN") for each in (large, small)]
+    large, small = (comparisons[m].methods["SN"] for m in (max(GROUPS), min(GROUPS)))
 
-    def pairs(lr: float | None) -> list[tuple[Shares, Shares]]:
-        runs = zip(large.runs(methods[0], lr), small.runs(methods[1], lr), strict=True)
-        found = [(one.extras.get("shares"), other.extras.get("shares")) for one, other in runs]
+    def pairs(runs: Iterable[RunRecord], others: Iterable[RunRecord]) -> list[tuple[Shares, Shares]]:
+        found = [
+            (one.extras.get("shares"), other.extras.get("shares")) for one, other in zip(runs, others, strict=True)
+        ]
         return [(one, other) for one, other in found if one and other]
 
-    return claim_of(pairs(None), {lr: pairs(lr) for lr in methods[0].lrs})
+    at_lr = {
+        trial.lr: pairs(runs, others)
+        for (trial, runs), others in zip(large.trials.items(), small.trials.values(), strict=True)
+    }
+    return claim_of(pairs(large.runs, small.runs), at_lr)
 
 
 def claim_of(
@@ -345,14 +348,6 @@ def _describe_shares(shares: SharesSummary) -> dict[str, Any]:
     return {"layers": layers, "average": average}
 
 
-def to_json(content: Mapping[str, Any]) -> str:
-    """Return the content as JSON, a line for each entry and each m."""
-    lines = [f"{json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in content.items() if key != "groups"]
-    groups = [f"{json.dumps(m)}: {json.dumps(rounded(group))}" for m, group in content["groups"].items()]
-    listed = ",\n".join(groups)
-    return "{\n" + ",\n".join([*lines, f'"groups": {{\n{listed}\n}}']) + "\n}\n"
-
-
 def _table(results: Mapping[int, Results]) -> list[str]:
     """Return the test accuracies and differences to BN as lines of text."""
     lines = ["Test accuracy in %, and difference to BN at the same m:"]
@@ -395,7 +390,7 @@ def _draw_accuracy(axes: Any, results: Mapping[int, Results]) -> None:
     groups = sorted(results)
     summaries = {m: results[m].summary for m in groups}
     for rank, method in enumerate(summaries[groups[0]].methods):
-        style: Style = BASELINE if method.is_baseline else method_style(method)
+        style = method_style(method)
         spreads = [summaries[m].methods[rank].scores[summaries[m].epochs] for m in groups]
         # Side by side, so that error bars do not hide each other.
         shift = 1.0 + 0.035 * (rank - (len(METHODS) - 1) / 2)

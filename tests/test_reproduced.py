@@ -15,7 +15,7 @@ from reproductions import adopted, claims, reproduction_tables, summary_table, v
 from wellcond.lab.cli.main import _parser as command_line
 from wellcond.lab.reproduction.panels import scaled_panels
 from wellcond.lab.reproduction.recipe import find_recipe
-from wellcond.lab.reproduction.report import json_text
+from wellcond.lab.runs.files import to_json
 
 FILES = sorted((Path(__file__).parents[1] / "docs" / "results").glob("reproduced-*.json"))
 
@@ -120,7 +120,7 @@ def reproduction(*panels: list[dict[str, Any]], recipe: str = "9.9") -> dict[str
 
 def test_adopting_takes_folders_away_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = reproduction([method("old", "old")])
-    (tmp_path / "reproduce.json").write_text(json_text(content), encoding="utf-8")
+    (tmp_path / "reproduce.json").write_text(to_json(content), encoding="utf-8")
     monkeypatch.setattr(quote_results, "RESULTS", tmp_path)
     assert quote_results.main(["--adopt", str(tmp_path / "reproduce.json"), "reproduced-9.9"]) == 0
     kept = load(tmp_path / "reproduced-9.9.json")
@@ -196,9 +196,9 @@ def test_a_panel_shows_source_and_ours_side_by_side() -> None:
         "source's difference": "+0.40",
         "our difference": "+2.00 [+1.00, +3.00]",
         "at equal time": "+0.10 [-0.90, +1.10]",
-        "time/step": "× 1.00",
-        "time/epoch": "× 1.50",
-        "memory": "× 1.00",
+        "time/step": "x 1.00",
+        "time/epoch": "x 1.50",
+        "memory": "x 1.00",
         "lr": "0.1",
         "verdict": "same direction, beyond chance",
     }

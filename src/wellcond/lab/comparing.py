@@ -16,7 +16,6 @@ from wellcond.lab.comparison.summary import Summary, summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import DEFAULT_METHODS, Method
 from wellcond.lab.plan import Plan, make_plan, output_folder
-from wellcond.lab.report.epochs_csv import write_epochs
 from wellcond.lab.report.results import Results, collect_results, write_results
 from wellcond.lab.report.terminal import print_summary
 from wellcond.lab.runs.locks import locked
@@ -57,22 +56,24 @@ class Result:
     def rows(self) -> list[dict[str, Any]]:
         """Return one dictionary for each epoch of each run.
 
-        Its keys are ``method``, ``lr``, ``seed``, ``chosen`` (whether the lr is the one that was chosen),
+        Its keys are ``method``, ``lr``, ``seed``, ``chosen`` (whether it is a full run of the chosen trial),
         ``run_steps``, ``epoch`` (from 1), ``steps``, ``seconds``, ``train_loss``, scores and losses of both splits, and
         the further scores of the test split as ``test_<name>``.
         """
-        chosen = self.comparison.chosen
+        plan = self.comparison.plan
+        chosen = {spec for found in self.comparison.methods.values() for spec in plan.table[found.chosen]}
         return [
             {
                 "method": spec.method.name,
                 "lr": spec.lr,
                 "seed": spec.seed,
-                "chosen": spec.lr == chosen[spec.method.name],
+                "chosen": spec in chosen,
                 "run_steps": spec.steps,
                 "epoch": number,
                 "steps": epoch.steps,
                 "seconds": epoch.seconds,
                 "train_loss": epoch.train_loss,
+                "train_score": epoch.train_score,
                 "validation_score": epoch.validation_score,
                 "validation_loss": epoch.validation_loss,
                 "test_score": epoch.test_score,
@@ -167,8 +168,7 @@ def compare(
         comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
     summary = summarize(comparison)
     results = collect_results(comparison, summary, f"wellcond.lab.compare({plan.task.name})")
-    write_results(results, folder)
-    write_epochs(comparison.records, folder / "epochs.csv")
+    write_results(results, comparison.records, folder)
     return Result(comparison, summary, results, folder)
 
 

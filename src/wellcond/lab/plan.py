@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
+from wellcond.lab.trials import RUN_OPTIONS, Trial, make_trials
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,37 @@ class Plan:
             ghost_batch=self.template.ghost_batch if method.has_batch_statistics else None,
         )
 
+    @cached_property
+    def trials(self) -> dict[str, tuple[Trial, ...]]:
+        """The grid of each method, by the method's name; all are equally long."""
+        return make_trials(self.methods, self.settings.sweeps, self.settings.search, self.settings.trials)
+
+    @cached_property
+    def table(self) -> dict[Trial, tuple[RunSpec, ...]]:
+        """Every run of all epochs, made once: the trials of all methods, one run a seed each."""
+        return {trial: self.row(trial) for trials in self.trials.values() for trial in trials}
+
+    def row(self, trial: Trial, steps: int | None = None) -> tuple[RunSpec, ...]:
+        """Return a trial's runs, one a seed, of all epochs unless it says how many steps."""
+        specs = [self.spec(trial.method, trial.lr, seed, steps) for seed in range(self.settings.seeds)]
+        options = trial.run_options
+        if "ghost_batch" in options and not trial.method.has_batch_statistics:
+            options["ghost_batch"] = None
+        if steps is None and "batch_size" in options:
+            per_epoch = self.task.steps_with(int(str(options["batch_size"])))
+            options |= {"steps_per_epoch": per_epoch, "steps": self.epochs * per_epoch}
+        return tuple(replace(spec, **options) for spec in specs)  # type: ignore[arg-type]
+
     def specs(self) -> list[RunSpec]:
         """Return every run of all epochs.
 
         Methods come innermost, so that a machine that slows down or speeds up meets all of them alike.
         """
         return [
-            self.spec(method, method.lrs[rank], seed)
+            self.table[trial][seed]
             for seed in range(self.settings.seeds)
-            for rank in range(max(len(method.lrs) for method in self.methods))
-            for method in self.methods
-            if rank < len(method.lrs)
+            for place in zip(*self.trials.values(), strict=True)
+            for trial in place
         ]
 
 
@@ -145,7 +167,7 @@ def make_plan(
     _check_training(settings, task, methods, epochs, steps)
     _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
-    return Plan(
+    plan = Plan(
         settings=settings,
         task=task,
         methods=methods,
@@ -185,6 +207,8 @@ def make_plan(
             weights_digest=None if settings.weights is None else digest_of(settings.weights),
         ),
     )
+    _check_trials(plan)
+    return plan
 
 
 def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
@@ -302,7 +326,45 @@ def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: 
     """Build every method once, so that options that a transform or a layer refuses are told now."""
     network = task.initial_model(model, 0, settings.weights)
     for method in methods:
-        try:
-            method.build(method.with_layers(copy.deepcopy(network), settings.ghost_batch), method.lrs[0], refresh)
-        except (TypeError, ValueError) as error:
-            raise LabError(f"method {method.name}: {error}") from error
+        _check_method(method, network, settings.ghost_batch, refresh)
+
+
+def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | None, refresh: Refresh) -> None:
+    try:
+        method.build(method.with_layers(copy.deepcopy(network), ghost_batch), method.lrs[0], refresh)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"method {method.name}: {error}") from error
+
+
+def _check_trials(plan: Plan) -> None:
+    """Look at every swept value, so that one that a run, a transform or a layer refuses is told now."""
+    settings, task = plan.settings, plan.task
+    if settings.mode == "target" and plan.target is None:
+        raise LabError("--mode target needs the score to reach: --target")
+    if not settings.sweeps:
+        return
+    for name, values in settings.sweeps:
+        least = task.defaults.smallest_batch if name == "batch_size" else 1
+        whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values)
+        if name in RUN_OPTIONS and not whole:
+            raise LabError(f"--sweep {name} must be whole numbers of at least {least}, got {_listed(values)}")
+        if name == "batch_size" and type(task).steps_with is Task.steps_with:
+            raise LabError(f"--sweep batch_size is not for {task.name}, which makes its own batches")
+    for row in plan.table.values():
+        spec = row[0]
+        if spec.batch_size > task.train_images:
+            raise LabError(
+                f"--sweep batch_size must be at most the number of training images ({task.train_images}), got "
+                f"{spec.batch_size}"
+            )
+        if spec.ghost_batch is not None and spec.ghost_batch > spec.batch_size:
+            raise LabError(
+                f"--sweep: ghost_batch must be at most batch_size ({spec.batch_size}), got {spec.ghost_batch}"
+            )
+    network = task.initial_model(plan.model, 0, settings.weights)
+    for method in dict.fromkeys(trial.method for trials in plan.trials.values() for trial in trials):
+        _check_method(method, network, settings.ghost_batch, plan.refresh)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))

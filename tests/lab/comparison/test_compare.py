@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from wellcond.__main__ import main
-from wellcond.lab.comparison.compare import run_comparison, time_ratio
+from wellcond.lab.comparison.compare import compared, run_comparison
 from wellcond.lab.comparison.estimate import estimate_seconds
 from wellcond.lab.comparison.summary import summarize
 from wellcond.lab.errors import LabError
@@ -222,7 +222,7 @@ def test_time_ratio_is_the_median_over_seed_and_lr(plan):
         for lr, each in zip(METHODS[name].lrs, seconds[name], strict=True)
         for seed in range(2)
     }
-    assert time_ratio(plan, METHODS["W-SGDM"], runs) == pytest.approx(1.7)
+    assert compared(plan, runs).methods["W-SGDM"].time_ratio == pytest.approx(1.7)
 
 
 def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
@@ -237,7 +237,10 @@ def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
 
     monkeypatch.setattr("wellcond.lab.comparison.compare.execute", execute)
     comparison = run_comparison(plan, RunStore(tmp_path), RunProgress(Console(), quiet=True))
-    assert comparison.equal_time_steps == {"W-SGDM": 5}
+    assert {name: [timed.steps for timed in found.timed.values()] for name, found in comparison.methods.items()} == {
+        "SGDM": [],
+        "W-SGDM": [5],
+    }
     main_runs, equal = asked[:12], asked[12:]
     assert {spec.steps for spec in main_runs} == {10}
     assert [(spec.method.name, spec.seed, spec.steps) for spec in equal] == [("W-SGDM", 0, 5), ("W-SGDM", 1, 5)]
@@ -258,8 +261,8 @@ def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
     comparison = run_comparison(plan, RunStore(tmp_path), progress, equal_time=False)
     assert {spec.steps for spec in asked} == {plan.steps}
     assert progress.finished == progress.total == len(asked) == 12
-    assert comparison.equal_time_steps == {}
-    assert comparison.time_ratios["W-SGDM"] == 2.0
+    assert all(not found.timed for found in comparison.methods.values())
+    assert comparison.methods["W-SGDM"].time_ratio == 2.0
     summary = summarize(comparison)
     assert [method.equal_time for method in summary.methods] == [None, None]
     assert not any("equal time" in line for line in findings(summary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from wellcond.lab.comparison.statistics import epochs_to, median_ratio, paired_difference, spread
+from wellcond.lab.comparison.statistics import paired_difference, probability_within, spread
 
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 
@@ -69,10 +70,13 @@ def test_pairs_must_match():
         spread([])
 
 
-def test_ratio_is_the_median_over_pairs():
-    assert median_ratio([2.0, 3.0, 100.0], [1.0, 2.0, 1.0]) == 2.0
-
-
-def test_epochs_to_counts_from_one_and_includes_equality():
-    assert epochs_to([94.9, 95.0], 95.0) == 2
-    assert epochs_to([94.9], 95.0) is None
+@given(
+    st.lists(st.floats(-50, 50), min_size=2, max_size=8),
+    st.floats(-10, 10),
+)
+def test_the_chance_of_a_target_is_scipys_one_sided_test(values, target):
+    found = probability_within(values, target)
+    if stdev(values) > 1e-6:
+        assert found == pytest.approx(stats.ttest_1samp(values, target, alternative="greater").pvalue, abs=1e-9)
+    assert 0 <= found <= 1
+    assert probability_within(values[:1], target) is None

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
+from wellcond.lab.runs.files import replacing
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from wellcond.lab.runs.metric import Metric
     from wellcond.lab.tasks.base import Evaluation, SeedData
 
 # The most images of the loader's batches: as many as keep the device busy.
@@ -52,33 +53,26 @@ def save(model: nn.Module, file: Path) -> None:
     """Write the state dict by way of a file beside it, so that what is there is always whole."""
     import torch
 
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as part:
+        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, part)
 
 
-def show(title: str, score: str, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]) -> None:
+def show(
+    title: str, metric: Metric, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
+) -> None:
     """Print both evaluations beside each other."""
-    from wellcond.lab.report.formats import score_text
+    from wellcond.lab.report.formats import quantity_text, ratio_text
+    from wellcond.lab.report.table import Cell, Row, Table
     from wellcond.lab.tasks.base import ROLES
 
     console = Console(width=None if Console().is_terminal else 120)
     console.print(f"\n{title}\n", style="bold", highlight=False)
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    table.add_column("images", no_wrap=True)
-    for head in (f"{score_text(score)}\nbefore", "\nafter", "\nchange", "loss\nbefore", "\nafter", "time per\nimage"):
-        table.add_column(head, justify="right", no_wrap=True)
+    name = quantity_text(metric.name, metric)
+    heads = ("images", f"{name} before", "after", "change", "loss before", "loss after", "time per image")
+    rows = []
     for role, (old, old_time), (new, new_time) in zip(ROLES, before, after, strict=True):
         losses = ["–" if each.loss is None else f"{each.loss:.4g}" for each in (old, new)]
-        table.add_row(
-            f"{old.images} {role}",
-            f"{old.score:.2f}",
-            f"{new.score:.2f}",
-            f"{new.score - old.score:+.2f}",
-            *losses,
-            f"x {new_time / old_time:.2f}",
-        )
-    console.print(table)
+        cells = (f"{old.score:.2f}", f"{new.score:.2f}", f"{new.score - old.score:+.2f}", *losses)
+        time = ratio_text(new_time / old_time)
+        rows.append(Row(f"{old.images} {role}", tuple(Cell(text) for text in (*cells, time))))
+    Table("", "", heads, tuple(rows)).print(console)

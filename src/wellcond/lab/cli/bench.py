@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from wellcond.lab.cli.options import add_task_options, given_settings
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.methods.method import Refresh, select_methods
-from wellcond.lab.runs.records import write_atomically
+from wellcond.lab.runs.files import rounded, to_json, write_atomically
 from wellcond.lab.runs.settings import check_whole
 from wellcond.lab.training.progress import StepProgress
 
@@ -91,7 +89,6 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
     from wellcond.lab.benchmark.steps import measure_steps
     from wellcond.lab.hardware.machine import machine, training_device, versions
-    from wellcond.lab.report.results import rounded
 
     names = ("rounds", "stats_every", "solve_every")
     for name in names:
@@ -112,7 +109,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             "machine": machine(),
             "methods": [asdict(cost) | _named_quartiles(cost) for cost in costs],
         }
-        write_atomically(arguments.json, json.dumps(rounded(content), indent=1) + "\n")
+        write_atomically(arguments.json, to_json(rounded(content)))
     return 0
 
 
@@ -160,7 +157,7 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     import torch
 
     from wellcond.lab.report.formats import NOTHING, bytes_text
-    from wellcond.lab.report.results import rounded
+    from wellcond.lab.report.table import Cell, Row, Table
 
     def text(value: float, digits: int) -> str:
         # As the file has it: rounded from more digits, 1.0225 could be another figure here than there.
@@ -176,20 +173,19 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
         highlight=False,
     )
     first = costs[0].method
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
     refreshed = any(cost.refresh is not None for cost in costs)
-    table.add_column("method", no_wrap=True)
-    for head in (
+    heads = (
+        "method",
         "ms/step",
         f"x {first} (quartiles)",
-        "forward and\nbackward, ms",
-        "optimizer,\nms",
-        *(("moments,\nsolve, ms", "x with\nrefreshes") if refreshed else ()),
-        "peak\nmemory",
-        f"x\n{first}",
-        "optimizer\nstate",
-    ):
-        table.add_column(head, justify="right", no_wrap=True)
+        "forward and backward, ms",
+        "optimizer, ms",
+        *(("moments, solve, ms", "x with refreshes") if refreshed else ()),
+        "peak memory",
+        f"x {first}",
+        "optimizer state",
+    )
+    rows = []
     for cost in costs:
         spread = f"{text(cost.ratio.median, 3)} ({text(cost.ratio.low, 3)}-{text(cost.ratio.high, 3)})"
         cells = [
@@ -210,8 +206,8 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
             text(cost.memory_ratio, 3),
             bytes_text(cost.memory.optimizer_state),
         ]
-        table.add_row(cost.method, *cells)
-    console.print(table)
+        rows.append(Row(cost.method, tuple(Cell(cell) for cell in cells)))
+    Table("", "", heads, tuple(rows)).print(console)
     if refreshed:
         console.print(
             f"\nA preconditioner gathers second moments once in {settings['stats_every']} steps "

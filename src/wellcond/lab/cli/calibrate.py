@@ -16,6 +16,7 @@ from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import is_there
 from wellcond.lab.hardware.interrupts import interruptible
+from wellcond.lab.runs.files import replacing
 from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.training.progress import StepProgress
 
@@ -155,7 +156,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         after = evaluate(model, data, device, progress)
         save(model, out)
     passed = passed_over(model, len(batches) * loaded) + (f" in batches of {m}" if m else "")
-    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.metric.name, before, after)
+    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.metric, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
     return 0
 

@@ -11,9 +11,11 @@ from wellcond.lab.cli.options import (
     add_data_options,
     add_model_options,
     add_process_options,
+    add_search_options,
     add_task_options,
     add_training_options,
     given_settings,
+    parse_shares,
 )
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.cli.processes import in_processes
@@ -22,6 +24,7 @@ from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import ENGINES, Settings
 from wellcond.lab.training.progress import RunProgress
+from wellcond.lab.trials import parse_sweep
 
 _DESCRIPTION = """\
 Train one network on one data set, or a task of your own, with several methods, several paired seeds and a small lr
@@ -79,6 +82,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     what.add_argument(
         "--seeds", type=int, default=defaults.seeds, metavar="N", help="paired seeds (default: %(default)s)"
     )
+    add_search_options(what)
     add_model_options(parser)
     add_training_options(parser)
     add_data_options(parser)
@@ -129,6 +133,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         arguments,
         methods=tuple(name.strip() for name in arguments.methods.split(",") if name.strip()),
         lrs=tuple(parse_lrs(text) for text in arguments.lrs),
+        sweeps=tuple(parse_sweep(text) for text in arguments.sweeps),
+        time_shares=parse_shares(arguments.time_shares),
     )
     return in_processes(settings, command_line, lambda first: _compare(arguments, settings, command_line, first))
 
@@ -137,7 +143,6 @@ def _compare(arguments: argparse.Namespace, settings: Settings, command_line: st
     from wellcond.lab.comparison.compare import run_comparison
     from wellcond.lab.comparison.summary import summarize
     from wellcond.lab.plan import make_plan, output_folder
-    from wellcond.lab.report.epochs_csv import write_epochs
     from wellcond.lab.report.results import collect_results, write_results
     from wellcond.lab.report.terminal import print_summary
 
@@ -151,8 +156,7 @@ def _compare(arguments: argparse.Namespace, settings: Settings, command_line: st
             return 0
         summary = summarize(comparison)
         results = collect_results(comparison, summary, command_line)
-        files = [*write_results(results, folder), folder / "epochs.csv"]
-        write_epochs(comparison.records, files[-1])
+        files = write_results(results, comparison.records, folder)
     console = Console()
     if not console.is_terminal:
         # Piped to a file or a pager, rich would assume 80 columns and cut the tables.

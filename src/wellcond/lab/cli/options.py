@@ -8,7 +8,7 @@ from typing import Any
 
 from wellcond.lab.data.named_data import AUGMENTATIONS
 from wellcond.lab.networks.registry import MODELS
-from wellcond.lab.runs.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
+from wellcond.lab.runs.settings import ACCELERATORS, MODES, PRECISIONS, STRATEGIES, Settings
 
 _DEFAULTS = Settings()
 
@@ -177,6 +177,62 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the target that is spread over all classes in training (default: 0)",
     )
+
+
+def add_search_options(group: argparse._ArgumentGroup) -> None:
+    """Add what is tried of each method, and what it is chosen for."""
+    group.add_argument(
+        "--sweep",
+        dest="sweeps",
+        action="append",
+        default=[],
+        metavar="OPTION=A,B,...",
+        help="also try these values of an option, e.g. damping=0.01,0.1,1 or weight_decay=0,5e-4, of every method that "
+        "has it (batch_size and ghost_batch: all); the others try more lrs, so that all try equally many; may be given "
+        "for several",
+    )
+    group.add_argument(
+        "--search",
+        default=_DEFAULTS.search,
+        metavar="NAME",
+        help="grid (all combinations) or random (points between the ends of each range) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--trials", type=int, metavar="N", help="trials of each method in a random search (default: as many as a grid)"
+    )
+    group.add_argument(
+        "--mode",
+        default=_DEFAULTS.mode,
+        metavar="NAME",
+        help=f"{' or '.join(MODES)}: what trials are chosen for on validation, the score at the end or the fewest "
+        "epochs to --target, as speed-run boards count them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--time-fractions",
+        dest="time_shares",
+        default="1",
+        metavar="A,B,...",
+        help="also train every method for these fractions of its baseline's time, each with a complete schedule "
+        "(default: %(default)s, equal time)",
+    )
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Read fractions of the baseline's time from the command line.
+
+    Args:
+        text: Numbers, separated by commas.
+
+    Raises:
+        LabError: If one is no number.
+
+    >>> parse_shares("1,0.5")
+    (0.5, 1.0)
+    """
+    try:
+        return tuple(sorted(float(part) for part in text.split(",")))
+    except ValueError:
+        raise LabError(f"--time-fractions must be numbers separated by commas, got {text!r}") from None
 
 
 def add_process_options(group: argparse._ArgumentGroup) -> None:

@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         save(model, arguments.out)
     passed = passed_over(model, len(batches) * loaded)
     title = f"{arguments.what}: {plan.model} on {plan.task.name}, new statistics {passed}"
-    show(title, plan.task.score, before, after)
+    show(title, plan.task.metric, before, after)
     Console().print(f"\nWritten: {arguments.out}", highlight=False, soft_wrap=True)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import traceback
@@ -30,8 +29,9 @@ from wellcond.lab.errors import CommandEndedError, LabError
 from wellcond.lab.hardware.interrupts import Interrupted, interruptible
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.methods.method import select_methods
+from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
 from wellcond.lab.runs.locks import locked
-from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore, partial, write_atomically
+from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings, check_seed, check_whole
 
 if TYPE_CHECKING:
@@ -116,7 +116,6 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command_line: str, first: bool) -> int:
     from wellcond.lab.plan import make_plan, writable_folder
-    from wellcond.lab.report.results import rounded
 
     plan = make_plan(settings)
     spec = plan.spec(plan.methods[0], lr, arguments.seed)
@@ -134,21 +133,16 @@ def _train(arguments: argparse.Namespace, settings: Settings, lr: float, command
         if not first:
             return 0
         files = [folder / "run.json", folder / "logs" / weights.stem, weights]
-        write_atomically(files[0], json.dumps(rounded(_content(plan, spec, record, command_line)), indent=1) + "\n")
+        write_atomically(files[0], to_json(rounded(_content(plan, spec, record, command_line))))
         if arguments.save is not None:
             files[2] = arguments.save
-            _copy(weights, arguments.save)
+            with replacing(arguments.save) as part:
+                shutil.copyfile(weights, part)
     console = Console()
     if not arguments.quiet:
         console.print(_result(plan, spec, record), highlight=False, soft_wrap=True)
     console.print(f"Written: {' '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _copy(file: Path, to: Path) -> None:
-    """Copy by way of a file beside it, so that what is there is always whole."""
-    shutil.copyfile(file, partial(to))
-    partial(to).replace(to)
 
 
 def _run(arguments: argparse.Namespace, plan: Plan, spec: RunSpec, store: RunStore, weights: Path) -> RunRecord:

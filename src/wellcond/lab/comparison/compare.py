@@ -1,18 +1,62 @@
-"""Runs a comparison: every (seed, lr, method), the choice of the lr, and the runs at equal wall time."""
+"""Runs a comparison: every trial with every seed, the choice of a trial, and the runs at equal wall time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
-from wellcond.lab.comparison.lr_choice import choose_lr
-from wellcond.lab.comparison.statistics import median_ratio
+from wellcond.lab.comparison.choice import choose
 from wellcond.lab.engines.select import execute
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.methods.method import Method
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.training.progress import RunProgress
+from wellcond.lab.trials import Trial
+
+
+@dataclass(frozen=True)
+class TimedRuns:
+    """A method's runs in a share of its baseline's wall time: how many steps fit in it, and one run a seed."""
+
+    steps: int
+    runs: tuple[RunRecord, ...]
+
+
+@dataclass(frozen=True)
+class MethodRuns:
+    """Everything that was run of one method.
+
+    Attributes:
+        method: The method.
+        baseline: The name of what its gains and costs are measured against; its own for a baseline.
+        trials: Its grid, with the runs of each trial, one a seed.
+        chosen: The trial that validation chose.
+        time_ratio: Its time per step over the baseline's; None where no pair of runs has times.
+        evaluation_ratio: Its time to evaluate an image over the baseline's; None where no pair has times.
+        memory_ratio: Its peak memory over the baseline's; None where no pair has it.
+        timed: Its runs at shares of the baseline's wall time, by share.
+    """
+
+    method: Method
+    baseline: str
+    trials: dict[Trial, tuple[RunRecord, ...]]
+    chosen: Trial
+    time_ratio: float | None
+    evaluation_ratio: float | None
+    memory_ratio: float | None
+    timed: dict[float, TimedRuns] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> tuple[RunRecord, ...]:
+        """The runs of the chosen trial, in the order of the seeds."""
+        return self.trials[self.chosen]
+
+    @property
+    def all_runs(self) -> list[RunRecord]:
+        """The runs of every trial."""
+        return [run for runs in self.trials.values() for run in runs]
 
 
 @dataclass(frozen=True)
@@ -22,25 +66,12 @@ class Comparison:
     Attributes:
         plan: What was compared.
         records: Every run.
-        chosen: The lr chosen for each method.
-        time_ratios: Each method's time per step over its baseline's; None where no pair of runs has times.
-        evaluation_ratios: Each method's time to evaluate an image over its baseline's; None where no pair has times.
-        memory_ratios: Each method's peak memory over its baseline's; None where no pair has it.
-        equal_time_steps: Steps that each method but the baselines can take in its baseline's wall time.
+        methods: What was run of each method, by its name.
     """
 
     plan: Plan
     records: dict[RunSpec, RunRecord]
-    chosen: dict[str, float]
-    time_ratios: dict[str, float | None]
-    evaluation_ratios: dict[str, float | None]
-    memory_ratios: dict[str, float | None]
-    equal_time_steps: dict[str, int]
-
-    def runs(self, method: Method, lr: float | None = None, steps: int | None = None) -> list[RunRecord]:
-        """Return a method's runs in the order of the seeds, at the chosen lr unless another is named."""
-        lr = self.chosen[method.name] if lr is None else lr
-        return [self.records[self.plan.spec(method, lr, seed, steps)] for seed in range(self.plan.settings.seeds)]
+    methods: dict[str, MethodRuns]
 
 
 def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_time: bool = True) -> Comparison:
@@ -59,35 +90,85 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_tim
         RunFailedError: If a run fails; the finished ones are kept.
     """
     records: dict[RunSpec, RunRecord] = {}
-    specs = plan.specs()
-    with_baseline = [method for method in plan.methods if equal_time and plan.baselines[method.name] != method.name]
-    _complete(plan, specs, store, records, progress, later=len(with_baseline) * plan.settings.seeds)
-    seeds = range(plan.settings.seeds)
-    chosen = {
-        method.name: choose_lr({lr: [records[plan.spec(method, lr, seed)] for seed in seeds] for lr in method.lrs})
-        for method in plan.methods
-    }
-    ratios = {method.name: time_ratio(plan, method, records) for method in plan.methods}
-    evaluation = {
-        method.name: paired_ratio(plan, method, records, lambda record: record.evaluation_seconds)
-        for method in plan.methods
-    }
-    memory = {method.name: paired_ratio(plan, method, records, _peak) for method in plan.methods}
-    budgets = {
-        method.name: max(1, round(plan.steps / ratio))
-        for method in with_baseline
-        if (ratio := ratios[method.name]) is not None
-    }
-    equal = [
-        plan.spec(method, chosen[method.name], seed, budgets[method.name])
-        for seed in seeds
-        for method in with_baseline
-        if method.name in budgets
-    ]
+    shares = plan.settings.time_shares if equal_time else ()
+    again = [(share, method) for share in shares for method in plan.methods if not _is_full_run(plan, share, method)]
+    _complete(plan, plan.specs(), store, records, progress, later=len(again) * plan.settings.seeds)
+    comparison = compared(plan, records)
+    rows = {}
+    for share, method in again:
+        found = comparison.methods[method.name]
+        if found.time_ratio is not None:
+            whole = plan.table[comparison.methods[found.baseline].chosen][0].steps
+            rows[share, method.name] = plan.row(found.chosen, max(1, round(share * whole / found.time_ratio)))
     # A budget of exactly a full run is that full run, which is there already.
-    equal = [spec for spec in equal if spec not in records]
-    _complete(plan, equal, store, records, progress, later=0)
-    return Comparison(plan, records, chosen, ratios, evaluation, memory, budgets)
+    missing = [spec for seed in zip(*rows.values(), strict=True) for spec in seed if spec not in records]
+    _complete(plan, list(dict.fromkeys(missing)), store, records, progress, later=0)
+    for (share, name), row in rows.items():
+        timed = TimedRuns(row[0].steps, tuple(records[spec] for spec in row))
+        comparison.methods[name].timed[share] = timed
+    return comparison
+
+
+def _is_full_run(plan: Plan, share: float, method: Method) -> bool:
+    """Return whether a method's runs in a share of its baseline's time are those of all epochs."""
+    return share == 1.0 and plan.baselines[method.name] == method.name
+
+
+def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str, Trial] | None = None) -> Comparison:
+    """Return the comparison that runs amount to.
+
+    Args:
+        plan: What was compared.
+        records: Every run of all epochs.
+        chosen: The trial of each method; None chooses them.
+    """
+    runs = {trial: tuple(records[spec] for spec in row) for trial, row in plan.table.items()}
+    grids = {name: {trial: runs[trial] for trial in trials} for name, trials in plan.trials.items()}
+    if chosen is None:
+        target = plan.target if plan.settings.mode == "target" else None
+        chosen = {name: choose(trials, plan.task.metric, target) for name, trials in grids.items()}
+    # With batches of several sizes, steps at one place of two grids need not be alike: only the chosen ones count.
+    alike = "batch_size" not in dict(plan.settings.sweeps)
+    methods = {}
+    for method in plan.methods:
+        mine, baseline = grids[method.name], plan.baselines[method.name]
+        theirs = grids[baseline]
+        places = zip(mine, theirs, strict=True) if alike else [(chosen[method.name], chosen[baseline])]
+        pairs = [
+            (one, other)
+            for ours, reference in places
+            for one, other in zip(mine[ours], theirs[reference], strict=True)
+            if one.epochs and other.epochs
+        ]
+        methods[method.name] = MethodRuns(
+            method=method,
+            baseline=baseline,
+            trials=mine,
+            chosen=chosen[method.name],
+            time_ratio=paired_ratio(pairs, lambda run: run.seconds_per_step),
+            evaluation_ratio=paired_ratio(pairs, lambda run: run.evaluation_seconds),
+            memory_ratio=paired_ratio(pairs, lambda run: None if run.memory is None else run.memory.peak),
+        )
+    return Comparison(plan, records, methods)
+
+
+def paired_ratio(
+    pairs: Iterable[tuple[RunRecord, RunRecord]], measured: Callable[[RunRecord], float | None]
+) -> float | None:
+    """Return the median, over pairs of runs, of what was measured of the first over the second.
+
+    The median, because a machine that does something else for a moment spoils a few pairs by a lot.
+
+    Args:
+        pairs: A method's runs, each with its baseline's of the same seed and place in the grid.
+        measured: What to take of a run; None where it has none.
+
+    Returns:
+        The ratio; None where no pair has both.
+    """
+    both = [(measured(mine), measured(theirs)) for mine, theirs in pairs]
+    ratios = [mine / theirs for mine, theirs in both if mine is not None and theirs is not None]
+    return median(ratios) if ratios else None
 
 
 def _complete(
@@ -109,42 +190,3 @@ def _complete(
             store.save(spec, record)
         records[spec] = record
         progress.advance(spec.method.name)
-
-
-def time_ratio(plan: Plan, method: Method, records: dict[RunSpec, RunRecord]) -> float | None:
-    """Return the median ratio of a method's seconds per step to its baseline's; see `paired_ratio`."""
-    return paired_ratio(plan, method, records, lambda record: record.seconds_per_step)
-
-
-def paired_ratio(
-    plan: Plan, method: Method, records: dict[RunSpec, RunRecord], measured: Callable[[RunRecord], float | None]
-) -> float | None:
-    """Return the median, over (seed, lr) pairs, of what was measured of the method over its baseline's.
-
-    Args:
-        plan: What was compared.
-        method: The method.
-        records: All runs of all epochs.
-        measured: What to take of a run; None where it has none.
-
-    Returns:
-        The ratio; None where no pair has both.
-    """
-    baseline = next(other for other in plan.methods if other.name == plan.baselines[method.name])
-    pairs = [
-        (measured(mine), measured(theirs))
-        for seed in range(plan.settings.seeds)
-        for mine, theirs in (
-            (records[plan.spec(method, lr, seed)], records[plan.spec(baseline, reference_lr, seed)])
-            for lr, reference_lr in zip(method.lrs, baseline.lrs, strict=True)
-        )
-        if mine.epochs and theirs.epochs
-    ]
-    both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
-    if not both:
-        return None
-    return median_ratio([mine for mine, _ in both], [theirs for _, theirs in both])
-
-
-def _peak(record: RunRecord) -> float | None:
-    return None if record.memory is None else float(record.memory.peak)

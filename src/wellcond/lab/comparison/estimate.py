@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from wellcond.lab.hardware.machine import training_device
-from wellcond.lab.methods.method import Method
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
 from wellcond.lab.tasks.base import EpochBatches
@@ -32,18 +31,18 @@ def estimate_seconds(plans: Iterable[Plan], store: RunStore) -> tuple[int, float
     missing: set[RunSpec] = set()
     total = 0.0
     for plan in plans:
-        for method in plan.methods:
-            seeds = range(plan.settings.seeds)
-            specs = {plan.spec(method, lr, seed) for lr in method.lrs for seed in seeds} - missing
+        for trials in plan.trials.values():
+            specs = {spec for trial in trials for spec in plan.table[trial]} - missing
             wanted = {spec for spec in specs if store.load(spec) is None}
             if wanted:
-                total += len(wanted) * _seconds_of_run(plan, method) / plan.settings.jobs
+                total += len(wanted) * _seconds_of_run(plan, plan.table[trials[0]][0]) / plan.settings.jobs
                 missing |= wanted
     return len(missing), total
 
 
-def _seconds_of_run(plan: Plan, method: Method) -> float:
+def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
     """Return the seconds of a run's steps and evaluations, measured on its first batches."""
+    method = spec.method
     device = training_device()
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -51,9 +50,9 @@ def _seconds_of_run(plan: Plan, method: Method) -> float:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             task = plan.task
             network = task.initial_model(plan.model, 0, None)
-            model = method.with_layers(network, plan.template.ghost_batch).to(device)
-            optimizer, handle = method.build(model, method.lrs[0], plan.refresh)
-            data = task.for_seed(plan.spec(method, method.lrs[0], 0), device, rank=0, ranks=1)
+            model = method.with_layers(network, spec.ghost_batch).to(device)
+            optimizer, handle = method.build(model, spec.lr, plan.refresh)
+            data = task.for_seed(spec, device, rank=0, ranks=1)
             batches = _endless(data.batches())
 
             def train() -> None:
@@ -64,13 +63,13 @@ def _seconds_of_run(plan: Plan, method: Method) -> float:
             step = _timed(train, device)
             # In training mode: it is the one way to call a network that every task has.
             with torch.no_grad():
-                image = _timed(lambda: data.loss(model, next(batches)), device) / plan.batch_size
+                image = _timed(lambda: data.loss(model, next(batches)), device) / spec.batch_size
             if handle is not None:
                 handle.remove()
     finally:
         torch.set_num_threads(threads)
     evaluated = plan.epochs * (plan.task.validation_images + plan.task.test_images)
-    return plan.steps * step + evaluated * image
+    return spec.steps * step + evaluated * image
 
 
 def _endless(batches: EpochBatches) -> Iterator[Any]:

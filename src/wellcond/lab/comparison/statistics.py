@@ -1,4 +1,4 @@
-"""What the comparison's numbers are: means over seeds, paired differences with a t-interval, ratios of times."""
+"""What the comparison's numbers are: means over seeds, paired differences with a t-interval, tests of a target."""
 
 from __future__ import annotations
 
@@ -90,21 +90,28 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], level:
     return Difference(summary.mean, summary.mean - half, summary.mean + half, summary.count)
 
 
-def median_ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """Return the median of ``values / baseline``, pair by pair.
+def probability_within(values: Sequence[float], target: float) -> float | None:
+    """Return how likely a mean this far above a target would be if the true mean were the target.
 
-    The median, because a machine that does something else for a moment spoils a few pairs by a lot.
+    The one-sided Student t-test by which speed-run boards accept a record: the mean over the seeds reaches the target
+    if this is below 0.01.
 
-    >>> median_ratio([2.0, 9.0, 3.0], [1.0, 3.0, 1.0])
-    3.0
+    Args:
+        values: One number a seed, higher ones better.
+        target: What to reach.
+
+    Returns:
+        The probability; None for one value.
+
+    >>> round(probability_within([95.2, 95.3, 95.1, 95.4], 95.0), 4)
+    0.0152
+    >>> probability_within([95.0, 95.0], 95.0), probability_within([96.0, 96.0], 95.0)
+    (1.0, 0.0)
     """
-    return statistics.median(value / reference for value, reference in zip(values, baseline, strict=True))
-
-
-def epochs_to(scores: Sequence[float], target: float) -> int | None:
-    """Return the first epoch, counted from 1, whose score is at least the target; None if there is none.
-
-    >>> epochs_to([90.0, 95.0, 97.0], 95.0)
-    2
-    """
-    return next((epoch for epoch, score in enumerate(scores, start=1) if score >= target), None)
+    summary = spread(values)
+    if summary.std is None:
+        return None
+    above = summary.mean - target
+    if summary.std == 0:
+        return 0.0 if above > 0 else 1.0
+    return float(stats.t.sf(above / summary.std * math.sqrt(summary.count), summary.count - 1))

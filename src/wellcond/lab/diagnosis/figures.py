@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from wellcond.diagnostics.spectra import Figure as FigureName
 from wellcond.lab.diagnosis.diagnose import Diagnosis, Probe
+from wellcond.lab.report.drawing import figure_svg, in_page_colours
 
 _SIZE = (5.6, 3.6)
-_RESOLUTION = 100
 # More points than this are drawn as one picture, more names than this along an axis are thinned.
 _POINTS = 400
 _NAMES = 16
@@ -55,28 +52,23 @@ class Section:
     drawn: tuple[Drawn, ...]
 
 
-def draw(plot: Draw) -> Markup:
+def draw(plot: Draw, title: str = "a figure") -> Markup:
     """Return what a function draws on axes as an SVG element.
 
     Args:
         plot: Is called with the axes.
+        title: What the figure shows.
 
     Returns:
         The element, with text as text and without a size of its own.
     """
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wellcond", "font.family": "sans-serif"}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def on_figure(figure: Figure) -> None:
         ax = figure.add_subplot()
         plot(ax)
         _make_small(ax)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", dpi=_RESOLUTION, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    head, mark, body = svg[svg.index("<svg") :].partition(">")
-    # The page decides how large it is.
-    head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Markup(head + mark + _shrunk(body))
+
+    return Markup(in_page_colours(figure_svg(on_figure, title, _SIZE)))
 
 
 def sections(diagnosis: Diagnosis) -> Iterator[Section]:
@@ -94,32 +86,16 @@ def _features(diagnosis: Diagnosis) -> Section:
     drawn = [_drawn("Eigenvalues of the inputs' second moments", probe, lambda ax: own and own.plot(ax, side="input"))]
     if own is not None:
         found = own
+
+        def both_sides(ax: Axes, quantity: FigureName) -> None:
+            found.plot(found.plot(ax, quantity=quantity, side="input"), quantity=quantity, side="output")
+
         drawn += [
-            Drawn(
-                "Eigenvalues of the outputs' second moments (figure 5.1)",
-                draw(lambda ax: found.plot(ax, side="output")),
-                "",
+            _figure(
+                "Eigenvalues of the outputs' second moments (figure 5.1)", lambda ax: found.plot(ax, side="output")
             ),
-            Drawn(
-                "Effective rank, as a part of the dimensions",
-                draw(
-                    lambda ax: found.plot(
-                        found.plot(ax, quantity="effective_rank", side="input"),
-                        quantity="effective_rank",
-                        side="output",
-                    )
-                ),
-                "",
-            ),
-            Drawn(
-                "Condition number, where it is finite",
-                draw(
-                    lambda ax: found.plot(
-                        found.plot(ax, quantity="condition", side="input"), quantity="condition", side="output"
-                    )
-                ),
-                "",
-            ),
+            _figure("Effective rank, as a part of the dimensions", lambda ax: both_sides(ax, "effective_rank")),
+            _figure("Condition number, where it is finite", lambda ax: both_sides(ax, "condition")),
         ]
     lead = (
         "How many directions a layer's features use. A spectrum that falls steeply is badly conditioned: gradient "
@@ -139,7 +115,7 @@ def _gradients(diagnosis: Diagnosis) -> Section:
     ]
     if own is not None:
         found = own
-        drawn.append(Drawn("Its largest entry (figure 4.5)", draw(lambda ax: found.plot(ax, quantity="largest")), ""))
+        drawn.append(_figure("Its largest entry (figure 4.5)", lambda ax: found.plot(ax, quantity="largest")))
     over = "batches of the model as it is" if training is None else f"the {training.steps} steps of training"
     lead = f"What gradient centralization takes out, in the first and the last layer, over {over}."
     return Section("Gradients", lead, tuple(drawn))
@@ -197,10 +173,14 @@ def _batches(diagnosis: Diagnosis) -> Section:
     return Section("Batch statistics", lead, drawn)
 
 
+def _figure(title: str, plot: Draw) -> Drawn:
+    return Drawn(title, draw(plot, title), "")
+
+
 def _drawn(title: str, probe: Probe[object], plot: Draw) -> Drawn:
     if probe.found is None:
         return Drawn(title, None, f"Not measured: {probe.reason}.")
-    return Drawn(title, draw(plot), str(probe.found))
+    return Drawn(title, draw(plot, title), str(probe.found))
 
 
 def _make_small(ax: Axes) -> None:
@@ -221,10 +201,3 @@ def _make_small(ax: Axes) -> None:
         for text in legend.get_texts():
             text.set_fontsize("small" if len(legend.get_texts()) <= 4 else "x-small")
     ax.set_title("")
-
-
-def _shrunk(svg: str) -> str:
-    """Leave out what decides nothing: comments, metadata, and digits of places beyond a hundredth of a point."""
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'(?<= [dxy]=")[^"]*(?=")', lambda places: re.sub(r"(\.\d\d)\d+", r"\1", places[0]), svg)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wellcond.lab.diagnosis.diagnose import Diagnosis
 from wellcond.lab.diagnosis.figures import sections
 from wellcond.lab.diagnosis.findings import findings
 from wellcond.lab.hardware.machine import machine, versions
-from wellcond.lab.report.results import rounded
-from wellcond.lab.runs.records import write_atomically
+from wellcond.lab.report.page import page_environment
+from wellcond.lab.runs import files
+from wellcond.lab.runs.files import rounded, write_atomically
 
 
 def write_diagnosis(
@@ -40,11 +37,8 @@ def write_diagnosis(
 
 def render_diagnosis(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], command: str) -> str:
     """Return the page, which refers to nothing outside itself."""
-    environment = Environment(
-        loader=PackageLoader("wellcond.lab.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["label"] = lambda key: key.replace("_", " ")
-    return environment.get_template("diagnosis.html.j2").render(
+    template = page_environment().get_template("diagnosis.html.j2")
+    return template.render(
         model=settings["model"],
         data=settings["data"],
         title=title,
@@ -54,7 +48,6 @@ def render_diagnosis(diagnosis: Diagnosis, *, title: str, settings: dict[str, An
         command=command,
         versions=versions(),
         machine=machine(),
-        colours={},
     )
 
 
@@ -69,17 +62,4 @@ def to_json(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], comma
         "findings": findings(diagnosis),
         **diagnosis.to_dict(),
     }
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(_finite(rounded(value)), allow_nan=False)}" for key, value in content.items()
-    ]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+    return files.to_json(rounded(content))

@@ -1,32 +1,76 @@
-"""How numbers are written, the same in the terminal and in the report."""
+"""How numbers are written, the same on the terminal, in pages and in quoted tables."""
 
 from __future__ import annotations
 
 from wellcond.lab.comparison.statistics import Difference, Spread
-from wellcond.lab.comparison.summary import MethodSummary, Summary
+from wellcond.lab.comparison.summary import MethodSummary, Summary, ToTarget
+from wellcond.lab.runs.metric import ACCURACY, Metric
 
 NOTHING = "–"
 
+_LARGE = 1000.0
 
-def score_text(score: str) -> str:
+
+def quantity_text(name: str, metric: Metric) -> str:
     """Return what a score is called at the head of a table, with its unit.
 
-    >>> score_text("accuracy"), score_text("mAP")
-    ('accuracy in %', 'mAP')
+    >>> quantity_text("accuracy", ACCURACY), quantity_text("loss", Metric("loss", unit=""))
+    ('accuracy in %', 'loss')
+    >>> quantity_text("bits per character", Metric("bits per character", unit="bits"))
+    'bits per character'
     """
-    return "accuracy in %" if score == "accuracy" else score
+    return name if not metric.unit or metric.unit in name else f"{name} in {metric.unit}"
 
 
-def spread_text(spread: Spread) -> str:
+def number_text(value: float, digits: int) -> str:
+    """Return a number with so many digits after the point; three digits in all of a large one.
+
+    >>> number_text(23.71, 2), number_text(1.7e6, 2)
+    ('23.71', '1.7e+06')
+    """
+    return f"{value:.3g}" if abs(value) >= _LARGE else f"{value:.{digits}f}"
+
+
+def score_digits(metric: Metric) -> int:
+    """Return how many digits of a score matter: one of a percentage, three of a loss or of bits per character."""
+    return 1 if metric.is_percentage else 3
+
+
+def score_text(value: float, metric: Metric) -> str:
+    """Return a score with its unit.
+
+    >>> score_text(97.123, ACCURACY), score_text(1.2345, Metric("bits per character", unit="bits"))
+    ('97.1 %', '1.234 bits')
+    """
+    return f"{number_text(value, score_digits(metric))} {metric.unit}".rstrip()
+
+
+def target_score(summary: Summary) -> str:
+    """Return the target with its unit, as short as it is given."""
+    return f"{summary.target:g} {summary.metric.unit}".rstrip()
+
+
+def spread_text(spread: Spread, metric: Metric = ACCURACY, digits: int | None = None) -> str:
     """Return a mean with its standard deviation, if it has one.
+
+    Args:
+        spread: The mean.
+        metric: What it is of.
+        digits: After the point; None for those that matter.
 
     >>> spread_text(Spread(90.66, 3.98, 5)), spread_text(Spread(90.66, None, 1))
     ('90.7 ± 4.0', '90.7')
+    >>> spread_text(Spread(76.87, 0.26, 3), digits=2)
+    '76.87 ± 0.26'
     """
-    return f"{spread.mean:.1f}" if spread.std is None else f"{spread.mean:.1f} ± {spread.std:.1f}"
+    digits = score_digits(metric) if digits is None else digits
+    mean = number_text(spread.mean, digits)
+    if spread.std is None:
+        return mean
+    return f"{mean} ± {spread.std:.2g}" if abs(spread.mean) >= _LARGE else f"{mean} ± {spread.std:.{digits}f}"
 
 
-def difference_text(difference: Difference | None) -> str:
+def difference_text(difference: Difference | None, metric: Metric = ACCURACY, digits: int | None = None) -> str:
     """Return a signed difference with its interval, if it has one.
 
     >>> difference_text(Difference(7.41, 5.93, 8.89, 5)), difference_text(None)
@@ -34,9 +78,23 @@ def difference_text(difference: Difference | None) -> str:
     """
     if difference is None:
         return NOTHING
+    digits = score_digits(metric) if digits is None else digits
+    mean = signed_text(difference.mean, digits)
     if difference.low is None or difference.high is None:
-        return _signed(difference.mean)
-    return f"{_signed(difference.mean)} [{difference.low:+.1f}, {difference.high:+.1f}]"
+        return mean
+    # The interval's ends keep their sign, also of zero: it decides.
+    ends = (f"{end:+.3g}" if abs(end) >= _LARGE else f"{end:+.{digits}f}" for end in (difference.low, difference.high))
+    return f"{mean} [{', '.join(ends)}]"
+
+
+def signed_text(value: float, digits: int) -> str:
+    """Return a number with its sign.
+
+    >>> signed_text(-0.04, 1), signed_text(1.954, 2), signed_text(-12345.0, 2)
+    ('+0.0', '+1.95', '-1.23e+04')
+    """
+    # Rounded first: a mean of -0.04 would be written as -0.0.
+    return f"{value:+.3g}" if abs(value) >= _LARGE else f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def share_text(share: Spread) -> str:
@@ -45,17 +103,19 @@ def share_text(share: Spread) -> str:
     >>> share_text(Spread(0.4063, 0.0217, 3)), share_text(Spread(0.4063, None, 1))
     ('0.406 ± 0.022', '0.406')
     """
-    return f"{share.mean:.3f}" if share.std is None else f"{share.mean:.3f} ± {share.std:.3f}"
-
-
-def _signed(points: float) -> str:
-    # Rounded first: a mean of -0.04 would be written as -0.0. The interval's ends keep their sign: it decides.
-    return f"{round(points, 1) + 0.0:+.1f}"
+    return spread_text(share, digits=3)
 
 
 def lr_text(method: MethodSummary) -> str:
-    """Return the chosen lr, marked with a star where it is at the edge of its grid."""
-    return f"{method.lr:g}{'*' if method.lr_edge else ''}"
+    """Return the chosen lr and the other swept options, each marked with a star at the edge of its grid.
+
+    >>> from types import SimpleNamespace as Method
+    >>> lr_text(Method(lr=0.1, lr_edge="lowest", swept={"damping": 0.01}, edges={}))
+    '0.1*, damping 0.01'
+    """
+    parts = [f"{method.lr:g}{'*' if method.lr_edge else ''}"]
+    parts += [f"{name} {value}{'*' if name in method.edges else ''}" for name, value in method.swept.items()]
+    return ", ".join(parts)
 
 
 def target_text(method: MethodSummary, summary: Summary) -> str:
@@ -66,21 +126,35 @@ def target_text(method: MethodSummary, summary: Summary) -> str:
     return f"{method.epochs_to_target:.1f}{share}"
 
 
+def probability_text(reached: ToTarget | None) -> str:
+    """Return how likely a mean beyond the target would be by chance."""
+    if reached is None or reached.p_value is None:
+        return NOTHING
+    return "< 0.001" if reached.p_value < 0.001 else f"{reached.p_value:.3f}"
+
+
 def time_text(method: MethodSummary) -> str:
     """Return a baseline's milliseconds per step, or another method's ratio to its baseline's."""
     if method.is_baseline and method.milliseconds_per_step is not None:
         return f"{method.milliseconds_per_step:.2f} ms"
-    return NOTHING if method.time_ratio is None or method.is_baseline else f"x {method.time_ratio:.2f}"
+    return NOTHING if method.is_baseline else ratio_text(method.time_ratio)
 
 
-def evaluation_text(method: MethodSummary) -> str:
-    """Return the time to evaluate an image as a ratio to the baseline's, where that is another network."""
-    return NOTHING if method.evaluation_ratio is None else f"x {method.evaluation_ratio:.2f}"
+def ratio_text(ratio: float | None) -> str:
+    """Return a ratio to a baseline.
+
+    >>> ratio_text(1.204), ratio_text(None)
+    ('x 1.20', '–')
+    """
+    return NOTHING if ratio is None else f"x {ratio:.2f}"
 
 
-def epoch_text(method: MethodSummary) -> str:
-    """Return the seconds of an epoch's steps, to three digits."""
-    seconds = method.seconds_per_epoch
+def seconds_text(seconds: float | None) -> str:
+    """Return seconds to three digits.
+
+    >>> seconds_text(0.12345), seconds_text(123.45), seconds_text(None)
+    ('0.123 s', '123 s', '–')
+    """
     if seconds is None:
         return NOTHING
     return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
@@ -92,13 +166,6 @@ def memory_text(method: MethodSummary) -> str:
         return NOTHING
     peak = bytes_text(method.memory.peak)
     return peak if method.is_baseline or method.memory_ratio is None else f"{peak}, x {method.memory_ratio:.2f}"
-
-
-def memory_ratio_text(method: MethodSummary) -> str:
-    """Return a baseline's peak memory, or another method's ratio to its baseline's."""
-    if method.is_baseline and method.memory is not None:
-        return bytes_text(method.memory.peak)
-    return NOTHING if method.memory_ratio is None or method.is_baseline else f"x {method.memory_ratio:.2f}"
 
 
 def state_text(method: MethodSummary) -> str:

@@ -8,14 +8,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wellcond.lab.comparison.summary import MethodSummary, Summary
 from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.report import formats
-from wellcond.lab.report.curves import Axis, Panel, Quantity, make_panels
-from wellcond.lab.report.dots import DotPanel, draw_dot_key, draw_dots, lr_panels, seed_panels
+from wellcond.lab.report import charts, formats, tables
+from wellcond.lab.report.charts import Axis, Bars, Chart, Quantity
+from wellcond.lab.report.drawing import chart_svg, colours
 from wellcond.lab.report.findings import findings, notes
-from wellcond.lab.report.scatter import Scatter, draw_point_key, draw_scatter, make_scatters
-from wellcond.lab.report.share_bars import SHARE_STYLES, draw_share_key, draw_shares, share_class
 from wellcond.lab.report.shares import method_shares
-from wellcond.lab.report.svg import css_class, draw_key, draw_svg
 
 FILES = {
     "results.json": "all numbers of this page, with the settings",
@@ -25,9 +22,10 @@ FILES = {
 }
 """What lies beside the page, and what is in it."""
 
-_CHARTS: tuple[tuple[Quantity, Axis], ...] = (
+_CURVES: tuple[tuple[Quantity, Axis], ...] = (
     ("score", "epochs"),
     ("score", "seconds"),
+    ("training score", "epochs"),
     ("training loss", "epochs"),
     ("test loss", "epochs"),
 )
@@ -54,87 +52,50 @@ def render_report(
     Returns:
         An HTML page that is whole by itself; it links to the files that `write_results` puts beside it.
     """
-    environment = page_environment()
-    panels = [
-        panel
-        for quantity, axis in _CHARTS
-        for panel in make_panels(summary, axis, quantity)
-        if any(series.mean for series in panel.series) or quantity == "score"
-    ]
-    scatters = make_scatters(summary)
-    learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
-    styles = {css_class(series.style): series.style for panel in panels for series in panel.series}
-    if learned:
-        styles |= {share_class(kind): style for kind, style in SHARE_STYLES.items()}
-    return environment.get_template("report.html.j2").render(
-        summary=summary,
-        title=title,
-        settings=settings,
-        command=command,
-        versions=versions,
-        machine=machine,
-        findings=findings(summary),
-        notes=notes(summary),
-        nothing=formats.NOTHING,
-        target_text=formats.target_text,
-        charts=[_chart(panel) for panel in panels],
-        scatters=[_scatter_chart(scatter) for scatter in scatters],
-        seed_charts=[_dot_chart(panel) for panel in seed_panels(summary)],
-        lr_charts=[_dot_chart(panel) for panel in lr_panels(summary)],
-        files=FILES,
-        kept=[method for method in summary.methods if method.coverage],
-        learned=learned,
-        schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
-        colours=styles,
-        recipes={method.name: method.recipe for method in summary.methods},
+    curves = [chart for quantity, axis in _CURVES for chart in charts.curves(summary, axis, quantity)]
+    made = tables.tables(summary)
+    if summary.mode != "target":
+        made.append(tables.target_table(summary))
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            summary=summary,
+            title=title,
+            settings=settings,
+            command=command,
+            versions=versions,
+            machine=machine,
+            findings=findings(summary),
+            notes=notes(summary),
+            tables=[*made, tables.training_table(summary)],
+            grids=tables.grid_tables(summary),
+            gains=drawn(charts.gains(summary)),
+            curves=drawn(curves),
+            timed=drawn(charts.timed(summary)),
+            seeds=drawn(charts.seeds(summary)),
+            trials=drawn(charts.trials(summary)),
+            files=FILES,
+            kept=[table for method in summary.methods for table in tables.coverage_tables(method)],
+            learned=[shares for method in summary.methods if (shares := _learned(method)) is not None],
+            schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
+        )
     )
 
 
 def page_environment() -> Environment:
-    """Return what renders the pages, with the filters that write numbers."""
+    """Return what renders the pages, with the filters and names that all of them use."""
     environment = Environment(
         loader=PackageLoader("wellcond.lab.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {
-        "score": formats.score_text,
-        "spread": formats.spread_text,
-        "difference": formats.difference_text,
-        "lr": formats.lr_text,
-        "time": formats.time_text,
-        "evaluation": formats.evaluation_text,
-        "epoch": formats.epoch_text,
-        "memory": formats.memory_text,
-        "state": formats.state_text,
-        "bytes": formats.bytes_text,
-        "label": lambda key: key.replace("_", " "),
-    }
+    environment.filters["label"] = lambda key: key.replace("_", " ")
+    environment.globals |= {"nothing": formats.NOTHING, "colours": colours()}
     return environment
 
 
-def _chart(panel: Panel) -> dict[str, Any]:
-    over = "epochs" if panel.axis == "epochs" else "training seconds"
-    what = f"test {panel.score}" if panel.quantity == "score" else panel.quantity
-    return {
-        "title": f"{panel.title}: {what} over {over}",
-        "svg": draw_svg(panel),
-        "keys": [(draw_key(series), series.name) for series in panel.series],
-    }
-
-
-def _scatter_chart(scatter: Scatter) -> dict[str, Any]:
-    return {
-        "title": f"{scatter.baseline} and methods on it",
-        "svg": draw_scatter(scatter),
-        "keys": [(draw_point_key(point), point.name) for point in scatter.points],
-    }
-
-
-def _dot_chart(panel: DotPanel) -> dict[str, Any]:
-    return {
-        "title": panel.title,
-        "svg": draw_dots(panel),
-        "keys": [(draw_dot_key(dots), dots.name) for dots in panel.dots],
-    }
+def drawn(shown: list[Chart] | list[Bars]) -> list[tuple[str, Any]]:
+    """Return charts as a page takes them: each one's title and picture."""
+    return [(chart.title, chart_svg(chart)) for chart in shown]
 
 
 def _learned(method: MethodSummary) -> dict[str, Any] | None:
@@ -142,18 +103,10 @@ def _learned(method: MethodSummary) -> dict[str, Any] | None:
     shares = method_shares(method)
     if shares is None:
         return None
-    columns = [(part, kind) for part in shares.parts for kind in shares.kinds]
-    rows = [(layer, [shares.of_layer(layer, *column) for column in columns]) for layer in shares.layers]
-    rows.append(("average over layers", [shares.average(*column) for column in columns]))
     return {
         "name": method.name,
         "lr": method.lr,
         "seeds": len(shares.seeds),
-        "charts": [
-            (f"{method.name}, {called}", draw_shares(method.name, shares, part))
-            for part, called in shares.parts.items()
-        ],
-        "keys": [(draw_share_key(kind), kind.upper()) for kind in reversed(shares.kinds)],
-        "heads": [f"{kind.upper()}, {shares.parts[part]}" for part, kind in columns],
-        "rows": [(name, [formats.share_text(share) for share in cells]) for name, cells in rows],
+        "charts": drawn([charts.share_bars(method.name, shares, part) for part in shares.parts]),
+        "table": tables.shares_table(shares),
     }

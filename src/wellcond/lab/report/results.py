@@ -1,8 +1,8 @@
-"""Writes what a comparison found to its folder: JSON, curves, and the report."""
+"""Writes what a comparison found to its folder: JSON, curves, the epochs of every run, and the report."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ from wellcond.lab.comparison.summary import Summary
 from wellcond.lab.hardware.launch import launched
 from wellcond.lab.hardware.machine import machine, versions
 from wellcond.lab.plan import Plan
-from wellcond.lab.report.curves import draw_png
+from wellcond.lab.report.charts import Axis, curves
+from wellcond.lab.report.drawing import draw_png
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.page import render_report
-from wellcond.lab.runs.records import write_atomically
+from wellcond.lab.report.table import to_csv
+from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
+from wellcond.lab.runs.records import RunRecord, RunSpec
 from wellcond.lab.runs.settings import Settings
 
 FORMAT = 2
 """The version of results.json's layout."""
+
+# What tells the run of a line of epochs.csv.
+_RUN = ("method", "lr", "seed", "run_steps", "epoch")
 
 
 @dataclass(frozen=True)
@@ -67,59 +73,58 @@ def collect_results(comparison: Comparison, summary: Summary, command: str) -> R
     return Results(summary, _settings(comparison.plan), command, versions(), machine())
 
 
-def write_results(results: Results, folder: Path) -> list[Path]:
-    """Write results.json, the curves and the report.
+def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder: Path) -> list[Path]:
+    """Write results.json, epochs.csv, the curves and the report.
 
     Args:
         results: What to write.
+        records: Every run.
         folder: Where to; it must exist.
 
     Returns:
         The files, the report first.
     """
-    report, numbers = folder / "report.html", folder / "results.json"
-    pictures = [folder / "curves-epochs.png", folder / "curves-seconds.png"]
-    draw_png(results.summary, "epochs", pictures[0])
-    draw_png(results.summary, "seconds", pictures[1])
-    write_atomically(numbers, to_json(results))
-    write_atomically(
-        report,
-        render_report(
-            results.summary, results.title, results.settings, results.command, results.versions, results.machine
-        ),
+    summary = results.summary
+    report, numbers, epochs = (folder / name for name in ("report.html", "results.json", "epochs.csv"))
+    pictures: dict[Axis, Path] = {"epochs": folder / "curves-epochs.png", "seconds": folder / "curves-seconds.png"}
+    note = f"mean over {summary.seeds} seeds, band: ± 1 standard deviation" if summary.seeds > 1 else ""
+    for axis, picture in pictures.items():
+        with replacing(picture) as file:
+            draw_png(curves(summary, axis), file, note)
+    write_atomically(numbers, results_json(results))
+    page = render_report(summary, results.title, results.settings, results.command, results.versions, results.machine)
+    write_atomically(report, page)
+    write_atomically(epochs, to_csv(_epochs(records), _RUN))
+    return [report, *pictures.values(), numbers, epochs]
+
+
+def results_json(results: Results) -> str:
+    """Return what results.json holds."""
+    return to_json(
+        {
+            "format": FORMAT,
+            "title": results.title,
+            "command": results.command,
+            "settings": rounded(results.settings),
+            "versions": results.versions,
+            "machine": results.machine,
+            "findings": findings(results.summary),
+            "notes": notes(results.summary),
+            **asdict(results.summary),
+        }
     )
-    return [report, *pictures, numbers]
 
 
-def to_json(results: Results) -> str:
-    """Return the results as JSON, one method a line: small, and still to be read by eye."""
-    summary = asdict(results.summary)
-    methods = summary.pop("methods")
-    content = {
-        "format": FORMAT,
-        "title": results.title,
-        "command": results.command,
-        "settings": results.settings,
-        "versions": results.versions,
-        "machine": results.machine,
-        "findings": findings(results.summary),
-        "notes": notes(results.summary),
-        **summary,
-    }
-    lines = [f"{json.dumps(key)}: {json.dumps(rounded(value))}" for key, value in content.items()]
-    listed = ",\n".join(json.dumps(rounded(method)) for method in methods)
-    return "{\n" + ",\n".join([*lines, f'"methods": [\n{listed}\n]']) + "\n}\n"
-
-
-def rounded(value: Any) -> Any:
-    """Return a value as JSON takes it, with its floats cut to six digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return value
+def _epochs(records: Mapping[RunSpec, RunRecord]) -> list[dict[str, Any]]:
+    """Return a line for each epoch of each run."""
+    rows = []
+    for spec, record in records.items():
+        for number, epoch in enumerate(record.epochs, start=1):
+            measured = asdict(epoch)
+            metrics = measured.pop("metrics")
+            run = dict(zip(_RUN, (spec.method.name, spec.lr, spec.seed, spec.steps, number), strict=True))
+            rows.append(run | measured | metrics)
+    return rows
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -134,6 +139,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "model": plan.model,
         "methods": [method.name for method in plan.methods],
         "seeds": plan.settings.seeds,
+        **_search(plan.settings),
         "epochs": plan.epochs,
         "batch_size": plan.batch_size,
         "ghost_batch": plan.settings.ghost_batch,
@@ -150,6 +156,18 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         **_processes(plan.settings),
     }
+
+
+def _search(settings: Settings) -> dict[str, Any]:
+    """Return how trials were laid out and chosen, where that is not the usual."""
+    said: dict[str, Any] = {} if settings.mode == "final" else {"chosen for": "the fewest epochs to the target"}
+    if settings.time_shares != (1.0,):
+        said["shares of the baseline's time"] = ", ".join(f"{share:g}" for share in settings.time_shares)
+    if settings.sweeps:
+        said["swept"] = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in settings.sweeps)
+    if settings.search != "grid":
+        said["search"] = settings.search
+    return said
 
 
 def _processes(settings: Settings) -> dict[str, Any]:

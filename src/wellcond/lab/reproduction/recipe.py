@@ -39,7 +39,10 @@ EVERY = "*"
 
 _FOLDER = Path(__file__).parent / "recipes"
 # What a command says rather than a recipe, or what a recipe says for each method.
-_NOT_SETTINGS = {"methods", "lrs", "jobs", "target", "overrides"}
+_NOT_SETTINGS = {
+    *("methods", "lrs", "jobs", "target", "overrides"),
+    *("mode", "time_shares", "sweeps", "search", "trials"),
+}
 
 
 class Table(BaseModel):

@@ -1,46 +1,56 @@
-"""A reproduced table on the terminal and as one HTML page: the source's figures and ours side by side."""
+"""A reproduced table as JSON, on the terminal and as one HTML page: the source's figures and ours side by side."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from wellcond.lab.comparison.statistics import Difference
-from wellcond.lab.report import formats
-from wellcond.lab.report.curves import make_panels
-from wellcond.lab.report.formats import NOTHING
-from wellcond.lab.report.page import page_environment
-from wellcond.lab.report.svg import css_class, draw_key, draw_svg
-from wellcond.lab.reproduction.reproduce import Figure, PanelResults, Reproduction, describe
-from wellcond.lab.runs.records import write_atomically
+from wellcond.lab.comparison.statistics import Difference, Spread
+from wellcond.lab.report.charts import curves
+from wellcond.lab.report.formats import (
+    NOTHING,
+    bytes_text,
+    difference_text,
+    quantity_text,
+    ratio_text,
+    signed_text,
+    spread_text,
+)
+from wellcond.lab.report.page import drawn, page_environment
+from wellcond.lab.report.table import Cell, Row, Table
+from wellcond.lab.report.tables import grid_tables
+from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
+from wellcond.lab.runs.files import rounded, to_json, write_atomically
+from wellcond.lab.runs.metric import Metric
 
-_LARGE = 1000.0
+FORMAT = 1
+"""The version of reproduce.json's layout."""
+
+SEEN, CHANCE, OPPOSITE = "same direction, beyond chance", "within chance", "other direction, beyond chance"
+
+_METRICS = {
+    "error": Metric("error", higher_is_better=False),
+    "disparity": Metric("disparity", unit="", higher_is_better=False),
+    "condition": Metric("condition number", unit="", higher_is_better=False),
+}
+# As the sources have them.
+_DIGITS = 2
 _HEADS = (
+    "method",
     "source",
     "ours",
-    "source's\ndifference",
-    "our\ndifference",
-    "at equal\ntime",
+    "source's difference",
+    "our difference",
+    "at equal time",
     "time/step",
+    "time/epoch",
     "memory",
     "lr",
-    "direction",
+    "verdict",
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method of a panel in words; the cells are in the order of the columns."""
-
-    label: str
-    is_baseline: bool
-    cells: tuple[str, ...]
-    kinds: tuple[str, ...]
 
 
 def write_reproduction(reproduction: Reproduction, folder: Path) -> list[Path]:
@@ -54,45 +64,20 @@ def write_reproduction(reproduction: Reproduction, folder: Path) -> list[Path]:
         The files, the page first.
     """
     page, numbers = folder / "reproduce.html", folder / "reproduce.json"
-    write_atomically(numbers, to_json(reproduction))
-    write_atomically(page, render_page(reproduction))
+    content = describe(reproduction)
+    write_atomically(numbers, to_json(content))
+    write_atomically(page, render_page(reproduction, content))
     return [page, numbers]
-
-
-def to_json(reproduction: Reproduction) -> str:
-    """Return the reproduction as reproduce.json holds it."""
-    return json_text(describe(reproduction))
-
-
-def json_text(content: dict[str, Any]) -> str:
-    """Return a reproduction as JSON, one method a line: small, and still to be read by eye.
-
-    Args:
-        content: What reproduce.json holds.
-    """
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "panels"]
-    written = []
-    for panel in content["panels"]:
-        methods = ",\n".join(json.dumps(method) for method in panel["methods"])
-        less = {key: value for key, value in panel.items() if key != "methods"}
-        written.append(f'{json.dumps(less)[:-1]}, "methods": [\n{methods}\n]}}')
-    return "{\n" + ",\n".join([*lines, '"panels": [\n' + ",\n".join(written) + "\n]"]) + "\n}\n"
 
 
 def print_reproduction(reproduction: Reproduction, console: Console) -> None:
     """Print a table a panel."""
     console.print(f"\n{headline(reproduction)}\n", style="bold", highlight=False)
-    for panel in reproduction.panels:
-        console.print(f"{panel.name} ({panel.title})", style="italic", highlight=False)
-        table = Table(box=None, padding=(0, 1), pad_edge=False)
-        table.add_column(score_head(reproduction), no_wrap=True)
-        shown = shown_columns(panel)
-        for index in shown:
-            table.add_column(_HEADS[index], justify="right", overflow="fold")
-        for row in rows_of(panel):
-            table.add_row(row.label, *(row.cells[index] for index in shown), style="dim" if row.is_baseline else None)
-        console.print(table)
-        for note in panel.notes:
+    content = describe(reproduction)
+    for panel in content["panels"]:
+        table = panel_table(panel, content["score"])
+        replace(table, caption=f"{panel['name']} ({panel['title']})").print(console)
+        for note in panel["notes"]:
             console.print(f" - {note}", highlight=False, markup=False)
         console.print()
 
@@ -103,131 +88,198 @@ def headline(reproduction: Reproduction) -> str:
     return f"{recipe.source}: {recipe.title} ({reproduction.scale} scale)"
 
 
-def score_head(reproduction: Reproduction) -> str:
-    """Return what the figures are, with their unit."""
-    score = reproduction.recipe.score
-    return {"error": "error in %", "condition": "condition number"}.get(score, formats.score_text(score))
+def metric_of(score: str) -> Metric:
+    """Return what a recipe's score is.
 
-
-def rows_of(panel: PanelResults) -> list[Row]:
-    """Return a panel's methods in words."""
-    return [
-        Row(
-            figure.label,
-            figure.summary.is_baseline,
-            (
-                figure_text(*figure.paper) if figure.paper else NOTHING,
-                figure_text(figure.ours.mean, figure.ours.std) if figure.ours else NOTHING,
-                NOTHING if figure.paper_difference is None else _signed(figure.paper_difference),
-                difference_text(figure.difference),
-                difference_text(figure.equal_time),
-                formats.time_text(figure.summary),
-                formats.memory_ratio_text(figure.summary),
-                formats.lr_text(figure.summary),
-                figure.verdict or NOTHING,
-            ),
-            ("", "", "", _kind(figure.difference), _kind(figure.equal_time), "", "", "", ""),
-        )
-        for figure in panel.figures
-    ]
-
-
-def shown_columns(panel: PanelResults) -> list[int]:
-    """Return which columns hold anything; what we measured is always shown."""
-    rows = rows_of(panel)
-    return [index for index in range(len(_HEADS)) if index == 1 or any(row.cells[index] != NOTHING for row in rows)]
-
-
-def figure_text(mean: float, std: float | None) -> str:
-    """Return a mean with its standard deviation, to two digits as the sources have them; three of a large number.
-
-    >>> figure_text(76.87, 0.26), figure_text(23.71, None), figure_text(1.7e6, None)
-    ('76.87 ± 0.26', '23.71', '1.7e+06')
+    Args:
+        score: As `Recipe.score` has it.
     """
-    if abs(mean) >= _LARGE:
-        return f"{mean:.3g}" if std is None else f"{mean:.3g} ± {std:.2g}"
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    return _METRICS.get(score, Metric(score))
 
 
-def difference_text(difference: Difference | None) -> str:
-    """Return a signed difference with its interval, to two digits.
+def verdict(method: dict[str, Any]) -> str:
+    """Return whether a method's difference points where the source's does, as far as chance lets one say it.
 
-    >>> difference_text(Difference(1.954, 0.5, 3.4, 3))
-    '+1.95 [+0.50, +3.40]'
+    Args:
+        method: Of a panel in reproduce.json.
+
+    Returns:
+        A few words; nothing for a baseline.
     """
-    if difference is None:
-        return NOTHING
-    if difference.low is None or difference.high is None:
-        return _signed(difference.mean)
-    return f"{_signed(difference.mean)} [{_signed(difference.low)}, {_signed(difference.high)}]"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}" if abs(value) >= _LARGE else f"{round(value, 2) + 0.0:+.2f}"
-
-
-def _kind(difference: Difference | None) -> str:
-    """Return how a difference is coloured: only where it is beyond chance."""
-    if difference is None or not difference.beyond_chance:
+    if method["difference"] is None:
         return ""
-    return "up" if difference.mean > 0 else "down"
+    ours, source = Difference(**method["difference"]), method["paper_difference"]
+    if ours.low is None:
+        return "one seed"
+    if not ours.beyond_chance:
+        return CHANCE
+    if not source:
+        return "above its baseline, beyond chance" if ours.mean > 0 else "below its baseline, beyond chance"
+    return SEEN if ours.mean * source > 0 else OPPOSITE
 
 
-def render_page(reproduction: Reproduction) -> str:
-    """Return the reproduction as an HTML page that refers to nothing outside itself."""
-    drawn = {panel.name: make_panels(panel.summary, "epochs") for panel in reproduction.panels}
-    styles = {
-        css_class(series.style): series.style
-        for charts in drawn.values()
-        for chart in charts
-        for series in chart.series
-    }
+def panel_table(panel: dict[str, Any], score: str) -> Table:
+    """Return a panel in words, without the columns that hold nothing.
+
+    Args:
+        panel: Of reproduce.json.
+        score: What its figures are, as `Recipe.score` has it.
+    """
+    by_label = {method["label"]: method for method in panel["methods"]}
+    first = panel["methods"][0]["label"]
+    rows = tuple(_row(method, by_label, first, metric_of(score)) for method in panel["methods"])
+    text = quantity_text(metric_of(score).name, metric_of(score))
+    caption = f"{panel['title']}; {panel['seeds']} paired seed{'s' if panel['seeds'] != 1 else ''}. {text}"
+    if panel["seeds"] > 1:
+        caption += ", mean ± standard deviation; our differences are paired over the seeds, with their 95 % interval"
+    return Table(panel["name"], caption, _HEADS, rows, worded=True).without_empty()
+
+
+def _row(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str, metric: Metric) -> Row:
+    is_baseline = method["baseline"] == method["label"]
+    ours, equal, source = method["ours"], method["equal_time"], method["paper_difference"]
+    seconds = [
+        by_label.get(label, {}).get("metrics", {}).get(SECONDS) for label in (method["label"], method["baseline"])
+    ]
+    epoch = seconds[0] / seconds[1] if seconds[0] and seconds[1] else None
+    peak, step = method.get("peak_memory"), method.get("milliseconds_per_step")
+    if is_baseline:
+        costs = [
+            NOTHING if step is None else f"{step:.2f} ms",
+            NOTHING,
+            NOTHING if peak is None else bytes_text(peak),
+        ]
+    else:
+        costs = [ratio_text(ratio) for ratio in (method["time_ratio"], epoch, method.get("memory_ratio"))]
+    cells = (
+        Cell(NOTHING if method["paper"] is None else spread_text(Spread(*method["paper"], 0), digits=_DIGITS)),
+        Cell(NOTHING if ours is None else spread_text(Spread(**ours), digits=_DIGITS)),
+        Cell(NOTHING if source is None else signed_text(source, _DIGITS)),
+        _difference(method["difference"], metric),
+        _difference(None if equal is None else equal["difference"], metric),
+        *(Cell(cost) for cost in costs),
+        Cell(f"{method['lr']:g}{'*' if method.get('lr_edge') else ''}"),
+        Cell(verdict(method) or NOTHING),
+    )
+    label = method["label"] if method["baseline"] in (first, method["label"]) else against(method)
+    return Row(label, cells, is_baseline)
+
+
+def against(method: dict[str, Any]) -> str:
+    """Return a method's name with its baseline's."""
+    return f"{method['label']} (to {method['baseline']})"
+
+
+def _difference(given: dict[str, Any] | None, metric: Metric) -> Cell:
+    """Return a difference, coloured where it is beyond chance: by what is better, not by what is more."""
+    difference = None if given is None else Difference(**given)
+    text = difference_text(difference, digits=_DIGITS)
+    if difference is None or not difference.beyond_chance:
+        return Cell(text)
+    return Cell(text, "up" if metric.sign * difference.mean > 0 else "down")
+
+
+def render_page(reproduction: Reproduction, content: dict[str, Any]) -> str:
+    """Return the reproduction as an HTML page that refers to nothing outside itself.
+
+    Args:
+        reproduction: What was run.
+        content: What reproduce.json holds of it.
+    """
+    panels = [
+        {
+            "results": panel,
+            "table": panel_table(described, content["score"]),
+            "charts": drawn(curves(panel.summary, "epochs")),
+            "grids": grid_tables(panel.summary)[:1],
+            "metrics": _metrics_table(panel),
+        }
+        for panel, described in zip(reproduction.panels, content["panels"], strict=True)
+    ]
     return (
         page_environment()
         .get_template("reproduce.html.j2")
-        .render(
-            reproduction=reproduction,
-            recipe=reproduction.recipe,
-            headline=headline(reproduction),
-            score=score_head(reproduction),
-            panels=[_page_panel(panel, drawn[panel.name]) for panel in reproduction.panels],
-            colours=styles,
-            nothing=NOTHING,
-        )
+        .render(reproduction=reproduction, recipe=reproduction.recipe, panels=panels)
     )
 
 
-def _page_panel(panel: PanelResults, charts: list[Any]) -> dict[str, Any]:
-    shown = shown_columns(panel)
-    metrics = list(dict.fromkeys(name for figure in panel.figures for name in figure.metrics))
+def _metrics_table(panel: PanelResults) -> Table:
+    """Return the further figures: ours, and the source's in brackets where it gives one."""
+    names = list(dict.fromkeys(name for figure in panel.figures for name in figure.metrics))
+
+    def text(figure: Figure, name: str) -> str:
+        ours = f"{figure.metrics[name]:.2f}" if name in figure.metrics else NOTHING
+        return f"{ours} ({figure.paper_metrics[name]:.2f})" if name in figure.paper_metrics else ours
+
+    rows = tuple(
+        Row(figure.label, tuple(Cell(text(figure, name)) for name in names), figure.summary.is_baseline)
+        for figure in panel.figures
+    )
+    caption = "Further figures after the last epoch, the source's in brackets"
+    return Table("Further figures", caption, ("method", *names), rows)
+
+
+def describe(reproduction: Reproduction) -> dict[str, Any]:
+    """Return everything that reproduce.json holds."""
+    recipe = reproduction.recipe
+    content = {
+        "format": FORMAT,
+        "recipe": recipe.name,
+        "title": recipe.title,
+        "source": recipe.source,
+        "score": recipe.score,
+        "scale": reproduction.scale,
+        "data": reproduction.data,
+        "command": reproduction.command,
+        "versions": reproduction.versions,
+        "machine": reproduction.machine,
+        "panels": [_describe_panel(panel) for panel in reproduction.panels],
+    }
+    described: dict[str, Any] = rounded(content)
+    return described
+
+
+def _describe_panel(panel: PanelResults) -> dict[str, Any]:
     return {
-        "results": panel,
-        "heads": [_HEADS[index].replace("\n", " ") for index in shown],
-        "rows": [
-            (row.label, row.is_baseline, [(row.cells[index], row.kinds[index]) for index in shown])
-            for row in rows_of(panel)
-        ],
-        "metric_heads": metrics,
-        "metric_rows": [(figure.label, [_metric_cell(figure, name) for name in metrics]) for figure in panel.figures],
-        "charts": [
-            {
-                "title": chart.title,
-                "svg": draw_svg(chart),
-                "keys": [(draw_key(series), series.name) for series in chart.series],
-            }
-            for chart in charts
-        ],
-        "grids": [
-            (
-                figure.label,
-                [(point.lr, point.validation_score, point.lr == figure.summary.lr) for point in figure.summary.lr_grid],
-            )
-            for figure in panel.figures
-        ],
+        "name": panel.name,
+        "title": panel.title,
+        "settings": panel.settings,
+        "differs": panel.differs,
+        "seeds": panel.summary.seeds,
+        "notes": panel.notes,
+        "methods": [_describe_figure(figure, panel.summary.epochs) for figure in panel.figures],
     }
 
 
-def _metric_cell(figure: Figure, name: str) -> str:
-    """Return a metric: ours, and the source's in brackets where it gives one."""
-    ours = f"{figure.metrics[name]:.2f}" if name in figure.metrics else NOTHING
-    return f"{ours} ({figure.paper_metrics[name]:.2f})" if name in figure.paper_metrics else ours
+def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
+    method = figure.summary
+    equal = method.equal_time
+    return {
+        "label": figure.label,
+        "trained_with": method.recipe,
+        "baseline": method.baseline,
+        "paper": figure.paper,
+        "ours": None if figure.ours is None else asdict(figure.ours),
+        "ends": figure.ends,
+        "paper_difference": figure.paper_difference,
+        "difference": None if figure.difference is None else asdict(figure.difference),
+        "verdict": figure.verdict,
+        "equal_time": None
+        if equal is None or figure.equal_time is None
+        else {"steps": equal.steps, "difference": asdict(figure.equal_time)},
+        "lr": method.lr,
+        "lr_edge": method.lr_edge,
+        "milliseconds_per_step": method.milliseconds_per_step,
+        "peak_memory": None if method.memory is None else method.memory.peak,
+        "lr_grid": [
+            {"lr": point.lr, "validation": point.validation_score, "diverged": point.diverged_runs}
+            for point in method.lr_grid
+        ],
+        "time_ratio": method.time_ratio,
+        "evaluation_ratio": method.evaluation_ratio,
+        "memory_ratio": method.memory_ratio,
+        "paper_metrics": figure.paper_metrics,
+        "metrics": figure.metrics,
+        "diverged_runs": method.diverged_runs,
+        "epochs": epochs,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -13,10 +13,9 @@ from wellcond.lab.comparison.statistics import Difference, Spread, paired_differ
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary, summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.machine import machine, training_device, versions
-from wellcond.lab.methods.method import Method
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
-from wellcond.lab.report.results import collect_results, rounded
+from wellcond.lab.report.results import collect_results
 from wellcond.lab.reproduction.panels import ScaledPanel
 from wellcond.lab.reproduction.recipe import PanelTable, Recipe
 from wellcond.lab.runs.records import RunStore
@@ -24,9 +23,6 @@ from wellcond.lab.runs.settings import Scale, Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import find_layout, open_task
 from wellcond.lab.training.progress import RunProgress
-
-FORMAT = 1
-"""The version of reproduce.json's layout."""
 
 SECONDS = "seconds per epoch"
 """The metric that every run has: training seconds of an epoch."""
@@ -224,13 +220,12 @@ def _figure(recipe: Recipe, panel: ScaledPanel, comparison: Comparison, method: 
     table = panel.table
     ends = _ends(recipe, table, comparison.plan, method)
     if table.figure is not None:
-        baseline = next(other for other in comparison.plan.methods if other.name == method.baseline)
-        difference = _probed_difference(table.figure, comparison, method, baseline)
+        difference = _probed_difference(table.figure, comparison, method)
         equal_time = None
     else:
-        sign = -1.0 if recipe.score == "error" else 1.0
-        difference = _signed(method.final_difference, sign)
-        equal_time = _signed(method.equal_time.difference if method.equal_time else None, sign)
+        flipped = recipe.score == "error"
+        difference = _counted(method.final_difference, flipped)
+        equal_time = _counted(method.equal_time.difference if method.equal_time else None, flipped)
     paper, base = table.paper.get(method.name), table.paper.get(method.baseline)
     paper_difference = paper[0] - base[0] if paper and base and not method.is_baseline else None
     return Figure(
@@ -254,28 +249,26 @@ def _ends(recipe: Recipe, table: PanelTable, plan: Plan, method: MethodSummary) 
     """Return what each seed ended with: its last test score (that of guessing if it diverged), or the probe's."""
     if table.figure is not None:
         return tuple(found[table.figure] for found in method.extras.get("probe", ()) if found is not None)
-    ends = [curve.test_score[-1] if len(curve.test_score) == plan.epochs else plan.chance for curve in method.curves]
+    ends = [plan.chance if curve.seed in method.unfinished else curve.test_score[-1] for curve in method.curves]
     return tuple(100.0 - end for end in ends) if recipe.score == "error" else tuple(ends)
 
 
-def _probed_difference(
-    figure: str, comparison: Comparison, method: MethodSummary, baseline: Method
-) -> Difference | None:
+def _probed_difference(figure: str, comparison: Comparison, method: MethodSummary) -> Difference | None:
     """Return the paired difference of a probe's figure, over the seeds in which both runs have it."""
     if method.is_baseline:
         return None
-    mine = next(other for other in comparison.plan.methods if other.name == method.name)
+    mine, theirs = comparison.methods[method.name].runs, comparison.methods[method.baseline].runs
     pairs = [
         (one.extras["probe"][figure], other.extras["probe"][figure])
-        for one, other in zip(comparison.runs(mine), comparison.runs(baseline), strict=True)
+        for one, other in zip(mine, theirs, strict=True)
         if "probe" in one.extras and "probe" in other.extras
     ]
     return paired_difference([one for one, _ in pairs], [other for _, other in pairs]) if pairs else None
 
 
-def _signed(difference: Difference | None, sign: float) -> Difference | None:
+def _counted(difference: Difference | None, flipped: bool) -> Difference | None:
     """Return a difference as the score counts it: fewer errors are a negative difference."""
-    if difference is None or sign > 0:
+    if difference is None or not flipped:
         return difference
     if difference.low is None or difference.high is None:
         return Difference(-difference.mean, None, None, difference.count)
@@ -288,70 +281,6 @@ def _metrics(curves: Sequence[Curve]) -> dict[str, float]:
     found = {name: fmean(curve.metrics[name][-1] for curve in curves if curve.metrics.get(name)) for name in names}
     seconds = [curve.seconds[-1] / len(curve.seconds) for curve in curves if curve.seconds]
     return found | ({SECONDS: fmean(seconds)} if seconds else {})
-
-
-def describe(reproduction: Reproduction) -> dict[str, Any]:
-    """Return everything that reproduce.json holds."""
-    recipe = reproduction.recipe
-    content = {
-        "format": FORMAT,
-        "recipe": recipe.name,
-        "title": recipe.title,
-        "source": recipe.source,
-        "score": recipe.score,
-        "scale": reproduction.scale,
-        "data": reproduction.data,
-        "command": reproduction.command,
-        "versions": reproduction.versions,
-        "machine": reproduction.machine,
-        "panels": [_describe_panel(panel) for panel in reproduction.panels],
-    }
-    described: dict[str, Any] = rounded(content)
-    return described
-
-
-def _describe_panel(panel: PanelResults) -> dict[str, Any]:
-    return {
-        "name": panel.name,
-        "title": panel.title,
-        "settings": panel.settings,
-        "differs": panel.differs,
-        "seeds": panel.summary.seeds,
-        "notes": panel.notes,
-        "methods": [_describe_figure(figure, panel.summary.epochs) for figure in panel.figures],
-    }
-
-
-def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
-    method = figure.summary
-    equal = method.equal_time
-    return {
-        "label": figure.label,
-        "trained_with": method.recipe,
-        "baseline": method.baseline,
-        "paper": figure.paper,
-        "ours": None if figure.ours is None else asdict(figure.ours),
-        "ends": figure.ends,
-        "paper_difference": figure.paper_difference,
-        "difference": None if figure.difference is None else asdict(figure.difference),
-        "verdict": figure.verdict,
-        "equal_time": None
-        if equal is None or figure.equal_time is None
-        else {"steps": equal.steps, "difference": asdict(figure.equal_time)},
-        "lr": method.lr,
-        "lr_edge": method.lr_edge,
-        "lr_grid": [
-            {"lr": point.lr, "validation": point.validation_score, "diverged": point.diverged_runs}
-            for point in method.lr_grid
-        ],
-        "time_ratio": method.time_ratio,
-        "evaluation_ratio": method.evaluation_ratio,
-        "memory_ratio": method.memory_ratio,
-        "paper_metrics": figure.paper_metrics,
-        "metrics": figure.metrics,
-        "diverged_runs": method.diverged_runs,
-        "epochs": epochs,
-    }
 
 
 def collect(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from wellcond.lab.runs.figures import check_count, check_number
+from wellcond.lab.runs.files import partial, write_atomically
 from wellcond.lab.runs.metric import ACCURACY, Metric
 
 if TYPE_CHECKING:
@@ -288,19 +288,3 @@ class RunStore:
         write_atomically(self.path(spec), json.dumps(content, indent=1))
         self.checkpoint(spec).unlink(missing_ok=True)
         partial(self.checkpoint(spec)).unlink(missing_ok=True)
-
-
-def partial(path: Path) -> Path:
-    """Return where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.part")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one beside it, so that no reader ever sees a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

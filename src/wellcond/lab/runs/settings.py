@@ -15,6 +15,7 @@ from wellcond.lab.methods.overrides import MethodOverride
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
+from wellcond.lab.trials import Search, Sweep
 
 Scale = Literal["smoke", "small", "full"]
 """How much a recipe trains."""
@@ -30,6 +31,9 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda")
 """What trains; ``"auto"`` is a CUDA device if there is one."""
 
+
+MODES = ("final", "target")
+"""What trials are chosen for: the score at the end, or the fewest epochs to a target."""
 
 MOST = 1_000_000
 """The most of anything that is counted and not otherwise limited: epochs, steps, images."""
@@ -123,6 +127,11 @@ class Settings:
         devices: Processes of this machine that train each run together; None: as many as were started.
         accelerator: One of `ACCELERATORS`.
         checkpoint_every: Seconds between two checkpoints of an unfinished run; 0 makes one after every step.
+        mode: One of `MODES`.
+        time_shares: Shares of the baseline's time in which methods train again, each with a schedule of its own.
+        sweeps: Options that are swept beside the lr, with their values.
+        search: How trials are laid out, ``"grid"`` or ``"random"``.
+        trials: Trials of each method in a random search; None: as many as the longest grid has.
     """
 
     data: str = DIGITS
@@ -158,6 +167,11 @@ class Settings:
     devices: int | None = None
     accelerator: str = "auto"
     checkpoint_every: float = 30.0
+    mode: str = "final"
+    time_shares: tuple[float, ...] = (1.0,)
+    sweeps: tuple[Sweep, ...] = ()
+    search: Search = "grid"
+    trials: int | None = None
     task: str | None = None
     task_args: tuple[tuple[str, str], ...] = ()
     data_module: str | None = None
@@ -168,7 +182,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices"):
+        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices", "trials"):
             self._check_positive(name)
         if self.target is not None and self.task is None and not 0 < self.target <= 100:
             raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
@@ -185,7 +199,18 @@ class Settings:
             raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
         if not 0 <= self.checkpoint_every < math.inf:
             raise LabError(f"--checkpoint-every must be 0 or more seconds, got {self.checkpoint_every:g}")
-        for name, known in (("strategy", STRATEGIES), ("accelerator", ACCELERATORS)):
+        if not all(0 < share <= 1 for share in self.time_shares):
+            raise LabError(f"--time-fractions must be above 0 and at most 1, got {_listed(self.time_shares)}")
+        if len(set(self.time_shares)) < len(self.time_shares):
+            raise LabError(f"--time-fractions must name each fraction once, got {_listed(self.time_shares)}")
+        if self.trials is not None and self.search != "random":
+            raise LabError("--trials is for --search random; a grid has all combinations")
+        for name, known in (
+            ("strategy", STRATEGIES),
+            ("accelerator", ACCELERATORS),
+            ("mode", MODES),
+            ("search", get_args(Search)),
+        ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         self._check_engine()
@@ -224,3 +249,7 @@ class Settings:
         if name == "devices" or (name == "jobs" and self.engine == "local"):
             most = most_processes()
         check_whole(name.replace("_", "-").replace("validation", "val"), value, most=most)
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.lab.data.randomness import GeneratorStates
-from wellcond.lab.runs.records import RunSpec, RunStore, partial
+from wellcond.lab.runs.files import partial
+from wellcond.lab.runs.records import RunSpec, RunStore
 from wellcond.lab.training.measure import Measure
 from wellcond.lab.training.module import Training
 from wellcond.runtime.ranks import Ranks

@@ -18,8 +18,9 @@ from wellcond.lab.data.randomness import seeded
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import machine_text
 from wellcond.lab.hardware.strategies import EndAtOnce, trainer_options
+from wellcond.lab.runs.files import replacing
 from wellcond.lab.runs.memory import Memory
-from wellcond.lab.runs.records import RunRecord, RunSpec, partial
+from wellcond.lab.runs.records import RunRecord, RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import SeedData, Task
 from wellcond.lab.training.budget import Budget
@@ -164,9 +165,8 @@ class _UnreadableError(RuntimeError):
 
 
 def _save_weights(model: nn.Module, file: Path) -> None:
-    part = partial(file)
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, part)
-    part.replace(file)
+    with replacing(file) as part:
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, part)
 
 
 def _said(caught: Sequence[warnings.WarningMessage]) -> list[str]:
