@@ -75,6 +75,7 @@ class Plan:
             lr=lr,
             seed=seed,
             steps=self.steps if steps is None else steps,
+            schedule=method.schedule or self.template.schedule,
             # Without batch statistics it is the same run whatever the groups: comparisons can share it.
             ghost_batch=self.template.ghost_batch if method.has_batch_statistics else None,
         )
@@ -108,8 +109,7 @@ def make_plan(settings: Settings, task: Task | None = None) -> Plan:
     """
     if settings.weights is not None:
         check_weights("--weights", settings.weights)
-    overrides = {override.label: override.apply() for override in settings.overrides}
-    methods = with_lrs(select_methods(settings.methods, overrides), dict(settings.lrs))
+    methods = with_lrs(select_methods(settings.methods), dict(settings.lrs))
     task = task or open_task(settings)
     defaults = task.defaults
     model = settings.model or defaults.model
@@ -289,5 +289,7 @@ def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: 
     for method in methods:
         try:
             method.build(method.with_layers(copy.deepcopy(network), settings.ghost_batch), method.lrs[0], refresh)
-        except (TypeError, ValueError) as error:
-            raise LabError(f"method {method.name}: {error}") from error
+        except LabError:
+            raise
+        except Exception as error:  # of a user's own optimizer, whatever it raises
+            raise LabError(f"method {method.name}: {error or type(error).__name__}") from error

@@ -209,7 +209,8 @@ def test_help_is_there(capsys, arguments):
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     output = capsys.readouterr().out
-    for name in (*METHODS, *MODELS, "torchvision:NAME", "timm:NAME", "digits", "FILE.parquet", "train/CLASS/*"):
+    written = (method.written() for method in METHODS.values())
+    for name in (*written, *MODELS, "torchvision:NAME", "timm:NAME", "digits", "FILE.parquet", "train/CLASS/*"):
         assert f"  {name}" in output
     assert main(["list", "models"]) == 0
     assert "SGDM" not in capsys.readouterr().out

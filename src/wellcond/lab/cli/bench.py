@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from wellcond.lab.cli.options import add_method_options, given_methods
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import interruptible
@@ -41,6 +42,9 @@ examples:
 _MOST_PIXELS = 2**28
 
 
+_METHODS = ("SGDM", "SGDM+GC", "W-SGDM", "FSGD")
+
+
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's options."""
     parser = commands.add_parser(
@@ -50,12 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--methods",
-        default="SGDM,SGDM+GC,W-SGDM,FSGD",
-        metavar="A,B,...",
-        help="methods, separated by commas; the others are compared with the first (default: %(default)s)",
-    )
+    add_method_options(parser, _METHODS)
     parser.add_argument("--model", default="resnet18", metavar="NAME", help="the network (default: %(default)s)")
     for option, default, what in (
         ("--batch-size", 32, "images of a batch"),
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             f"--batch-size {arguments.batch_size} and --image-size {arguments.image_size} must give a batch of at most "
             f"{_MOST_PIXELS} pixels, got {pixels}"
         )
-    methods = select_methods([name.strip() for name in arguments.methods.split(",")])
+    methods = select_methods(given_methods(arguments) or _METHODS)
     device = training_device()
     refresh = Refresh(arguments.stats_every, arguments.solve_every)
     workload = Workload(arguments.model, arguments.batch_size, arguments.image_size, refresh, device)

@@ -15,6 +15,7 @@ from wellcond.lab.plan import Plan
 from wellcond.lab.report.curves import draw_png
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.page import render_report
+from wellcond.lab.runs.comparison_file import FILE_NAME, write_comparison
 from wellcond.lab.runs.records import write_atomically
 from wellcond.lab.runs.settings import Settings
 
@@ -32,6 +33,7 @@ class Results:
         command: The command line.
         versions: Of Python and of the packages that decide the numbers.
         machine: Where they were measured.
+        file: Text of the file that repeats it.
     """
 
     summary: Summary
@@ -39,6 +41,7 @@ class Results:
     command: str
     versions: dict[str, str]
     machine: dict[str, str]
+    file: str
 
     @property
     def title(self) -> str:
@@ -64,11 +67,12 @@ def collect_results(comparison: Comparison, summary: Summary, command: str) -> R
         summary: Its numbers.
         command: The command line that made it.
     """
-    return Results(summary, _settings(comparison.plan), command, versions(), machine())
+    file = write_comparison(comparison.plan.settings, command)
+    return Results(summary, _settings(comparison.plan), command, versions(), machine(), file)
 
 
 def write_results(results: Results, folder: Path) -> list[Path]:
-    """Write results.json, the curves and the report.
+    """Write results.json, the curves, the file that repeats the comparison, and the report.
 
     Args:
         results: What to write.
@@ -82,13 +86,20 @@ def write_results(results: Results, folder: Path) -> list[Path]:
     draw_png(results.summary, "epochs", pictures[0])
     draw_png(results.summary, "seconds", pictures[1])
     write_atomically(numbers, to_json(results))
+    write_atomically(folder / FILE_NAME, results.file)
     write_atomically(
         report,
         render_report(
-            results.summary, results.title, results.settings, results.command, results.versions, results.machine
+            results.summary,
+            results.title,
+            results.settings,
+            results.command,
+            results.versions,
+            results.machine,
+            results.file,
         ),
     )
-    return [report, *pictures, numbers]
+    return [report, *pictures, numbers, folder / FILE_NAME]
 
 
 def to_json(results: Results) -> str:

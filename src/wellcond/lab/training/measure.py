@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.methods.optimizers import use_weights
 from wellcond.lab.runs.records import EpochRecord
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import ROLES, Evaluation, Role, SeedData
@@ -48,9 +49,13 @@ class Measure(pl.Callback):
         ranks = Ranks(True)
         train_loss = float(ranks.total(training.mean_loss()) / ranks.size)
         ranks.send(list(training.model.buffers()), 0)
+        for optimizer in trainer.optimizers:
+            use_weights(optimizer, training=False)
         validation, test = (
             self._evaluate(training.model, role, trainer.precision_plugin.forward_context()) for role in ROLES
         )
+        for optimizer in trainer.optimizers:
+            use_weights(optimizer, training=True)
         measured = (train_loss, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):

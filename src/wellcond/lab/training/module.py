@@ -38,6 +38,7 @@ class Training(pl.LightningModule):
         self.model = model
         self.data = data
         self.losses: list[Tensor] = []
+        self.batch_begins = True
         self.handle: wellcond.Attachment | None = None
         self.norm_schedule: NormSchedule | None = None
         self.decay: BatchNoiseDecay | None = None
@@ -53,8 +54,11 @@ class Training(pl.LightningModule):
         """Return the batch's loss, kept for the epoch's mean."""
         with nullcontext() if self.decay is None else self.decay.observing():
             loss = self.data.loss(self.model, batch)
-        # Kept on the device: reading it here would make every step wait for the device.
-        self.losses.append(loss.detach())
+        # Kept on the device: reading it here would make every step wait for the device. Of a step whose optimizer asks
+        # more than once, the first.
+        if self.batch_begins:
+            self.losses.append(loss.detach())
+            self.batch_begins = False
         return loss if self.decay is None else self.decay.added_to(loss)
 
     def backward(self, loss: Tensor) -> None:
@@ -72,6 +76,10 @@ class Training(pl.LightningModule):
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Notice that a step begins."""
+        self.batch_begins = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Forget gradients with a graph, which holds all of the step's activations."""

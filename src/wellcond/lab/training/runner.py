@@ -18,6 +18,7 @@ from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import machine_text
 from wellcond.lab.hardware.strategies import EndAtOnce, trainer_options
+from wellcond.lab.methods.optimizers import use_weights
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import RunRecord, RunSpec, partial
 from wellcond.lab.runs.stopwatch import Stopwatch
@@ -112,6 +113,8 @@ class Runner:
                 if kept and keeper is not None and not keeper.begun:
                     raise _UnreadableError((str(error).splitlines() or [type(error).__name__])[0]) from error
                 raise
+            for optimizer in trainer.optimizers:
+                use_weights(optimizer, training=False)
             memory = self._memory(spec, data)
         model = self._trained(spec, training, sharded)
         if self.weights is not None and self.ranks.rank == 0:
