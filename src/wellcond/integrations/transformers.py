@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
-from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts, metrics
 from wellcond.transforms import GradientTransform
 
 try:
@@ -35,7 +35,7 @@ class WellcondTrainerCallback(TrainerCallback):
     Args:
         schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180, batch_size=8)`.
         schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``state.global_step``).
-        log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``.
+        log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``, and `Attachment.metrics` likewise.
         transforms: What to attach to the optimizer, from left to right: transforms or their names
             (``"centralization"``, ``"whitening"``, ``"descent"``).
 
@@ -103,7 +103,7 @@ class WellcondTrainerCallback(TrainerCallback):
         """Add what the transforms have counted."""
         if not self.log_stats or logs is None or "loss" not in logs or optimizer is None:
             return
-        found = counts([optimizer])
+        found = counts([optimizer]) | metrics([optimizer], synchronize=True)
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)

@@ -113,7 +113,7 @@ def error(capsys, *arguments: str) -> str:
             ["--weights", "gone.pt"],
             "--weights must be a file or torchvision:NAME (as torchvision:IMAGENET1K_V1), got gone.pt",
         ),
-        (["--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["--lr", "1"], "unrecognized arguments: --lr"),
         (["--lrs", "0.1,0.2"], "--lrs must look like SGD=0.02,0.06,0.2, got '0.1,0.2'"),
         (
             ["--lrs", "Adan=0.1"],

@@ -210,7 +210,9 @@ def test_two_methods_need_two_names_and_grids_one_length():
         select_methods(["SGDM", "SGDM = AdamW()"])
     with pytest.raises(LabError, match="the same number of learning rates to try, got SGDM 3, mine 2"):
         with_lrs(select_methods(["SGDM", "mine = SGD() + lrs=[0.1, 0.2]"]), {})
-    with pytest.raises(LabError, match="method mine: unknown baseline 'SGDN': did you mean 'SGDM'? Known: SGDM, mine"):
+    with pytest.raises(
+        LabError, match=r"method mine: unknown baseline 'SGDN': did you mean 'SGDM'\? Known: SGDM, mine"
+    ):
         baselines(select_methods(["SGDM", "mine = SGD() + baseline=SGDN"]))
 
 

@@ -126,7 +126,7 @@ def test_every_panel_plans_at_full_scale(name, weights, published):
     places = bind_weights(weights, needed_weights(panels))
     for panel in (panel.with_weights(places) for panel in panels):
         settings = panel.settings({data: f"/nowhere/{data}" for data in needed_data(panels)}, 1, None)
-        methods = tuple((one.method, one.options, one.transform, one.norm) for one in panel.methods)
+        methods = tuple((one.optimizer, one.options, one.transforms, one.norm) for one in panel.methods)
         built = (settings.model, settings.weights, settings.ghost_batch is None, methods)
         if built in PLANNED:
             continue

@@ -47,10 +47,7 @@ class Refresh:
         >>> Refresh.for_run_of(40_000)
         Refresh(stats_every=50, solve_every=500)
         """
-        if steps >= 2000:
-            return cls(50, 500)
-        stats_every = max(1, round(steps / 40))
-        return cls(stats_every, 5 * stats_every)
+        return cls(**wellcond.optim.intervals(max(1, steps)))
 
 
 def find_transform(name: str) -> type[wellcond.GradientTransform]:
