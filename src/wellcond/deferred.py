@@ -70,6 +70,6 @@ def parameters_of(params: ParamsT) -> list[Any]:
     """
     if isinstance(params, (nn.Module, torch.Tensor)) or not isinstance(params, Iterable):
         raise TypeError(
-            f"params must be parameters or groups of them, got {type(params).__name__}; wellcond.optim.create takes a model"
+            f"params must be parameters or groups of them, got {type(params).__name__} (create takes a model)"
         )
     return list(params)

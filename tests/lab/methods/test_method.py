@@ -17,7 +17,9 @@ from wellcond.lab.networks.registry import initial_model
 def test_every_method_builds_its_optimizer_with_its_options(name):
     method = METHODS[name]
     # IBN-a knows the blocks of torchvision's and timm's networks alone.
-    network, *shape = ("torchvision:resnet18", 3, 64, 64) if method.layers == "ibn-a" else ("convnet", 1, 8, 8)
+    network, *shape = (
+        ("torchvision:resnet18", 3, 64, 64) if method.layers in ("ibn-a", "ibn-b") else ("convnet", 1, 8, 8)
+    )
     model = method.with_layers(initial_model(network, shape[0], 10, seed=0))
     optimizer, handle = method.build(model, 0.02, Refresh(5, 25))
     assert type(optimizer).__name__ == method.optimizer

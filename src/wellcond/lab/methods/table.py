@@ -36,6 +36,10 @@ LISTED: tuple[tuple[str, str], ...] = (
         "EvalNorm-fixed = SGDM + norm=evalnorm(learn=False)",
         "SGDM's training, inference by EvalNorm with weights of 1 / batch size",
     ),
+    (
+        "EvalNorm-chosen = SGDM + norm=evalnorm(mixture=0.1)",
+        "SGDM's training, inference with a tenth of the image's own statistics (example weighing)",
+    ),
     ("BRN = SGDM + norm=brn", "SGDM with Batch Renormalization"),
     ("PN = SGDM + norm=pn(momentum=0.01)", "SGDM with population normalization"),
     (
@@ -62,6 +66,18 @@ LISTED: tuple[tuple[str, str], ...] = (
     ("LN = SGDM + norm=ln", "SGDM with layer normalization, over all channels of an image"),
     ("IN = SGDM + norm=in", "SGDM with instance normalization, over each channel of an image"),
     ("ND = SGDM + layers=nd", "SGDM with network deconvolution in place of batch normalization"),
+    (
+        "WNN = SGDM + layers=wnn(stats_every=10, refresh_every=100)",
+        "SGDM of layers that whiten their inputs (whitened networks)",
+    ),
+    (
+        "GWNN = SGDM + layers=gwnn(stats_every=10, refresh_every=100)",
+        "SGDM of layers that whiten their outputs (generalized whitened networks)",
+    ),
+    (
+        "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100)",
+        "SGDM of layers that whiten their inputs and their outputs' gradients",
+    ),
     ("SGDM+WS = SGDM + layers=ws", "SGDM with weight standardization of convolutions"),
     (
         "SGDM+WS+GC = SGDM + GradientCentralization + layers=ws",
@@ -71,6 +87,7 @@ LISTED: tuple[tuple[str, str], ...] = (
         "IBN-a = SGDM + layers=ibn-a",
         "SGDM with instance normalization of half the channels early in the blocks of a residual net",
     ),
+    ("IBN-b = SGDM + layers=ibn-b", "SGDM with instance normalization after the first stages of a residual net"),
     (
         "GN+GC-conv = SGDM + GradientCentralization(layers='conv') + norm=gn(num_groups=8)",
         "GN with Gradient Centralization of convolutions alone",

@@ -59,6 +59,10 @@ _BY_LAYERS = {
     "iternorm": Style("#009e73", "#2fc79c", "s"),
     "ln": Style("#5b6abf", "#98a4ee", "p"),
     "in": Style("#a0522d", "#d99a73", "h"),
+    "ibn-b": Style("#b8609a", "#dd8fc0", "s"),
+    "wnn": Style("#0072b2", "#4aa8e0", "h"),
+    "gwnn": Style("#5b6abf", "#98a4ee", "D"),
+    "eigen": Style("#a0522d", "#d99a73", "^"),
     "ws": Style("#7a6a00", "#c9b93a", "s"),
     "nd": Style("#6a51a3", "#a99be0", "v"),
     "dbn": Style("#b8609a", "#dd8fc0", "^"),
@@ -151,7 +155,8 @@ def method_style(method: MethodSummary, place: int = 0) -> Style:
     if method.layers is not None:
         return _BY_LAYERS[method.layers]
     if method.norm is not None:
-        return _BY_LAYERS[method.norm]
+        # A method of one's own may have any normalization.
+        return _BY_LAYERS.get(method.norm, _OTHERS[place % len(_OTHERS)])
     return _BY_TECHNIQUE.get(method.transforms, _OTHERS[place % len(_OTHERS)])
 
 
