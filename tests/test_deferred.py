@@ -31,7 +31,7 @@ def test_from_parameters_is_the_named_optimizer_once_it_knows_the_model(name: st
     model, other = net(), net()
     optimizer = from_parameters(model.parameters(), name, **options)
     model(torch.ones(2, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"waits for its model: give the trainer .* attach_deferred"):
+    with pytest.raises(RuntimeError, match=r"waits for its model: give the trainer .*attach_deferred"):
         optimizer.step()
     assert attach_deferred(optimizer, model) is not None
     assert attach_deferred(optimizer, model) is None

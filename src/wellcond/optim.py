@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from wellcond.deferred import attach_deferred, defer, parameters_of
-from wellcond.parameter_groups import Group, ParameterGroups, parameter_groups
+from wellcond.grouping import Group, ParameterGroups, parameter_groups
 from wellcond.runtime.checks import check_positive_integer, checked, checks_itself
 from wellcond.transforms import Attachment, FeatureDescent, FeatureWhitening, GradientTransform, attach
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from wellcond.deferred import attach_deferred
 from wellcond.transforms import Attachment, GradientTransform, attach, attachments
-from wellcond.transforms.names import named
+from wellcond.transforms.by_name import named
 from wellcond.transforms.wrappers import inner_optimizer
 
 

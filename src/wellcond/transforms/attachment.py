@@ -23,11 +23,11 @@ from wellcond.transforms.base import (
     WellcondWarning,
     check_choice,
 )
+from wellcond.transforms.by_name import named
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
 from wellcond.transforms.metrics import GradientMetrics, Metric, read_metrics
-from wellcond.transforms.names import named
 from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas

@@ -28,6 +28,7 @@ OF_METHOD = {
     "EvalNorm": "EvalNorm2d",
     "EvalNorm-fixed": "EvalNorm2d",
     "BRN": "BatchRenorm2d",
+    "EvalNorm-chosen": "EvalNorm2d",
     "PN": "PopulationNorm2d",
     "PN+gamma-decay": "PopulationNorm2d",
     "GN": "GroupNorm",

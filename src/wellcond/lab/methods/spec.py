@@ -243,7 +243,7 @@ class Method:
     def _groups(self, model: torch.nn.Module, lr: float) -> list[dict[str, Any]] | None:
         if not self.groups:
             return None
-        from wellcond.parameter_groups import Group, parameter_groups
+        from wellcond.grouping import Group, parameter_groups
 
         def value(key: str, given: object) -> object:
             if not isinstance(given, Times):
