@@ -31,7 +31,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 def public_names() -> set[str]:
     modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics, "theory.": wellcond.theory}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
-    found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam", "create")}
+    found |= {f"optim.{name}" for name in wellcond.optim.__all__}
     found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}
     return found - {"__version__", "nn", "optim", "theory", "diagnostics"}
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from wellcond.deferred import attach_deferred
 from wellcond.transforms import Attachment, GradientTransform, attach, attachments
-from wellcond.transforms.names import named
+from wellcond.transforms.by_name import named
+from wellcond.transforms.wrappers import inner_optimizer
 
 
 class Attaching:
@@ -44,6 +46,7 @@ class Attaching:
         """
         found: list[Attachment] = []
         for optimizer in optimizers:
+            attach_deferred(inner_optimizer(optimizer), model)
             there = {transform for handle in attachments(optimizer) for transform in handle.transforms}
             missing = [transform for transform in self.transforms if transform not in there]
             if missing:

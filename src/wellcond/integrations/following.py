@@ -73,6 +73,27 @@ class FollowingSchedule:
             self.schedule.load_state_dict(state_dict["schedule"])
 
 
+def metrics(optimizers: Iterable[object], synchronize: bool = False) -> dict[str, Any]:
+    """Return ``metrics()`` of all that is attached to the optimizers, flat and named for a log.
+
+    Args:
+        optimizers: The optimizers, also in a framework's wrapper; from the second on they are numbered.
+        synchronize: Whether to wait for the device and return floats.
+
+    Returns:
+        ``"wellcond/<transform>/<metric>"`` → number.
+    """
+    found: dict[str, Any] = {}
+    for handle in (handle for optimizer in optimizers for handle in attachments(optimizer)):
+        for name, number in handle.metrics(synchronize=synchronize).items():
+            key, again = f"wellcond/{name}", 1
+            while key in found:
+                again += 1
+                key = f"wellcond/{again}/{name}"
+            found[key] = number
+    return found
+
+
 def counts(optimizers: Iterable[object]) -> dict[str, float]:
     """Return ``stats()`` of all that is attached to the optimizers, flat and named for a log; equal names are added.
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
 from wellcond.integrations.calibrating import Calibrating
-from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts, metrics
 from wellcond.transforms import GradientTransform
 
 try:
@@ -57,7 +57,8 @@ class WellcondCallback(Callback):
             samples together.
         calibrate: ``"bn"``, ``"bsr"`` or ``"evalnorm"``, as `what` of `wellcond.calibrate`, and None as there.
         calibration_options: Further options of `calibrate`.
-        log_stats: Log the counts at the end of every training epoch, as ``"wellcond/<transform>/<count>"``.
+        log_stats: Log the counts at the end of every training epoch, as ``"wellcond/<transform>/<count>"``, and
+            `Attachment.metrics` likewise.
         transforms: What to attach to each of the module's optimizers, from left to right: transforms or their names
             (``"centralization"``, ``"whitening"``, ``"descent"``).
 
@@ -142,7 +143,7 @@ class WellcondCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the transforms of all optimizers have counted."""
         if self.log_stats:
-            pl_module.log_dict(counts(trainer.optimizers), sync_dist=True)
+            pl_module.log_dict(counts(trainer.optimizers) | metrics(trainer.optimizers), sync_dist=True)
 
 
 def _take_buffers_of_first_rank(model: nn.Module | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from wellcond.integrations.attaching import Attaching, refuse_to_do_nothing
 from wellcond.integrations.calibrating import Calibrating
-from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts
+from wellcond.integrations.following import FollowingSchedule, Interval, LayerSchedule, counts, metrics
 from wellcond.runtime.checks import WellcondWarning, check_positive_integer
 from wellcond.transforms import GradientTransform
 
@@ -42,7 +42,7 @@ class WellcondTrainerCallback(TrainerCallback):
     Args:
         schedule: Such as `wellcond.nn.MomentumScheduler(model, total_epochs=180, batch_size=8)`.
         schedule_interval: What it counts: ``"epoch"`` or ``"step"`` (``state.global_step``).
-        log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``.
+        log_stats: Add the counts, as ``"wellcond/<transform>/<count>"``, and `Attachment.metrics` likewise.
         calibration_loader: Batches to calibrate with, as `wellcond.calibrate` takes them; each rank's own part. Not the
             loader that trains. None: no calibration.
         calibration_batch_size: m, the samples behind one set of statistics in training; None: the statistics of all
@@ -161,7 +161,7 @@ class WellcondTrainerCallback(TrainerCallback):
         """Add what the transforms have counted."""
         if not self.log_stats or logs is None or "loss" not in logs or optimizer is None:
             return
-        found = counts([optimizer])
+        found = counts([optimizer]) | metrics([optimizer], synchronize=True)
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)

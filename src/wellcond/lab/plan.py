@@ -77,6 +77,7 @@ class Plan:
             lr=lr,
             seed=seed,
             steps=self.steps if steps is None else steps,
+            schedule=method.schedule or self.template.schedule,
             # Without batch statistics it is the same run whatever the groups: comparisons can share it.
             ghost_batch=self.template.ghost_batch if method.has_batch_statistics else None,
         )
@@ -137,8 +138,7 @@ def make_plan(
     """
     if settings.weights is not None:
         check_weights("--weights", settings.weights)
-    overrides = {override.label: override.apply() for override in settings.overrides}
-    methods = select_methods(settings.methods, {**overrides, **(more or {})})
+    methods = select_methods(settings.methods, more)
     methods = with_lrs(methods, dict(settings.lrs) | given_grids(lrs, methods))
     task = task or open_task(settings)
     # Before anything of a user's task is used: what it keeps of its work must not change what it is known by.
@@ -332,8 +332,10 @@ def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: 
 def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | None, refresh: Refresh) -> None:
     try:
         method.build(method.with_layers(copy.deepcopy(network), ghost_batch), method.lrs[0], refresh)
-    except (TypeError, ValueError) as error:
-        raise LabError(f"method {method.name}: {error}") from error
+    except LabError:
+        raise
+    except Exception as error:  # of a user's own optimizer, whatever it raises
+        raise LabError(f"method {method.name}: {error or type(error).__name__}") from error
 
 
 def _check_trials(plan: Plan) -> None:

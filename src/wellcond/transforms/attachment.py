@@ -24,10 +24,11 @@ from wellcond.transforms.base import (
     WellcondWarning,
     check_choice,
 )
+from wellcond.transforms.by_name import named
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
-from wellcond.transforms.names import named
+from wellcond.transforms.metrics import GradientMetrics, Metric, read_metrics
 from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
@@ -145,6 +146,7 @@ class Attachment:
         self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
         self._observer = Observer(self, self.transforms, self._find_new_weights)
         self._gate = self._observer.gate
+        self._metrics = GradientMetrics()
         self._published = Published()
         self._lazy: set[nn.Module] = set()
         self._hooks = StepHooks(optimizer, self)
@@ -262,6 +264,37 @@ class Attachment:
         optimizer = self._optimizer()
         if optimizer is not None:
             self._published.show(optimizer, self._all_slots())
+
+    def metrics(self, *, by_layer: bool = False, spectra: bool = False, synchronize: bool = False) -> dict[str, Metric]:
+        """Return numbers worth logging, of what the transforms keep and of what they did to gradients.
+
+        - ``"gradient/cosine"``, ``"gradient/norm_ratio"``: of the covered weights' gradients before and after the
+          transforms, in the first step after the last call, on this rank; absent in the first call, which asks for it;
+        - ``"<transform>/age"``: steps since the factorization in use was made, of the oldest;
+        - ``"<transform>/effective_rank"``: (Σλ)²/Σλ² of a second moment M, of groups the mean, of layers the median;
+        - ``"<transform>/condition"``, with `spectra`: (λ_max + ε)/(λ_min + ε) of M with its damping ε.
+
+        Args:
+            by_layer: Whether to give each layer's numbers, too, with ``/<layer>`` behind the name.
+            spectra: Whether to compute eigenvalues, which takes as long as factorizing all layers.
+            synchronize: Whether to wait for the device and return floats in any case.
+
+        Returns:
+            Floats; of weights elsewhere than on the CPU, tensors of no dimension on their device, which nobody waits
+            for until they are read.
+
+        Example:
+            >>> import wellcond
+            >>> model = nn.Linear(4, 2)
+            >>> optimizer = wellcond.optim.WSGDM(model, lr=0.1, stats_every=1)
+            >>> _ = optimizer.attachment.metrics()
+            >>> _ = model(torch.randn(8, 4)).sum().backward(), optimizer.step()
+            >>> sorted(optimizer.attachment.metrics(spectra=True))  # doctest: +NORMALIZE_WHITESPACE
+            ['gradient/cosine', 'gradient/norm_ratio', 'whitening/age', 'whitening/condition',
+             'whitening/effective_rank']
+        """
+        self._look_again()
+        return read_metrics(self._all_slots(), self._metrics, by_layer, spectra, synchronize)
 
     # which weights --------------------------------------------------------------------------------------------------
 
@@ -408,8 +441,10 @@ class Attachment:
     @torch.no_grad()
     def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
         """Transform the gradients that the optimizer is about to use."""
+        before = self._metrics.before(self._all_slots())
         with without_autocast(*{slot.layer.weight.device for _, slot in self._all_slots()}):
             self._transform_in_full_precision(optimizer, step)
+        self._metrics.after(before)
 
     def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
         if not step.refreshed:

@@ -28,6 +28,7 @@ OF_METHOD = {
     "EvalNorm": "EvalNorm2d",
     "EvalNorm-fixed": "EvalNorm2d",
     "BRN": "BatchRenorm2d",
+    "EvalNorm-chosen": "EvalNorm2d",
     "PN": "PopulationNorm2d",
     "PN+gamma-decay": "PopulationNorm2d",
     "GN": "GroupNorm",
@@ -253,9 +254,9 @@ def test_results_say_what_was_grouped(compared):
     page = (folder / "report.html").read_text()
     assert content["title"] in page
     assert "<dt>ghost batch</dt><dd>2</dd>" in page
-    assert "convert_norm(to=&#39;ghost&#39;, group_size=2)" in page
-    assert "convert_norm(to=&#39;bsr&#39;, nonneg=&#39;nnls&#39;, group_size=2)" in page
-    assert "convert_norm(to=&#39;gn&#39;, num_groups=8)</code>" in page
+    assert "norm=ghost(group_size=2)" in page
+    assert "norm=bsr(nonneg=&#39;nnls&#39;, group_size=2)" in page
+    assert "norm=gn(num_groups=8)</code>" in page
     assert any("groups of 2" in note for note in content["notes"])
     assert "which has no batch statistics" in page
 

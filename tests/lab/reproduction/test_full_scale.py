@@ -126,7 +126,7 @@ def test_every_panel_plans_at_full_scale(name, weights, published):
     places = bind_weights(weights, needed_weights(panels))
     for panel in (panel.with_weights(places) for panel in panels):
         settings = panel.settings({data: f"/nowhere/{data}" for data in needed_data(panels)}, 1, None)
-        methods = tuple((one.method, one.options, one.transform, one.norm) for one in panel.methods)
+        methods = tuple((one.optimizer, one.options, one.transforms, one.norm) for one in panel.methods)
         built = (settings.model, settings.weights, settings.ghost_batch is None, methods)
         if built in PLANNED:
             continue
@@ -135,7 +135,7 @@ def test_every_panel_plans_at_full_scale(name, weights, published):
             # Copying values into tensors without values does nothing, as torch says.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             plan = make_plan(settings, StandIn(panel.data, settings.validation_images or 1000))
-        assert [method.name for method in plan.methods] == [override.label for override in panel.methods]
+        assert [method.name for method in plan.methods] == [method.name for method in panel.methods]
         assert plan.epochs == settings.epochs
         assert plan.steps > 0
 
@@ -145,12 +145,15 @@ def test_the_sources_settings_are_in_the_recipes():
     bounds = {"3.2": (2.0, 1.0), "2.9": (1.5, 0.5)}
     for name, (r_max, d_max) in bounds.items():
         panel = scaled_panels(RECIPES[name], "full")[-1]
-        (renorm,) = (override for override in panel.methods if override.label == "BRN")
-        norm = renorm.apply().norm
+        (renorm,) = (method for method in panel.methods if method.name == "BRN")
+        norm = renorm.norm
         assert norm is not None
         assert dict(norm.options) == {"r_max": r_max, "d_max": d_max}
     (panel,) = scaled_panels(RECIPES["4.2"], "full")
-    found = {override.label: dict(override.transform).get("decay") for override in panel.methods}
+    found = {
+        method.name: next((dict(spec.options).get("decay") for spec in method.transforms), None)
+        for method in panel.methods
+    }
     assert (found["SGDW w/ GC"], found["AdamW w/ GC"]) == ("outside", "outside")
     assert (found["SGDW w/ GC and decay"], found["AdamW w/ GC and decay"]) == ("inside", "inside")
 
@@ -160,8 +163,8 @@ def test_the_preconditioners_are_the_published_ones_at_full_scale():
     for recipe in RECIPES.values():
         for panel in scaled_panels(recipe, "full"):
             settings = panel.settings(dict.fromkeys(NAMED_DATA, "/nowhere"), 1, None)
-            for override in panel.methods:
-                for spec in override.apply().transforms:
+            for method in panel.methods:
+                for spec in method.transforms:
                     if spec.refreshed:
                         options = dict(spec.options)
                         assert (options["second_moment"], options["solve_warmup"]) == ("dense", False), recipe.name

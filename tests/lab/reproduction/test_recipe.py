@@ -8,6 +8,7 @@ import pytest
 
 from wellcond.lab.data.named_data import NAMED_DATA, bind_data
 from wellcond.lab.errors import LabError
+from wellcond.lab.methods.method import select_methods
 from wellcond.lab.reproduction.panels import needed_data, scaled_panels
 from wellcond.lab.reproduction.recipe import bundled_recipes, find_recipe, load_recipe
 
@@ -77,8 +78,12 @@ def test_the_full_scale_is_the_recipe_itself(write):
     first = scaled_panels(recipe, "full")[0]
     settings = first.settings({"cifar100": "/data/c100"}, jobs=2, seeds=7)
     assert (settings.data, settings.model, settings.epochs, settings.batch_size) == ("/data/c100", "resnet18", 200, 128)
-    assert (settings.methods, settings.jobs, settings.seeds) == (("plain", "white"), 2, 7)
-    plain, white = (override.apply() for override in settings.overrides)
+    assert (settings.methods, settings.jobs, settings.seeds) == (
+        tuple(method.written() for method in first.methods),
+        2,
+        7,
+    )
+    plain, white = select_methods(settings.methods)
     assert (plain.name, plain.lrs, dict(plain.options)) == ("plain", (0.1,), {"momentum": 0.9, "weight_decay": 1e-4})
     assert (white.name, white.baseline) == ("white", "plain")
     assert dict(white.transforms[0].options) == {"damping": 0.1}
@@ -90,7 +95,7 @@ def test_a_panel_changes_what_is_special_to_it(write):
     second = scaled_panels(load_recipe(write()), "full")[1]
     settings = second.settings({"cifar100": "x"}, jobs=1, seeds=None)
     assert (settings.model, settings.ghost_batch) == ("resnet8", 2)
-    plain, white = (override.apply() for override in settings.overrides)
+    plain, white = select_methods(settings.methods)
     assert (plain.lrs, white.lrs) == ((0.1,), (0.5,))
     assert dict(plain.options)["weight_decay"] == dict(white.options)["weight_decay"] == 1e-3
     assert dict(white.transforms[0].options) == {"damping": 0.2}
@@ -99,7 +104,7 @@ def test_a_panel_changes_what_is_special_to_it(write):
 def test_a_scale_changes_sizes_and_says_which(write):
     recipe = load_recipe(write())
     first, second = scaled_panels(recipe, "small")
-    assert [override.lrs for override in first.methods] == [(0.02, 0.06, 0.2)] * 2
+    assert [method.lrs for method in first.methods] == [(0.02, 0.06, 0.2)] * 2
     assert first.fields["model"] == "convnet"
     assert second.fields["model"] == "resnet8"  # not in its map
     assert second.fields["ghost_batch"] == 2
@@ -109,7 +114,7 @@ def test_a_scale_changes_sizes_and_says_which(write):
         "model": ("resnet18", "convnet"),
     }
     (only,) = scaled_panels(recipe, "smoke")
-    assert (only.table.name, [override.label for override in only.methods]) == ("second", ["plain"])
+    assert (only.table.name, [method.name for method in only.methods]) == ("second", ["plain"])
     assert only.methods[0].lrs == (0.4,)  # its own grid goes before its optimizer's
     assert needed_data([first, only]) == ["cifar10-jpeg", "digits"]
 
@@ -124,7 +129,7 @@ def test_a_scale_can_take_a_setting_away(write):
 def test_what_is_asked_for_goes_before_the_scale(write):
     recipe = load_recipe(write())
     (panel,) = scaled_panels(recipe, "smoke", panels=["first"], methods=["white"])
-    assert (panel.table.name, [override.label for override in panel.methods]) == ("first", ["white"])
+    assert (panel.table.name, [method.name for method in panel.methods]) == ("first", ["white"])
     with pytest.raises(LabError, match=r"unknown panel of 9\.1 'frist': did you mean 'first'\? Known: first, second"):
         scaled_panels(recipe, "small", panels=["frist"])
     with pytest.raises(LabError, match=r"unknown method of 9\.1 'whit': did you mean 'white'\? Known: plain, white"):
@@ -173,9 +178,8 @@ def test_mistakes_name_the_file_the_place_and_what_was_meant(write, old, new, me
 
 def test_options_that_a_method_cannot_take_are_told(write):
     recipe = load_recipe(write("transform = { damping = 0.1 }", "transform = { dampening = 0.1 }"))
-    override = scaled_panels(recipe, "full")[0].methods[1]
     with pytest.raises(LabError, match="method white: unknown transform option 'dampening': did you mean 'damping'"):
-        override.apply()
+        scaled_panels(recipe, "full")
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -227,7 +231,7 @@ def test_every_method_gets_equally_many_lrs():
     for recipe in bundled_recipes():
         for scale in ("smoke", "small", "full"):
             for panel in scaled_panels(recipe, scale):
-                counts = {len(override.apply().lrs) for override in panel.methods}
+                counts = {len(method.lrs) for method in panel.methods}
                 assert len(counts) == 1, (recipe.name, scale, panel.table.name)
 
 

@@ -82,7 +82,7 @@ def test_it_runs_and_sets_its_figures_beside_the_sources(name, tmp_path, capsys,
     assert set(content["data"]) == set(needed_data(panels))
     assert [panel["name"] for panel in content["panels"]] == [panel.table.name for panel in panels]
     for panel, found in zip(panels, content["panels"], strict=True):
-        assert [method["label"] for method in found["methods"]] == [override.label for override in panel.methods]
+        assert [method["label"] for method in found["methods"]] == [method.name for method in panel.methods]
         for method in found["methods"]:
             paper = panel.table.paper.get(method["label"])
             assert method["paper"] == (None if paper is None else list(paper))

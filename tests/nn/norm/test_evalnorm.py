@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from wellcond.nn import EvalNorm1d, EvalNorm2d
+from wellcond.nn import EvalNorm1d, EvalNorm2d, convert_norm
 from wellcond.nn.norm.evalnorm import mixed_moments
 
 FLOAT64 = torch.float64
@@ -206,3 +206,32 @@ def test_constant_input_leaves_the_mixtures_finite(constant: float) -> None:
 def test_rate_is_checked(mixture_lr: float) -> None:
     with pytest.raises(ValueError, match="mixture_lr"):
         EvalNorm1d(3, mixture_lr=mixture_lr)
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.3, 1.0])
+def test_chosen_shares_are_example_weighing(mixture: float) -> None:
+    """Summers and Dinneen weigh first and second moments: μ = αE[x] + (1−α)m, σ² = αE[x²] + (1−α)(v + m²) − μ²."""
+    layer, plain = EvalNorm1d(4, mixture=mixture).double(), nn.BatchNorm1d(4).double()
+    for step in range(3):
+        close(layer(batch(step, 6)), plain(batch(step, 6)))  # training is batch normalization
+    layer.eval()
+    assert float(layer.mean_mixture) == float(layer.var_mixture) == pytest.approx(mixture)
+    x, running = batch(9, 5), (plain.running_mean.view(1, 4, 1), plain.running_var.view(1, 4, 1))
+    mean = mixture * x.mean(2, keepdim=True) + (1 - mixture) * running[0]
+    square = mixture * x.square().mean(2, keepdim=True) + (1 - mixture) * (running[1] + running[0].square())
+    close(layer(x), (x - mean) / (square - mean.square() + layer.eps).sqrt(), 1e-7)
+
+
+def test_chosen_shares_are_for_trained_networks_too() -> None:
+    plain = nn.BatchNorm1d(4)
+    plain(batch(0, 6).float())
+    (converted,) = convert_norm(nn.Sequential(plain), to="evalnorm", mixture=0.25).eval()
+    assert float(converted.mean_mixture) == 0.25
+    loaded = EvalNorm1d(4, mixture=0.25)
+    loaded.load_state_dict(plain.state_dict())
+    x = batch(1, 3).float()
+    close(loaded.eval()(x), converted(x))
+    converted.reset_running_stats()
+    assert float(converted.var_mixture) == 0.25
+    with pytest.raises(ValueError, match="mixture must lie between 0 and 1, got 2"):
+        EvalNorm2d(3, mixture=2)

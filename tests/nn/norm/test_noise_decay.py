@@ -130,7 +130,7 @@ def trained(method: str) -> RunRecord:
 
 
 def test_the_method_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert METHODS["PN+gamma-decay"].norm.text == "convert_norm(to='pn', momentum=0.01) + gamma_decay"
+    assert METHODS["PN+gamma-decay"].norm.text == "norm=pn(momentum=0.01, gamma_decay=True)"
     added = []
 
     def watched(self: BatchNoiseDecay, loss: Tensor) -> Tensor:

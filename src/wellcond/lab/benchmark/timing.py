@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.methods.optimizers import needs_closure, take_step
+
 
 class Quartiles(NamedTuple):
     """The middle of some numbers, and the half of them around it.
@@ -47,6 +49,11 @@ class StepTimer:
 
     def seconds(self) -> tuple[float, float]:
         """Time one training step, and ``optimizer.step()`` in it, waiting for the device."""
+        if needs_closure(self.optimizer):
+            # Its step goes forward and backward itself.
+            start = self._now()
+            take_step(self.optimizer, lambda: self.loss(self.model), self.second_order)
+            return (self._now() - start,) * 2
         start = self._now()
         self.optimizer.zero_grad()
         self.loss(self.model).backward(create_graph=self.second_order)

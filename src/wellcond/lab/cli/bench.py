@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from wellcond.lab.cli.options import add_task_options, given_settings
+from wellcond.lab.cli.options import add_method_options, add_task_options, given_methods, given_settings
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import interruptible
@@ -44,6 +44,9 @@ _MODEL, _SIZE = "resnet18", 32
 _MOST_PIXELS = 2**28
 
 
+_METHODS = ("SGDM", "SGDM+GC", "W-SGDM", "FSGD")
+
+
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command's options."""
     parser = commands.add_parser(
@@ -53,12 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--methods",
-        default="SGDM,SGDM+GC,W-SGDM,FSGD",
-        metavar="A,B,...",
-        help="methods, separated by commas; the others are compared with the first (default: %(default)s)",
-    )
+    add_method_options(parser, _METHODS)
     parser.add_argument("--model", metavar="NAME", help=f"the network (default: {_MODEL})")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"images of a batch (default: {_SIZE})")
     parser.add_argument("--image-size", type=int, metavar="N", help=f"their height and width (default: {_SIZE})")
@@ -93,7 +91,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     names = ("rounds", "stats_every", "solve_every")
     for name in names:
         _check(arguments, name)
-    methods = select_methods([name.strip() for name in arguments.methods.split(",")])
+    methods = select_methods(given_methods(arguments) or _METHODS)
     device = training_device()
     workload, described = _workload(arguments, Refresh(arguments.stats_every, arguments.solve_every), device)
     progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {described['model']}")

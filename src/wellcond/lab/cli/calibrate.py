@@ -16,7 +16,6 @@ from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import is_there
 from wellcond.lab.hardware.interrupts import interruptible
-from wellcond.lab.runs.files import replacing
 from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.training.progress import StepProgress
 

@@ -9,17 +9,21 @@ from rich.console import Console
 from wellcond.lab.cli.kept_runs import keeping_runs
 from wellcond.lab.cli.options import (
     add_data_options,
+    add_method_options,
     add_model_options,
     add_process_options,
     add_search_options,
     add_task_options,
     add_training_options,
+    given_methods,
     given_settings,
+    leave_open,
     parse_shares,
 )
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.cli.processes import in_processes
 from wellcond.lab.methods.method import DEFAULT_METHODS, parse_lrs
+from wellcond.lab.runs.comparison_file import read_comparison
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import ENGINES, Settings
@@ -40,6 +44,8 @@ examples:
       the bundled digits, all default methods, 5 seeds: a few minutes on a laptop
   wellcond compare --methods SGDM,SGDM+GC,W-SGDM --seeds 3 --out runs/try
       fewer methods and seeds, results in runs/try
+  wellcond compare --methods AdamW --method "mine = AdamW(weight_decay=0.1) + GradientCentralization"
+      a method of your own beside one of the list; docs/lab.md has the grammar
   wellcond compare --data train.parquet --train-images 5000 --test-images 2000 --image-size 16
       5,000 images of a parquet file in the Hugging Face layout, average-pooled to 16x16, with a ResNet-8
   wellcond compare --data cifar10/ --model resnet18 --epochs 30 --batch-size 128
@@ -64,13 +70,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     defaults = Settings()
-    what = parser.add_argument_group("what is compared")
-    what.add_argument(
-        "--methods",
-        default=",".join(DEFAULT_METHODS),
-        metavar="A,B,...",
-        help="methods, separated by commas (default: %(default)s)",
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE.toml",
+        help="a whole comparison: fields named as the options, with _ for - (the results hold the file that repeats "
+        "them); options go before it",
     )
+    what = parser.add_argument_group("what is compared")
+    add_method_options(what, DEFAULT_METHODS)
     what.add_argument(
         "--lrs",
         action="append",
@@ -117,6 +125,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     output.add_argument(
         "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"
     )
+    leave_open(parser)
 
 
 def run(arguments: argparse.Namespace, command_line: str) -> int:
@@ -129,13 +138,20 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Returns:
         The exit code.
     """
-    settings = given_settings(
-        arguments,
-        methods=tuple(name.strip() for name in arguments.methods.split(",") if name.strip()),
-        lrs=tuple(parse_lrs(text) for text in arguments.lrs),
-        sweeps=tuple(parse_sweep(text) for text in arguments.sweeps),
-        time_shares=parse_shares(arguments.time_shares),
-    )
+    file = {} if arguments.file is None else read_comparison(arguments.file)
+    methods = given_methods(arguments)
+    grids = tuple(parse_lrs(text) for text in arguments.lrs)
+    # What the command line says goes before the file.
+    more = {name: value for name, value in file.items() if name not in arguments}
+    more |= {
+        "methods": file.get("methods", DEFAULT_METHODS) if methods is None else methods,
+        "lrs": tuple((dict(file.get("lrs", ())) | dict(grids)).items()),
+    }
+    if "sweeps" in arguments:
+        more["sweeps"] = tuple(parse_sweep(text) for text in arguments.sweeps)
+    if "time_shares" in arguments:
+        more["time_shares"] = parse_shares(arguments.time_shares)
+    settings = given_settings(arguments, **more)
     return in_processes(settings, command_line, lambda first: _compare(arguments, settings, command_line, first))
 
 

@@ -30,9 +30,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     listed = {
         "methods": [
             (
-                method.name,
-                f"{method.description}; lr {', '.join(f'{lr:g}' for lr in method.lrs)}"
-                f"{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}",
+                method.written(),
+                f"{method.description}{'' if method.name in DEFAULT_METHODS else ' (not run by default)'}",
             )
             for method in METHODS.values()
         ],
@@ -56,5 +55,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             print(f"{kind}:")
         width = max(len(name) for name, _ in listed[kind])
         for name, description in listed[kind]:
-            print(f"  {name:<{width}}  {description}")
+            # A method is a line to copy, and what it is stands below.
+            between = "\n      " if kind == "methods" else " " * (2 + width - len(name))
+            print(f"  {name}{between}{description}")
     return 0

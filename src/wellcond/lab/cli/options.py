@@ -7,10 +7,43 @@ from dataclasses import fields
 from typing import Any
 
 from wellcond.lab.data.named_data import AUGMENTATIONS
+from wellcond.lab.errors import LabError
+from wellcond.lab.methods.method import split_list
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.runs.settings import ACCELERATORS, MODES, PRECISIONS, STRATEGIES, Settings
 
 _DEFAULTS = Settings()
+
+
+def add_method_options(group: argparse._ActionsContainer, default: tuple[str, ...]) -> None:
+    """Add what names the methods.
+
+    Args:
+        group: Where to.
+        default: What they are if none is named.
+    """
+    group.add_argument(
+        "--methods",
+        default=None,
+        metavar="A,B,...",
+        help=f"methods, separated by commas: names of `wellcond list methods`, or methods as they are written "
+        f"(default: {','.join(default)})",
+    )
+    group.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="one more, e.g. 'mine = AdamW(weight_decay=0.1) + GradientCentralization + lrs=[0.001, 0.003, 0.01]'; may "
+        "be given for several, with or without --methods",
+    )
+
+
+def given_methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the methods of `add_method_options`; None if none is named."""
+    if arguments.methods is None and not arguments.method:
+        return None
+    return (*split_list(arguments.methods or ""), *arguments.method)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +53,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=_DEFAULTS.data,
         metavar="WHAT",
-        help="digits, a file (a text, a table, frozen features, images as .parquet), or a folder of data: parquet files, "
-        "CIFAR, a folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
+        help="digits, a file (a text, a table, frozen features, images as .parquet), or a folder of data: parquet "
+        "files, CIFAR, a folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
     )
     data.add_argument(
         "--target-column", metavar="NAME", help="of a table: the column that is to be told (default: the last)"
@@ -168,7 +201,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRECISIONS)} (default: %(default)s)",
     )
     training.add_argument(
-        "--deterministic", action="store_true", help="use deterministic algorithms only, and fail where there is none"
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.deterministic,
+        help="use deterministic algorithms only, and fail where there is none (default: %(default)s)",
     )
     training.add_argument(
         "--label-smoothing",
@@ -264,6 +300,20 @@ def add_process_options(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="how often an unfinished run is kept, to go on from there (default: %(default)g)",
     )
+
+
+def leave_open(parser: argparse.ArgumentParser) -> None:
+    """Let options that are settings have no value unless they are given: a comparison's file comes before the defaults.
+
+    Args:
+        parser: A command's, with all its options.
+    """
+    for action in parser._actions:
+        if action.dest in {field.name for field in fields(Settings)} - {"methods", "lrs"}:
+            if action.help is not None:
+                shown = action.help.replace("%(default)s", str(action.default))
+                action.help = shown.replace("%(default)g", f"{action.default}")
+            action.default = argparse.SUPPRESS
 
 
 def given_settings(arguments: argparse.Namespace, **more: Any) -> Settings:

@@ -71,7 +71,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--method", default="SGDM", metavar="NAME", help="how to train (default: %(default)s)")
+    what.add_argument(
+        "--method", default="SGDM", metavar="TEXT", help="a method, by name or as written (default: %(default)s)"
+    )
     what.add_argument("--lr", type=float, metavar="LR", help="highest lr (default: the middle of the method's grid)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
     add_model_options(parser)
@@ -110,7 +112,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         raise LabError(f"--lr must be a positive number, got {lr:g}")
     check_seed(arguments.seed)
     check_whole("log-every", arguments.log_every)
-    settings = given_settings(arguments, methods=(method.name,), lrs=((method.optimizer, (lr,)),), seeds=1)
+    settings = given_settings(arguments, methods=(arguments.method,), lrs=((method.optimizer, (lr,)),), seeds=1)
     return in_processes(settings, command_line, lambda first: _train(arguments, settings, lr, command_line, first))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
 from wellcond.lab.tasks.base import EpochBatches
@@ -56,9 +57,8 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
             batches = _endless(data.batches())
 
             def train() -> None:
-                optimizer.zero_grad()
-                data.loss(model, next(batches)).backward(create_graph=method.second_order)
-                optimizer.step()
+                batch = next(batches)
+                take_step(optimizer, lambda: data.loss(model, batch), method.second_order)
 
             step = _timed(train, device)
             # In training mode: it is the one way to call a network that every task has.

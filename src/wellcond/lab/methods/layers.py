@@ -1,8 +1,9 @@
-"""What methods do to a network's layers: to its convolutions, or to batch normalization in chosen places."""
+"""What methods do to a network's layers: to convolutions and linear layers, or to batch normalization in places."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -10,26 +11,38 @@ if TYPE_CHECKING:
 LAYERS = {
     "ws": "weight_standardize(every convolution)",
     "nd": "convert_layers(to='nd') in place of batch normalization",
+    "wnn": "convert_layers(to='wnn')",
+    "gwnn": "convert_layers(to='gwnn')",
+    "eigen": "convert_layers(to='eigen')",
     "ibn-a": "ibn_a(model)",
+    "ibn-b": "ibn_b(model)",
 }
-"""What can be done, and how the report writes it."""
+"""What can be done, and which function of `wellcond.nn` does it."""
 
 
-def change_layers(model: nn.Module, kind: str) -> nn.Module:
+def change_layers(model: nn.Module, kind: str, options: Mapping[str, Any]) -> nn.Module:
     """Change a network's layers, in place.
 
     Args:
         model: The network.
         kind: A key of `LAYERS`.
+        options: Keyword arguments of the function that does it.
     """
-    if kind == "ibn-a":
-        from wellcond.nn import ibn_a
+    if kind in ("ibn-a", "ibn-b"):
+        import wellcond.nn
 
-        return ibn_a(model)
-    return _standardize(model) if kind == "ws" else _deconvolve(model)
+        change = wellcond.nn.ibn_a if kind == "ibn-a" else wellcond.nn.ibn_b
+        return change(model, **options)
+    if kind == "ws":
+        return _standardize(model, **options)
+    if kind == "nd":
+        return _deconvolve(model, **options)
+    from wellcond.nn import convert_layers
+
+    return convert_layers(model, to=kind, **options)
 
 
-def _standardize(model: nn.Module) -> nn.Module:
+def _standardize(model: nn.Module, **options: Any) -> nn.Module:
     from torch import nn
 
     from wellcond.nn import weight_standardize
@@ -37,11 +50,11 @@ def _standardize(model: nn.Module) -> nn.Module:
     for module in model.modules():
         # A unit with a single input would have nothing but zeros left.
         if isinstance(module, nn.Conv2d) and module.weight[0].numel() > 1:
-            weight_standardize(module)
+            weight_standardize(module, **options)
     return model
 
 
-def _deconvolve(model: nn.Module) -> nn.Module:
+def _deconvolve(model: nn.Module, **options: Any) -> nn.Module:
     """Let convolutions remove correlations, as in the paper: they get a bias, and batch normalization goes."""
     import torch
     from torch import nn
@@ -54,4 +67,4 @@ def _deconvolve(model: nn.Module) -> nn.Module:
             module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0, 0, 0]))
         elif isinstance(module, _BatchNorm):
             model.set_submodule(name, nn.Identity())
-    return convert_layers(model, to="nd")
+    return convert_layers(model, to="nd", **options)

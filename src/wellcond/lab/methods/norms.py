@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import wellcond
+from wellcond.lab.methods.grammar import write_call
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 # Of these every image is normalized by its own values alone: there is no batch to take in groups.
 _WITHOUT_BATCH_STATISTICS = ("gn", "ln", "in")
-_SCHEDULERS = {"mbn": "MomentumScheduler", "brn": "BatchRenormScheduler", "ssn": "SparsityScheduler"}
 # As in the thesis: there the momentum rises over 180 of 200 epochs.
 _RISING_SHARE = 0.9
 # As in the paper: after 5,000 steps d_max opens until step 25,000 and r_max until 40,000, where batch normalization of
@@ -73,19 +72,17 @@ class NormSpec:
 
     @property
     def text(self) -> str:
-        """The conversion that gives these layers, and what their schedule is given, as it would be written.
+        """The layers, as a method is written with them.
 
         >>> NormSpec("gn", (("num_groups", 8),)).text
-        "convert_norm(to='gn', num_groups=8)"
+        'norm=gn(num_groups=8)'
         >>> NormSpec("mbn", schedule=(("target", "derived"),)).text
-        "convert_norm(to='mbn') + MomentumScheduler(target='derived')"
+        "norm=mbn(schedule.target='derived')"
         """
-        conversion = f"convert_norm({_written((('to', self.kind), *self.options))})"
+        options = [*self.options, *((f"schedule.{name}", value) for name, value in self.schedule)]
         if self.noise_decay:
-            conversion += " + gamma_decay"
-        if self.kind not in _SCHEDULERS:
-            return conversion
-        return f"{conversion} + {_SCHEDULERS[self.kind]}({_written(self.schedule)})"
+            options.append(("gamma_decay", True))
+        return f"norm={write_call(self.kind, options) if options else self.kind}"
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return the network with these layers in place of its batch normalization, all weights kept."""
@@ -135,10 +132,6 @@ class NormSpec:
         return None
 
 
-def _written(options: Iterable[tuple[str, object]]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options)
-
-
 def trained_norm(norm: NormSpec | None, ghost_batch: int | None) -> NormSpec | None:
     """Return the layers that a method trains with when statistics are taken over groups of the batch.
 
@@ -150,7 +143,7 @@ def trained_norm(norm: NormSpec | None, ghost_batch: int | None) -> NormSpec | N
         The layers; None where batch normalization stays as it is.
 
     >>> trained_norm(None, 2).text
-    "convert_norm(to='ghost', group_size=2)"
+    'norm=ghost(group_size=2)'
     >>> trained_norm(NormSpec("gn"), 2) == NormSpec("gn")  # no batch statistics, so nothing to group
     True
     """

@@ -16,6 +16,7 @@ from wellcond.lab.report.shares import method_shares
 
 FILES = {
     "results.json": "all numbers of this page, with the settings",
+    "compare.toml": "the comparison, to repeat it or to change it: wellcond compare compare.toml",
     "epochs.csv": "every epoch of every run, for a spreadsheet",
     "curves-epochs.png": "the curves over epochs, as a picture",
     "curves-seconds.png": "the curves over training seconds, as a picture",
@@ -38,6 +39,7 @@ def render_report(
     command: str,
     versions: dict[str, str],
     machine: dict[str, str],
+    file: str,
 ) -> str:
     """Return the report.
 
@@ -48,6 +50,7 @@ def render_report(
         command: The command line that made it.
         versions: Of Python and of the packages that decide the numbers.
         machine: Where the numbers were measured.
+        file: Text of the file that repeats the comparison.
 
     Returns:
         An HTML page that is whole by itself; it links to the files that `write_results` puts beside it.
@@ -64,6 +67,7 @@ def render_report(
             title=title,
             settings=settings,
             command=command,
+            file=file,
             versions=versions,
             machine=machine,
             findings=findings(summary),

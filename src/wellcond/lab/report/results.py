@@ -17,6 +17,7 @@ from wellcond.lab.report.drawing import draw_png
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.page import render_report
 from wellcond.lab.report.table import to_csv
+from wellcond.lab.runs.comparison_file import FILE_NAME, write_comparison
 from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
 from wellcond.lab.runs.records import RunRecord, RunSpec
 from wellcond.lab.runs.settings import Settings
@@ -38,6 +39,7 @@ class Results:
         command: The command line.
         versions: Of Python and of the packages that decide the numbers.
         machine: Where they were measured.
+        file: Text of the file that repeats it.
     """
 
     summary: Summary
@@ -45,6 +47,7 @@ class Results:
     command: str
     versions: dict[str, str]
     machine: dict[str, str]
+    file: str
 
     @property
     def title(self) -> str:
@@ -70,11 +73,12 @@ def collect_results(comparison: Comparison, summary: Summary, command: str) -> R
         summary: Its numbers.
         command: The command line that made it.
     """
-    return Results(summary, _settings(comparison.plan), command, versions(), machine())
+    file = write_comparison(comparison.plan.settings, command)
+    return Results(summary, _settings(comparison.plan), command, versions(), machine(), file)
 
 
 def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder: Path) -> list[Path]:
-    """Write results.json, epochs.csv, the curves and the report.
+    """Write results.json, epochs.csv, the curves, the file that repeats the comparison, and the report.
 
     Args:
         results: What to write.
@@ -92,10 +96,21 @@ def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder
         with replacing(picture) as file:
             draw_png(curves(summary, axis), file, note)
     write_atomically(numbers, results_json(results))
-    page = render_report(summary, results.title, results.settings, results.command, results.versions, results.machine)
-    write_atomically(report, page)
+    write_atomically(folder / FILE_NAME, results.file)
+    write_atomically(
+        report,
+        render_report(
+            summary,
+            results.title,
+            results.settings,
+            results.command,
+            results.versions,
+            results.machine,
+            results.file,
+        ),
+    )
     write_atomically(epochs, to_csv(_epochs(records), _RUN))
-    return [report, *pictures.values(), numbers, epochs]
+    return [report, *pictures.values(), numbers, epochs, folder / FILE_NAME]
 
 
 def results_json(results: Results) -> str:

@@ -33,6 +33,10 @@ _BY_TECHNIQUE = {
 }
 # The same colours with other markers: a panel that mixes layers and transforms still tells them apart.
 _BY_LAYERS = {
+    "ibn-b": Style("#b8609a", "#dd8fc0", "s"),
+    "wnn": Style("#0072b2", "#4aa8e0", "h"),
+    "gwnn": Style("#5b6abf", "#98a4ee", "D"),
+    "eigen": Style("#a0522d", "#d99a73", "^"),
     "mbn": Style("#0072b2", "#4aa8e0", "<"),
     "bsr": Style("#d55e00", "#ff7f2a", ">"),
     "evalnorm": Style("#c98500", "#e69f00", "X"),

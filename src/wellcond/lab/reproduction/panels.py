@@ -8,8 +8,8 @@ from typing import Any
 
 from wellcond.lab.data.named_data import NAMED_DATA
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.methods.method import METHODS
-from wellcond.lab.methods.overrides import MethodOverride
+from wellcond.lab.methods.grammar import frozen
+from wellcond.lab.methods.method import Method
 from wellcond.lab.reproduction.recipe import EVERY, Change, MethodTable, PanelTable, Recipe, ScaleTable
 from wellcond.lab.runs.settings import Scale, Settings
 
@@ -29,7 +29,7 @@ class ScaledPanel:
     table: PanelTable
     data: str
     fields: dict[str, Any]
-    methods: tuple[MethodOverride, ...]
+    methods: tuple[Method, ...]
     differs: dict[str, tuple[Any, Any]]
 
     def settings(self, paths: Mapping[str, str], jobs: int, seeds: int | None) -> Settings:
@@ -44,8 +44,7 @@ class ScaledPanel:
             LabError: If a value is out of its range.
         """
         given = self.fields | {"data": paths[self.data], "jobs": jobs} | ({} if seeds is None else {"seeds": seeds})
-        labels = tuple(method.label for method in self.methods)
-        return Settings(methods=labels, overrides=self.methods, **given)
+        return Settings(methods=tuple(method.written() for method in self.methods), **given)
 
     def with_weights(self, places: Mapping[str, str | None]) -> ScaledPanel:
         """Return the panel with weights from where they lie.
@@ -117,8 +116,11 @@ def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequen
         raise unknown_name("data", data, NAMED_DATA)
     names = [name for name in dict.fromkeys([*scaled, *own]) if name != "seeds" and own.get(name) != scaled.get(name)]
     differs = {name: (own.get(name), scaled.get(name)) for name in names}
-    methods = tuple(_override(method, recipe.baseline, panel, scale) for method in compared)
-    return ScaledPanel(panel, data, scaled, methods, differs)
+    methods = [_changed(method, recipe.baseline, panel, scale) for method in compared]
+    labels_there = [method.name for method in methods]
+    # Where the baseline is not compared, the first method stands in for it.
+    methods = [m if m.baseline in labels_there else replace(m, baseline=labels_there[0]) for m in methods]
+    return ScaledPanel(panel, data, scaled, tuple(methods), differs)
 
 
 def _given(settings: Any) -> dict[str, Any]:
@@ -126,27 +128,31 @@ def _given(settings: Any) -> dict[str, Any]:
     return fields
 
 
-def _override(method: MethodTable, baseline: str, panel: PanelTable, scale: ScaleTable) -> MethodOverride:
-    """Return a method with all that is said of it; the last of these goes before the others."""
+def _changed(method: MethodTable, baseline: str, panel: PanelTable, scale: ScaleTable) -> Method:
+    """Return a method with all that is said of it; the last of these goes before the others.
+
+    Raises:
+        LabError: If an option is of nothing that the method has.
+    """
+    found = method.read()
     changes: list[Change] = [method]
     for table in (panel.change, scale.change):
         changes += [table[key] for key in (EVERY, method.label) if key in table]
     grids = [change.lrs for change in changes if change.lrs is not None]
-    optimizer = METHODS[method.method].optimizer
-    grids += [scale.lrs[key] for key in (optimizer, method.label) if key in scale.lrs]
+    grids += [scale.lrs[key] for key in (found.optimizer, method.label) if key in scale.lrs]
 
     def merged(part: str) -> tuple[tuple[str, object], ...]:
         options: dict[str, object] = {}
         for change in changes:
             options |= getattr(change, part)
-        return tuple(options.items())
+        return tuple((key, frozen(value)) for key, value in options.items())
 
-    return MethodOverride(
-        label=method.label,
-        method=method.method,
-        lrs=tuple(sorted(grids[-1])) if grids else (),
-        options=merged("options"),
-        transform=merged("transform"),
-        norm=merged("norm"),
-        baseline=method.baseline or baseline,
-    )
+    try:
+        return found.changed(
+            *(merged(part) for part in ("options", "transform", "norm")),
+            name=method.label,
+            lrs=tuple(sorted(grids[-1])) if grids else found.lrs,
+            baseline=method.baseline or baseline,
+        )
+    except LabError as error:
+        raise LabError(f"method {method.label}: {error}") from error

@@ -23,7 +23,8 @@ from pydantic_core import PydanticCustomError
 
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.given_paths import check_input_file
-from wellcond.lab.methods.method import METHODS
+from wellcond.lab.methods.method import Method
+from wellcond.lab.methods.method import method as read_method
 from wellcond.lab.runs.settings import Scale, Settings
 from wellcond.lab.training.probes import PROBES
 
@@ -40,7 +41,7 @@ EVERY = "*"
 _FOLDER = Path(__file__).parent / "recipes"
 # What a command says rather than a recipe, or what a recipe says for each method.
 _NOT_SETTINGS = {
-    *("methods", "lrs", "jobs", "target", "overrides"),
+    *("methods", "lrs", "jobs", "target"),
     *("mode", "time_shares", "sweeps", "search", "trials"),
 }
 
@@ -106,13 +107,24 @@ class MethodTable(Change):
 
     Attributes:
         label: How the source calls it.
-        method: A name in `METHODS`.
+        method: A name of `wellcond list methods`, or a method as it is written.
         baseline: The label that it is measured against; None: the recipe's.
     """
 
     label: str
     method: str
     baseline: str | None = None
+
+    def read(self) -> Method:
+        """Return the method, without what is special to the recipe.
+
+        Raises:
+            PydanticCustomError: If it cannot be read.
+        """
+        try:
+            return read_method(self.method)
+        except LabError as error:
+            raise _refusal(error) from error
 
 
 class PanelTable(Table):
@@ -195,7 +207,7 @@ class Recipe(Table):
     def _check_names(self) -> Recipe:
         labels = _distinct("method", [method.label for method in self.methods])
         panels = _distinct("panel", [panel.name for panel in self.panels])
-        _check("method", [method.method for method in self.methods], METHODS)
+        methods = [method.read() for method in self.methods]
         _check("label", [self.baseline, *(m.baseline for m in self.methods if m.baseline is not None)], labels)
         for panel in self.panels:
             figures = [*panel.paper, *(label for metric in panel.metrics.values() for label in metric)]
@@ -207,7 +219,7 @@ class Recipe(Table):
         probe = settings.model_dump().get("probe")
         if (self.score if self.score in PROBES else None) != probe:
             raise _refusal(f"a score that a probe measures needs settings.probe to name it, got {self.score}, {probe}")
-        optimizers = [METHODS[method.method].optimizer for method in self.methods]
+        optimizers = [method.optimizer for method in methods]
         for scale in (self.scale.smoke, self.scale.small):
             _check("panel", scale.panels or (), panels)
             _check("label", scale.methods or (), labels)

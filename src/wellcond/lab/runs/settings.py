@@ -11,7 +11,6 @@ from typing import Literal, get_args
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.method import DEFAULT_METHODS
-from wellcond.lab.methods.overrides import MethodOverride
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
@@ -95,7 +94,7 @@ class Settings:
         data_args: What that is built with.
         score: Which of the task's scores counts, such as ``"val_acc:max"``.
         task_is_given: Whether the task is an object that was handed over, which `task` only names.
-        methods: Names in `METHODS`.
+        methods: Names in `METHODS`, or methods as they are written.
         model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         lrs: lr grids by optimizer, where they are not the methods' own.
         seeds: How many paired seeds.
@@ -120,7 +119,6 @@ class Settings:
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
         probe: A name in `PROBES`: what is measured of each trained network; None for nothing.
-        overrides: Methods under labels of their own, which `methods` may name.
         engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
         ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
         strategy: One of `STRATEGIES`.
@@ -160,7 +158,6 @@ class Settings:
     deterministic: bool = False
     label_smoothing: float = 0.0
     probe: str | None = None
-    overrides: tuple[MethodOverride, ...] = ()
     engine: str = "local"
     ray_address: str | None = None
     strategy: str = "auto"

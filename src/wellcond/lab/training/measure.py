@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.lab.errors import DataError
+from wellcond.lab.methods.optimizers import use_weights
 from wellcond.lab.runs.records import EpochRecord
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Evaluation, Role, SeedData
@@ -56,10 +57,14 @@ class Measure(pl.Callback):
         scored = training.take_scored()
         train_score = None if scored is None else _quotient(ranks.total(scored))
         ranks.send(list(training.model.buffers()), 0)
+        for optimizer in trainer.optimizers:
+            use_weights(optimizer, training=False)
         found = {
             role: self._evaluate(training.model, role, trainer.precision_plugin.forward_context())
             for role in self.data.roles
         }
+        for optimizer in trainer.optimizers:
+            use_weights(optimizer, training=True)
         test = found["test"]
         validation = found.get("validation", test)
         measured = (train_loss, train_score, validation.score, validation.loss, test.score, test.loss)

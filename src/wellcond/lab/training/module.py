@@ -40,6 +40,7 @@ class Training(pl.LightningModule):
         self.data = data
         self.losses: list[Tensor] = []
         self.scored: Tensor | None = None
+        self.batch_begins = True
         self.handle: wellcond.Attachment | None = None
         self.norm_schedule: NormSchedule | None = None
         self.decay: BatchNoiseDecay | None = None
@@ -55,6 +56,13 @@ class Training(pl.LightningModule):
         """Return the batch's loss, kept for the epoch's mean."""
         with nullcontext() if self.decay is None else self.decay.observing(), _last_output(self.model) as outputs:
             loss = self.data.loss(self.model, batch)
+        if self.batch_begins:
+            self.batch_begins = False
+            self._note(loss, outputs, batch)
+        return loss if self.decay is None else self.decay.added_to(loss)
+
+    def _note(self, loss: Tensor, outputs: list[Tensor], batch: Any) -> None:
+        """Keep what a batch's epoch is told of; of a step whose optimizer asks more than once, the first."""
         # Kept on the device: reading it here would make every step wait for the device.
         self.losses.append(loss.detach())
         if outputs:
@@ -62,7 +70,6 @@ class Training(pl.LightningModule):
                 score = self.data.train_score(outputs.pop(), batch)
             if score is not None:
                 self.scored = score if self.scored is None else self.scored + score
-        return loss if self.decay is None else self.decay.added_to(loss)
 
     def backward(self, loss: Tensor) -> None:
         """Go backward; keep the graph for an optimizer that differentiates the gradient."""
@@ -79,6 +86,10 @@ class Training(pl.LightningModule):
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Notice that a step begins."""
+        self.batch_begins = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Forget gradients with a graph, which holds all of the step's activations."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wellcond.lab.methods.method import Refresh
+from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.runs.memory import Memory, Step, measure_memory
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.tasks.base import SeedData, Task
@@ -49,11 +50,11 @@ class RunMemory:
         optimizer, _ = method.build(model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         batch = next(iter(data.batches()))
 
-        def step() -> None:
-            optimizer.zero_grad()
+        def loss() -> Tensor:
             with torch.autocast(self.device.type, _MIXED.get(spec.precision), enabled=spec.precision in _MIXED):
-                loss = data.loss(model, batch)
-            loss.backward(create_graph=method.second_order)
-            optimizer.step()
+                return data.loss(model, batch)
+
+        def step() -> None:
+            take_step(optimizer, loss, method.second_order)
 
         return model, optimizer, step

@@ -18,6 +18,7 @@ from wellcond.lab.data.randomness import seeded
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import machine_text
 from wellcond.lab.hardware.strategies import EndAtOnce, trainer_options
+from wellcond.lab.methods.optimizers import use_weights
 from wellcond.lab.runs.files import replacing
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import RunRecord, RunSpec
@@ -113,6 +114,8 @@ class Runner:
                 if kept and keeper is not None and not keeper.begun:
                     raise _UnreadableError((str(error).splitlines() or [type(error).__name__])[0]) from error
                 raise
+            for optimizer in trainer.optimizers:
+                use_weights(optimizer, training=False)
             memory = self._memory(spec, data)
         model = self._trained(spec, training, sharded)
         if self.weights is not None and self.ranks.rank == 0:

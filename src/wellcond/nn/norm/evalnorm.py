@@ -57,6 +57,7 @@ class EvalNorm(InstanceInference):
         learn: bool = True,
         mixture_lr: float = 0.05,
         *,
+        mixture: float | None = None,
         group_size: int | None = None,
         synchronize: bool | dist.ProcessGroup = False,
         bias: bool = True,
@@ -65,6 +66,8 @@ class EvalNorm(InstanceInference):
     ) -> None:
         if not 0 < mixture_lr < 2:
             raise ValueError(f"mixture_lr must lie between 0 and 2, got {mixture_lr!r}")
+        if mixture is not None and not 0 <= mixture <= 1:
+            raise ValueError(f"mixture must lie between 0 and 1, got {mixture!r}")
         super().__init__(
             num_features,
             eps,
@@ -78,16 +81,23 @@ class EvalNorm(InstanceInference):
         )
         self.learn = learn
         self.mixture_lr = mixture_lr
+        self.mixture = mixture
         # α and β. 0 is batch normalization's evaluation.
-        self.register_buffer("mean_mixture", torch.zeros((), dtype=torch.float32, device=device))
-        self.register_buffer("var_mixture", torch.zeros((), dtype=torch.float32, device=device))
+        first = torch.full((), self._first_mixture, dtype=torch.float32, device=device)
+        self.register_buffer("mean_mixture", first)
+        self.register_buffer("var_mixture", first.clone())
+
+    @property
+    def _first_mixture(self) -> float:
+        """What α and β are before anything is learned: those chosen, or none."""
+        return 0.0 if self.mixture is None else float(self.mixture)
 
     def normalize_batch(self, input: Tensor) -> Tensor:
         """Normalize as batch normalization, and move α and β."""
-        batch = self.observe(input, with_instances=True)
+        batch = self.observe(input, with_instances=self.mixture is None)
         self.track(batch.moments)
         # A rank without samples takes part: the others wait for its sums.
-        if self.updates:
+        if self.updates and self.mixture is None:
             self._learn(batch)
         own = batch.moments
         return normalize(
@@ -139,14 +149,15 @@ class EvalNorm(InstanceInference):
         assert self.running_var is not None
         running = self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
         shares = self.mean_mixture.to(mean.dtype), self.var_mixture.to(mean.dtype)
-        return mixed_moments((mean, var), running, shares, None if self.learn else elements)
+        whole = self.learn or self.mixture is not None
+        return mixed_moments((mean, var), running, shares, None if whole else elements)
 
     def reset_running_stats(self) -> None:
         """Forget all statistics."""
         super().reset_running_stats()
         if "mean_mixture" in self._buffers:
-            self.mean_mixture.zero_()
-            self.var_mixture.zero_()
+            self.mean_mixture.fill_(self._first_mixture)
+            self.var_mixture.fill_(self._first_mixture)
 
     def statistics(self) -> Iterator[tuple[str, torch.dtype]]:
         """Name the buffers that hold statistics."""
@@ -156,6 +167,8 @@ class EvalNorm(InstanceInference):
 
     def described(self) -> dict[str, object]:
         """Return the arguments that `repr` shows."""
+        if self.mixture is not None:
+            return super().described() | {"mixture": self.mixture}
         return super().described() | {"learn": self.learn} | ({"mixture_lr": self.mixture_lr} if self.learn else {})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -163,7 +176,8 @@ class EvalNorm(InstanceInference):
         for name in ("mean_mixture", "var_mixture"):
             if prefix + name not in state_dict and prefix + "running_mean" in state_dict:
                 like = state_dict[prefix + "running_mean"]
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=like.device)
+                first = torch.full_like(getattr(self, name), self._first_mixture, device=like.device)
+                state_dict[prefix + name] = first
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -185,6 +199,8 @@ class EvalNorm1d(EvalNorm, nn.BatchNorm1d):
             f_σ is then β(1 − β)σ²/hw less, hw the positions of an instance, since the rest of a batch is finite (3.7):
             what independent values have on average.
         mixture_lr: Rate of α's and β's descent: 1 would fit each batch alone.
+        mixture: α = β of your own choice, and nothing is learned: inference with example weighing (Summers and
+            Dinneen, 2020), whose weight is tuned on validation data; also for networks that are trained already.
         group_size: Train in ghost groups of so many samples.
         synchronize: Take the batch over all ranks (True), over a process group, or over this process alone (False).
         bias: Learn β where γ is learned, as of `nn.BatchNorm*`.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import wellcond
-from wellcond.transforms.names import TRANSFORMS, named
+from wellcond.transforms.by_name import TRANSFORMS, named
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
