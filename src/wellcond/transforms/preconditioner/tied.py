@@ -128,7 +128,10 @@ class TiedForm(Form):
         """Solve the factor."""
         return keyed(self.factor, self.factor.solve(state, mass, power))
 
-    def apply(
+    def whole_power(self, state: State, like: Tensor, *, scaled: bool) -> None:
+        """Return none: tokens and features are two sides."""
+
+    def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Multiply from both sides, whichever use the weight is viewed as."""
