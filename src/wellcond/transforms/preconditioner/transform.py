@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from wellcond.layouts import Layer, LinearLayout
+from wellcond.layouts import Layer
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
@@ -33,6 +33,7 @@ from wellcond.transforms.preconditioner.precision import (
 )
 from wellcond.transforms.preconditioner.products import Product, alike, scale
 from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
+from wellcond.transforms.preconditioner.tied import is_embedding_and_linear
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 
 
@@ -147,7 +148,7 @@ class FeaturePreconditioner(GradientTransform):
                 return Coverage(False, f"plain gradient: {reason}{shared}")
         layer = uses[0]
         kinds = {use.layout.family for use in uses}
-        if len(kinds) > 1 and not _is_embedding_and_linear(uses):
+        if len(kinds) > 1 and not is_embedding_and_linear(uses):
             other = next(use for use in uses if use.layout.family is not layer.layout.family)
             return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
         if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
@@ -362,11 +363,6 @@ class FeaturePreconditioner(GradientTransform):
         if unseen := sum(slot.unseen is not None for slot in slots):
             counts["unseen"] = unseen
         return counts
-
-
-def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
-    """Whether a table is embedded and also read as a linear layer, as language models tie their input and output."""
-    return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
 
 
 @dataclass(frozen=True)
