@@ -109,7 +109,7 @@ def every_call() -> Iterator[tuple[bool, int]]:
     for loaded in (False, True):
         # Each call and each return: some 2000, of which a spread is tried, and all the last, where things are changed.
         count = calls_within_attach(loaded)
-        yield from ((loaded, at) for at in {*range(1, count, 23), *range(max(1, count - 120), count + 1)})
+        yield from ((loaded, at) for at in {*range(1, count, 23), *range(max(1, count - 160), count + 1)})
 
 
 def test_attach_that_fails_anywhere_leaves_everything_as_it_was() -> None:

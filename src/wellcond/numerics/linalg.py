@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,8 @@ _WIDE = 1024
 _KRYLOV_SIZE = 48
 # So many squares lose less than the rounding of a few of them, in float32.
 _ADDED_IN_A_ROW = 1 << 18
+# Rows of at least this length are added fast.
+_ROW = 256
 
 
 def symmetric_power(
@@ -200,9 +203,42 @@ def frobenius_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor(8.)
     """
     if tensor.numel() > _ADDED_IN_A_ROW and tensor.device.type == "cpu" and tensor.dim() > 1:
-        tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)
+        tensor = torch.linalg.vector_norm(_in_rows(tensor), dim=-1, dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm
+
+
+def frobenius_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return `frobenius_norm` of each of several tensors on one device, in few calls.
+
+    Args:
+        tensors: Of any shapes.
+        dtype: In which squares are added.
+
+    Returns:
+        A scalar a tensor.
+
+    Example:
+        >>> frobenius_norms([torch.ones(4), torch.full((2, 2), 2.0)], torch.float32)
+        [tensor(2.), tensor(4.)]
+    """
+    in_a_row = [tensor.device.type != "cpu" or tensor.numel() <= _ADDED_IN_A_ROW for tensor in tensors]
+    chosen = [tensor for tensor, fits in zip(tensors, in_a_row, strict=True) if fits]
+    together = iter(torch._foreach_norm(chosen, 2, dtype) if chosen else ())
+    return [
+        next(together) if fits else frobenius_norm(tensor, dtype)
+        for tensor, fits in zip(tensors, in_a_row, strict=True)
+    ]
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """View a tensor's numbers, in any order, in rows that are long and lie in memory in one piece, where they do."""
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    rows = tensor.permute(order)
+    axis = rows.dim() - 1
+    while axis > 1 and rows.shape[axis:].numel() < _ROW:
+        axis -= 1
+    return rows.flatten(axis) if rows.is_contiguous() else rows
 
 
 def try_symmetric_power(

@@ -112,6 +112,7 @@ class Arrivals:
         self._hooks: dict[Tensor, list[RemovableHandle]] = {}
         self._noted: weakref.WeakSet[Call] = weakref.WeakSet()
         self._latest: Call | None = None
+        self._clear = True
 
     def expect(self, call: Call, outputs: Sequence[Tensor], leaf: Tensor, fold: Callable[[Call], Sums]) -> None:
         """Note a call, whose rows count if the gradient of one of its outputs comes.
@@ -124,7 +125,7 @@ class Arrivals:
         """
         if backward_number() == NO_BACKWARD:
             self._close_all()
-        self._latest = call
+        self._latest, self._clear = call, False
         self._noted.add(call)
         for total in self._totals.values():
             total.fold(fold)
@@ -163,6 +164,8 @@ class Arrivals:
 
     def clear(self) -> None:
         """Forget all calls, and take the hooks off the weight."""
+        if self._clear:
+            return
         for hook in itertools.chain.from_iterable(self._hooks.values()):
             hook.remove()
         self._totals = {signal: _Total() for signal in Signal}
@@ -170,6 +173,7 @@ class Arrivals:
         self._latest = None
         self._noted.clear()
         self._accumulated, self._grad_was = False, None
+        self._clear = True
 
     # during a backward pass -----------------------------------------------------------------------------------------
 
@@ -195,6 +199,7 @@ class Arrivals:
         self._close(backward_number())
 
     def _this_pass(self) -> _Pass:
+        self._clear = False
         return self._passes.setdefault(backward_number(), _Pass())
 
     def _close(self, number: int) -> None:

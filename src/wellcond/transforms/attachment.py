@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
 from wellcond.transforms.running import running_moments
+from wellcond.transforms.standing import Standing
 from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
-from wellcond.transforms.weight_decay import WeightDecayKind, group_decay, mixed_with
+from wellcond.transforms.weight_decay import WeightDecayKind, mixed_with
 from wellcond.transforms.weights import Places, shared_uses, slots_of
 from wellcond.transforms.wrappers import inner_optimizer, usable_optimizer
 
@@ -143,6 +144,9 @@ class Attachment:
         self._groups = Groups()
         self._places = Places(model, [])
         self._slots: dict[str, list[Slot]] = {transform.name: [] for transform in self.transforms}
+        self._standing = Standing(self.transforms)
+        self._switches = [f"wellcond_{transform.name}" for transform in self.transforms]
+        self._finishing = [t for t in reversed(self.transforms) if type(t).finish is not GradientTransform.finish]
         self._shared: dict[str, dict[str, Any]] = {transform.name: {} for transform in self.transforms}
         self._observer = Observer(self, self.transforms, self._find_new_weights)
         self._gate = self._observer.gate
@@ -263,7 +267,7 @@ class Attachment:
             raise ValueError(f"protect needs GradientProjection, attached are {', '.join(self.names)}")
         optimizer = self._optimizer()
         if optimizer is not None:
-            self._published.show(optimizer, self._all_slots())
+            self._published.show(optimizer, self._standing.pairs)
 
     def metrics(self, *, by_layer: bool = False, spectra: bool = False, synchronize: bool = False) -> dict[str, Metric]:
         """Return numbers worth logging, of what the transforms keep and of what they did to gradients.
@@ -294,7 +298,7 @@ class Attachment:
              'whitening/effective_rank']
         """
         self._look_again()
-        return read_metrics(self._all_slots(), self._metrics, by_layer, spectra, synchronize)
+        return read_metrics(self._standing.pairs, self._metrics, by_layer, spectra, synchronize)
 
     # which weights --------------------------------------------------------------------------------------------------
 
@@ -324,7 +328,7 @@ class Attachment:
                 )
             for transform in self.transforms:
                 transform.check(self._covered(transform))
-        self._published.compare(optimizer, self._slots_by_transform())
+        self._published.compare(optimizer, self._standing.pairs)
 
     def _find_weights(self, optimizer: Optimizer) -> None:
         """Make a slot for every known weight that the optimizer holds, and let go of those of others."""
@@ -343,13 +347,13 @@ class Attachment:
                     self._let_go(optimizer, transform, slot)
             for slot in self._slots[name]:
                 slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
-        self._read_groups(optimizer)
-        self._frozen.watch(self._slots_by_transform())
+        self._read_groups(optimizer, anew=True)
+        self._frozen.watch(self._standing.pairs)
         if before == self._slots and lazy == self._lazy:
             return
         self._lazy = lazy
         self._places = Places(self._model, [slot for slots in self._slots.values() for slot in slots])
-        self._published.show(optimizer, self._all_slots())
+        self._published.show(optimizer, self._standing.kept)
         self._observer.watch(self._slots, self._lazy)
 
     def _let_go(self, optimizer: Optimizer, transform: GradientTransform, slot: Slot) -> None:
@@ -362,32 +366,28 @@ class Attachment:
             if state and other.layer.weight is weight and other.coverage.applies and carried(transform, other, state):
                 other.state, other.home = state, slot.home
 
-    def _covered(self, transform: GradientTransform) -> list[Slot]:
-        return [slot for slot in self._slots[transform.name] if slot.coverage.applies and slot.enabled]
+    def _covered(self, transform: GradientTransform) -> Sequence[Slot]:
+        return self._standing.acting[transform.name]
 
-    def _all_slots(self) -> Iterable[tuple[GradientTransform, Slot]]:
-        return ((transform, slot) for transform in self.transforms for slot in self._covered(transform))
-
-    def _read_groups(self, optimizer: Optimizer) -> None:
+    def _read_groups(self, optimizer: Optimizer, *, anew: bool = False) -> None:
         """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
-        groups = optimizer.param_groups
-        decays = [group_decay(optimizer, group, self._weight_decay) for group in groups]
-        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        turned = self._groups.read(optimizer, self._weight_decay, self._switches)
+        if not (anew or turned) and self._standing.holds():
+            return
         refrozen = False
-        for transform in self.transforms:
-            switch = f"wellcond_{transform.name}"
+        for number, transform in enumerate(self.transforms):
             for slot in self._slots[transform.name]:
                 weight = slot.layer.weight
                 index = self._groups.group_of(weight)
                 if index is None:
                     continue
-                slot.decay, slot.grad_scale, slot.found_inf = decays[index], grad_scale, found_inf
+                slot.terms = self._groups.terms[index]
                 frozen = not weight.requires_grad and weight.grad is None
                 refrozen |= frozen is not slot.frozen
                 if slot.frozen and not frozen and slot.failure is None:
                     slot.coverage = transform.cover_shared(slot.uses)  # its bias may be trained again, too
                 slot.frozen = frozen
-                slot.enabled = bool(groups[index].get(switch, True)) and not slot.frozen
+                slot.enabled = self._groups.is_on(index, number) and not slot.frozen
                 if slot.frozen and slot.state:
                     slot.state, slot.pending, slot.home = {}, None, None
                     forget(optimizer, [weight], [transform.name])
@@ -396,8 +396,9 @@ class Attachment:
                         set_state(slot, first_state(optimizer, transform, slot))
                     else:
                         follow(transform, slot)
+        self._standing.sort_out(self._slots)
         if refrozen:
-            self._frozen.watch(self._slots_by_transform())
+            self._frozen.watch(self._standing.pairs)
 
     def _take_up_thawed(self) -> None:
         """Give weights that are trained again a state, before their layers' forward passes."""
@@ -424,7 +425,10 @@ class Attachment:
     def _collect(self, optimizer: Optimizer, ranks: Ranks) -> None:
         """Take in what was observed, and leave weights alone for whose layers that failed."""
         failed = self._observer.collect(ranks)
-        for transform, slot in self._slots_by_transform():
+        if not failed:
+            return
+        self._standing.sort_out(self._slots)
+        for transform, slot in self._standing.pairs:
             if slot in failed and slot.state:
                 slot.state = {}
                 forget(optimizer, [slot.layer.weight], [transform.name])
@@ -441,21 +445,18 @@ class Attachment:
     @torch.no_grad()
     def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
         """Transform the gradients that the optimizer is about to use."""
-        before = self._metrics.before(self._all_slots())
-        with without_autocast(*{slot.layer.weight.device for _, slot in self._all_slots()}):
-            self._transform_in_full_precision(optimizer, step)
+        before = self._metrics.before(self._standing.pairs)
+        with without_autocast(*self._standing.devices):
+            if not step.refreshed:
+                step.refreshed = True
+                self._refresh(optimizer)
+                if step.closure:
+                    self._observer.pause()
+                else:
+                    self._observer.update(stepped=True)
+            for transform in self.transforms:
+                transform.update(self._standing.with_gradient(transform))
         self._metrics.after(before)
-
-    def _transform_in_full_precision(self, optimizer: Optimizer, step: Step) -> None:
-        if not step.refreshed:
-            step.refreshed = True
-            self._refresh(optimizer)
-            if step.closure:
-                self._observer.pause()
-            else:
-                self._observer.update(stepped=True)
-        for transform in self.transforms:
-            transform.update(self._with_gradient(transform))
 
     def _refresh(self, optimizer: Optimizer) -> None:
         """Do what is done once a step, and together with other ranks."""
@@ -480,20 +481,10 @@ class Attachment:
     @torch.no_grad()
     def step_is_done(self, optimizer: Optimizer) -> None:
         """Correct the weights, and show the state beside the optimizer's own."""
-        for transform in reversed(self.transforms):
+        for transform in self._finishing:
             transform.finish(self._covered(transform))
         self._observer.resume()
-        self._published.show(optimizer, self._all_slots(), after_step=True)
-
-    def _with_gradient(self, transform: GradientTransform) -> list[Slot]:
-        slots = [slot for slot in self._covered(transform) if slot.layer.weight.grad is not None]
-        for slot in slots:
-            if slot.layer.weight.grad is not None and slot.layer.weight.grad.is_sparse:
-                raise ValueError(
-                    f"'{slot.layer.name}' has a sparse gradient, which {type(transform).__name__} cannot transform: "
-                    "use sparse=False, or leave the layer out"
-                )
-        return slots
+        self._published.show(optimizer, self._standing.kept, after_step=True)
 
     # checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -506,12 +497,9 @@ class Attachment:
         if self._groups.look(optimizer):
             self._find_weights(optimizer)
         self._read_groups(optimizer)
-        self._published.give(optimizer, self._slots_by_transform())
+        self._published.give(optimizer, self._standing.pairs)
         self._observer.forget()
         self._observer.update()
-
-    def _slots_by_transform(self) -> list[tuple[GradientTransform, Slot]]:
-        return [(transform, slot) for transform in self.transforms for slot in self._slots[transform.name]]
 
 
 def _is_lazy(module: nn.Module) -> bool:

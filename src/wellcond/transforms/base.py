@@ -67,6 +67,21 @@ class Coverage:
 
 
 @dataclass(eq=False)
+class Terms:
+    """What an optimizer says of the coming step to all weights of one parameter group.
+
+    Attributes:
+        decay: The weights' decay; None if the optimizer does not say how it applies it.
+        grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
+        found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
+    """
+
+    decay: Decay | None = field(default_factory=Decay)
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@dataclass(eq=False)
 class Slot:
     """One transform's place for one weight.
 
@@ -77,19 +92,18 @@ class Slot:
         state: What must survive a checkpoint. Its tensors are changed in place or replaced; `attach` publishes them
             in ``optimizer.state[weight]`` after each step.
         scratch: What a transform carries from `update` to `finish` within one step.
-        decay: The weight's decay in the coming step; None if the optimizer does not say how it applies it.
+        terms: What the optimizer says of the coming step to the weight's parameter group: one object a group.
         enabled: Whether the transform acts now: the weight's parameter group lets it (``wellcond_<name>`` is not
             False), and the weight is not frozen.
         frozen: Whether the weight is frozen: it requires no gradient, and has none.
         home: Device and dtype that the weight had when the state was made.
         companions: Further tensors of the weight's shape that the optimizer mixes with it (schedule-free: z).
-        grad_scale: What a fused optimizer will divide gradients by (GradScaler), or None.
-        found_inf: Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None.
         shared: What a transform keeps between steps for all its weights together; not saved.
         observed: In how many steps rows of the layer's input were taken in, since attaching.
         unseen: Why nothing was seen of the layer's input when it was last due, though its weight had a gradient.
         failure: The error because of which its input is no longer observed.
         noted: Returns the observations of forward passes that no step has taken in yet.
+        taken: What `pending` is within `GradientTransform.refresh`.
     """
 
     layer: Layer
@@ -97,19 +111,17 @@ class Slot:
     coverage: Coverage
     state: State = field(default_factory=dict)
     scratch: Any = None
-    decay: Decay | None = field(default_factory=Decay)
+    terms: Terms = field(default_factory=Terms)
     enabled: bool = True
     frozen: bool = False
     home: tuple[torch.device, torch.dtype] | None = None
     companions: Callable[[], list[Tensor]] = list
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     observed: int = 0
     unseen: str | None = None
     failure: str | None = None
     noted: Callable[[], list[Tensor] | None] = field(default=lambda: None, repr=False)
-    _taken: list[Tensor] | None = field(default=None, repr=False)
+    taken: list[Tensor] | None = field(default=None, repr=False)
 
     @property
     def pending(self) -> list[Tensor] | None:
@@ -118,11 +130,26 @@ class Slot:
         In `GradientTransform.refresh` those of the rows behind the gradient, over all ranks. Before a step, to look at:
         those noted so far on this rank, of which the step takes the ones whose gradient has come.
         """
-        return self.noted() if self._taken is None else self._taken
+        return self.noted() if self.taken is None else self.taken
 
     @pending.setter
     def pending(self, value: list[Tensor] | None) -> None:
-        self._taken = value
+        self.taken = value
+
+    @property
+    def decay(self) -> Decay | None:
+        """The weight's decay in the coming step; None if the optimizer does not say how it applies it."""
+        return self.terms.decay
+
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """What a fused optimizer will divide gradients by (GradScaler), or None."""
+        return self.terms.grad_scale
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Whether it will skip this step because of infinities, as a tensor of 0 or 1, or None."""
+        return self.terms.found_inf
 
     @property
     def bias(self) -> nn.Parameter | None:

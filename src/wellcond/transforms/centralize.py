@@ -14,6 +14,7 @@ from wellcond.runtime.checks import Predicate, check_fields
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, check_choice
 from wellcond.transforms.sharding import units, units_can_be_averaged
+from wellcond.transforms.unit_means import UnitMeans, add
 
 Where = Literal["gradient", "update"]
 DecayPlace = Literal["inside", "outside"]
@@ -93,21 +94,21 @@ class GradientCentralization(GradientTransform):
         """Refuse weight decay that cannot be kept where ``decay`` wants it."""
         if (self.where == "gradient") != (self.decay == "inside"):
             return
-        for slot in slots:
+        for decay in {id(slot.terms): slot.decay for slot in slots}.values():
             if self.where == "gradient":
-                if slot.decay is None:
+                if decay is None:
                     raise ValueError(
                         "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
                         "pass weight_decay='coupled' or 'decoupled' to attach()"
                     )
                 continue
-            if slot.decay is None or not (slot.decay.exact or slot.decay.told):
+            if decay is None or not (decay.exact or decay.told):
                 raise ValueError(
                     "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
                     "weight decay: pass weight_decay='decoupled' to attach() if it multiplies weights by "
                     "1 - lr * weight_decay"
                 )
-            if not _is_zero(slot.decay.gradient):
+            if not _is_zero(decay.gradient):
                 raise ValueError(
                     "GradientCentralization(where='update', decay='outside') needs decoupled weight decay: this "
                     "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
@@ -121,23 +122,36 @@ class GradientCentralization(GradientTransform):
     def update(self, slots: Sequence[Slot]) -> None:
         """Centre the gradients; note where the weights' row means are if they are needed after the step."""
         self.check(slots)
-        for slot in slots:
-            layer, decay = slot.layer, slot.decay
-            assert layer.weight.grad is not None
-            weight, gradient = units(layer, layer.weight), units(layer, layer.weight.grad)
-            if self._keeps_row_means(decay):
+        for alike, means in self._planned(slots):
+            decay = alike[0].decay
+            known = self.decay == "inside" and decay is not None and decay.exact
+            noted = self._keeps_row_means(decay) or (known and decay is not None and not _is_zero(decay.shrink))
+            if noted and any(slot.scratch is None for slot in alike):
                 # A closure that runs several times in a step (line searches) moves the weights in between.
-                slot.scratch = _row_means(slot) if slot.scratch is None else slot.scratch
+                for slot, mean in zip(alike, means.of_weights(), strict=True):
+                    slot.scratch = [mean, *_companion_means(slot)] if slot.scratch is None else slot.scratch
             if self.where == "update":
                 continue
-            centre = layer.unit_mean(gradient)
-            if self.decay == "inside" and decay is not None and decay.exact:
-                if not _is_zero(decay.gradient):
-                    # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
-                    centre = centre + decay.gradient * layer.unit_mean(weight)
-                if not _is_zero(decay.shrink):
-                    slot.scratch = _row_means(slot) if slot.scratch is None else slot.scratch
-            gradient.sub_(centre)
+            gradients = []
+            for slot in alike:
+                assert slot.layer.weight.grad is not None
+                gradients.append(units(slot.layer, slot.layer.weight.grad))
+            # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
+            add(gradients, means.of(gradients, decay.gradient if known and decay is not None else 0.0), -1)
+
+    def _planned(self, slots: Sequence[Slot]) -> list[tuple[list[Slot], UnitMeans]]:
+        """Return the slots by parameter group; those of the last step are remembered."""
+        if not slots:
+            return []
+        shared = slots[0].shared
+        if shared.get("planned for") is not slots:
+            by_terms: dict[int, list[Slot]] = {}
+            for slot in slots:
+                by_terms.setdefault(id(slot.terms), []).append(slot)
+            shared["plan"] = [(alike, UnitMeans([slot.layer for slot in alike])) for alike in by_terms.values()]
+            shared["planned for"] = slots
+        plan: list[tuple[list[Slot], UnitMeans]] = shared["plan"]
+        return plan
 
     def _keeps_row_means(self, decay: Decay | None) -> bool:
         """Whether the whole step is to leave the row means alone, or to move them by decay alone.
@@ -149,6 +163,8 @@ class GradientCentralization(GradientTransform):
 
     def finish(self, slots: Sequence[Slot]) -> None:
         """Put the row means where they belong after the optimizer's update."""
+        shrunk: list[Tensor] = []
+        amounts: list[Tensor] = []
         for slot in slots:
             before, slot.scratch = slot.scratch, None
             if before is None:
@@ -156,7 +172,8 @@ class GradientCentralization(GradientTransform):
             weight = units(slot.layer, slot.layer.weight)
             shrink = slot.decay.shrink if slot.decay is not None else 0.0
             if not self._keeps_row_means(slot.decay):
-                weight.add_(before[0] * shrink)
+                shrunk.append(weight)
+                amounts.append(before[0] * shrink)
                 continue
             # Two means a step are enough: whatever moved the row means is taken back.
             target, *others = before
@@ -166,11 +183,12 @@ class GradientCentralization(GradientTransform):
             for companion, place in zip(slot.companions(), others or [target], strict=False):
                 mixed = units(slot.layer, companion)
                 mixed.add_(place - slot.layer.unit_mean(mixed))
+        add(shrunk, amounts, 1)
 
 
-def _row_means(slot: Slot) -> list[Tensor]:
-    """Return the row means of the weight, and of what the optimizer mixes with it."""
-    return [slot.layer.unit_mean(units(slot.layer, tensor)) for tensor in (slot.layer.weight, *slot.companions())]
+def _companion_means(slot: Slot) -> list[Tensor]:
+    """Return the row means of what the optimizer mixes with the weight."""
+    return [slot.layer.unit_mean(units(slot.layer, tensor)) for tensor in slot.companions()]
 
 
 def _is_zero(value: float | Tensor) -> bool:

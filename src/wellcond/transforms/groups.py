@@ -1,11 +1,15 @@
-"""Which parameters an optimizer holds now."""
+"""Which parameters an optimizer holds now, and what it says to each of their groups."""
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from wellcond.transforms.base import Terms
+from wellcond.transforms.weight_decay import WeightDecayKind, group_decay
 
 
 class Groups:
@@ -17,9 +21,10 @@ class Groups:
     def __init__(self) -> None:
         # The parameters themselves are kept, so that no new one can have the id of one that is gone.
         self._parameters: list[Tensor] = []
-        self._ids: list[int] = []
-        self._sizes: list[int] = []
+        self._ids: list[list[int]] = []
         self._group_of: dict[int, int] = {}
+        self._switches: list[list[Any]] | None = None
+        self.terms: list[Terms] = []
 
     def look(self, optimizer: Optimizer) -> bool:
         """Take in what the optimizer holds now.
@@ -31,14 +36,38 @@ class Groups:
             Whether anything is new, gone, or elsewhere.
         """
         groups = optimizer.param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        ids = list(map(id, parameters))
-        sizes = [len(group["params"]) for group in groups]
-        if ids == self._ids and sizes == self._sizes:
+        ids = [list(map(id, group["params"])) for group in groups]
+        if ids == self._ids:
             return False
-        self._parameters, self._ids, self._sizes = parameters, ids, sizes
-        self._group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+        self._parameters, self._ids = [parameter for group in groups for parameter in group["params"]], ids
+        self._group_of = {key: index for index, keys in enumerate(ids) for key in keys}
+        self.terms = [Terms() for _ in groups]
+        self._switches = None
         return True
+
+    def read(self, optimizer: Optimizer, kind: WeightDecayKind, switches: Sequence[str]) -> bool:
+        """Take in what the groups say of the coming step: into `terms`, and which switches are on.
+
+        Args:
+            optimizer: The optimizer.
+            kind: Of its weight decay.
+            switches: Keys of the groups that turn something off.
+
+        Returns:
+            Whether a switch was turned since, or nothing had been read of these groups.
+        """
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        now = []
+        for group, terms in zip(optimizer.param_groups, self.terms, strict=True):
+            terms.decay = group_decay(optimizer, group, kind)
+            terms.grad_scale, terms.found_inf = grad_scale, found_inf
+            now.append([bool(group.get(switch, True)) for switch in switches])
+        turned, self._switches = now != self._switches, now
+        return turned
+
+    def is_on(self, index: int, switch: int) -> bool:
+        """Say whether a group lets something act: `read` tells which of its ``switches``."""
+        return self._switches is None or self._switches[index][switch]
 
     @property
     def held(self) -> KeysView[int]:

@@ -129,6 +129,9 @@ class Observer:
         self._find = weakref.WeakMethod(find)
         self._transforms = [t for t in transforms if type(t).observe is not GradientTransform.observe]
         self._watched: dict[nn.Module, list[Watched]] = {}
+        # Each watched slot once, in the order of attaching; and those whose inputs were wanted when last asked.
+        self._pairs: list[tuple[GradientTransform, Slot]] = []
+        self._wanted: list[tuple[GradientTransform, Slot]] = []
         self._lazy: set[nn.Module] = set()
         self._probes: dict[nn.Module, list[RemovableHandle]] = {}
         self._starts: dict[nn.Module, Start] = {}
@@ -155,6 +158,8 @@ class Observer:
                     slot.noted = functools.partial(_noted, weakref.ref(self), transform, weakref.ref(slot))
                     for index, use in enumerate(slot.uses):
                         self._watched.setdefault(use.called, []).append((transform, slot, index))
+        found = ((transform, slot) for watched in self._watched.values() for transform, slot, _ in watched)
+        self._pairs = list(dict.fromkeys(found))
         self.update()
 
     def update(self, *, stepped: bool = False) -> None:
@@ -165,10 +170,13 @@ class Observer:
         """
         if self._paused:
             return
+        self._wanted = [(transform, slot) for transform, slot in self._pairs if _wants(transform, slot)]
+        due = {slot for transform, slot in self._wanted if _is_due(transform, slot)}
         # Ranks share what they saw at steps that they agree on; alone, an input may come at any step.
-        watch = _wants if self._alone else _is_due
-        wanted = {module for module, found in self._watched.items() if any(watch(t, slot) for t, slot, _ in found)}
-        wanted |= self._lazy
+        shown = {slot for _, slot in self._wanted} if self._alone else due
+        wanted = set(self._lazy)
+        if shown:
+            wanted |= {module for module, found in self._watched.items() if any(slot in shown for _, slot, _ in found)}
         for module in [module for module in self._probes if module not in wanted]:
             self._take_off(module)
         owner = self._owner()
@@ -177,8 +185,9 @@ class Observer:
         for module in wanted:
             if module not in self._probes:
                 self._place(module, owner)
-        observed = self.gate.open and not self._missed()
-        self.gate.open = bool(self._lazy) or any(_is_due(t, slot) for t, slot in self._pairs())
+        # Whether nothing that was due in the last window is still to come.
+        observed = self.gate.open and not any(transform.waited(slot) > 0 for transform, slot in self._wanted)
+        self.gate.open = bool(self._lazy or due)
         # Where inputs are wanted at every step, only cut graphs can be compiled.
         every_step = stepped and observed and self.gate.open
         run_eagerly(self, self._probes if self.gate.open and not every_step else (), stepped=stepped)
@@ -213,7 +222,7 @@ class Observer:
         """Take all probes off."""
         for module in list(self._probes):
             self._take_off(module)
-        self._watched, self._lazy = {}, set()
+        self._watched, self._pairs, self._wanted, self._lazy = {}, [], [], set()
         self.forget()
         self.gate.open = False
         run_eagerly(self, ())
@@ -222,12 +231,6 @@ class Observer:
         """Drop what was seen and not yet taken in."""
         for arrivals in self._arrivals.values():
             arrivals.clear()
-
-    def _pairs(self) -> list[tuple[GradientTransform, Slot]]:
-        """Return each watched slot once, in the order of attaching."""
-        return list(
-            dict.fromkeys((transform, slot) for found in self._watched.values() for transform, slot, _ in found)
-        )
 
     # forward passes -------------------------------------------------------------------------------------------------
 
@@ -311,8 +314,11 @@ class Observer:
             The slots whose observation failed on some rank: their gradients stay as they are from now on.
         """
         self._alone = ranks.size == 1
-        watch = _wants if self._alone else _is_due
-        due = [(transform, slot) for transform, slot in self._pairs() if watch(transform, slot)]
+        if self._alone:
+            # What came to be wanted without an `update` since had no probe.
+            due = [(transform, slot) for transform, slot in self._wanted if _wants(transform, slot)]
+        else:
+            due = [(transform, slot) for transform, slot in self._pairs if _is_due(transform, slot)]
         failed = self._sum(due, ranks)
         self.forget()
         for _, slot in due:
@@ -321,12 +327,9 @@ class Observer:
                 slot.unseen = None
             elif slot.layer.weight.grad is not None and slot not in self._empty:
                 slot.unseen = DROPPED if slot in self._called else NEVER_CALLED
-        self._called, self._empty = set(), set()
+        self._called.clear()
+        self._empty.clear()
         return failed
-
-    def _missed(self) -> bool:
-        """Whether something that was due in the last window has not come."""
-        return any(_wants(transform, slot) and transform.waited(slot) > 0 for transform, slot in self._pairs())
 
     def _taken(self, transform: GradientTransform, slot: Slot) -> Sums | None:
         """Return what counts of a slot's calls, and forget these."""
@@ -345,9 +348,11 @@ class Observer:
 
     def _sum(self, due: Sequence[tuple[GradientTransform, Slot]], ranks: Ranks) -> list[Slot]:
         """Add over ranks what counts. All take part for every slot that is due; sums of nothing are not sent."""
+        if not due:
+            return []
         sums = [self._taken(transform, slot) for transform, slot in due]
         failed = [slot.failure is not None for _, slot in due]
-        if ranks.size > 1 and due:
+        if ranks.size > 1:
             saw = [part is not None for part in sums]
             flags = torch.tensor([saw, failed], dtype=torch.int64).to(due[0][1].layer.weight.device)
             ranks.add([flags])

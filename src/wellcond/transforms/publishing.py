@@ -35,18 +35,19 @@ class Published:
             slots: The active slots.
             after_step: Whether the optimizer has just used the gradients.
         """
-        self._witness = None
+        shown: tuple[GradientTransform, Slot] | None = None
+        state = optimizer.state
         for transform, slot in slots:
             weight = slot.layer.weight
-            if not slot.state or not ((after_step and weight.grad is not None) or optimizer.state.get(weight)):
+            entry = state.get(weight)
+            if not slot.state or not (entry or (after_step and weight.grad is not None)):
                 continue
-            entry = optimizer.state[weight]
-            for key, value in slot.state.items():
-                name = state_key(transform, key)
-                entry[name] = value
-                if isinstance(value, Tensor):  # small integers are one object wherever they stand
-                    self._witness = weight, name, value
-        self._state_id = id(optimizer.state)
+            if entry is None:
+                entry = state[weight]
+            entry.update(zip(map(state_key(transform, "").__add__, slot.state), slot.state.values(), strict=True))
+            shown = transform, slot
+        self._witness = None if shown is None else _witness(*shown)
+        self._state_id = id(state)
 
     def compare(self, optimizer: Optimizer, slots: Sequence[tuple[GradientTransform, Slot]]) -> None:
         """Take up a state that was loaded without torch's hooks, as some optimizers' own ``load_state_dict`` does.
@@ -168,6 +169,14 @@ def restore(optimizer: Optimizer, entries: Mapping[Any, Mapping[Any, Any]]) -> N
         elif isinstance(entry, dict):
             entry.clear()
             entry.update(entries[key])
+
+
+def _witness(transform: GradientTransform, slot: Slot) -> tuple[Any, str, Any] | None:
+    """Return a tensor of a slot's state: small integers are one object wherever they stand."""
+    for key, value in slot.state.items():
+        if isinstance(value, Tensor):
+            return slot.layer.weight, state_key(transform, key), value
+    return None
 
 
 def _shows(transform: GradientTransform, slot: Slot, entry: dict[str, Any]) -> bool:

@@ -52,7 +52,9 @@ class Replicas:
         Raises:
             ValueError: On all ranks, if they do not.
         """
-        if self._group is None and dist.is_available() and dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
+            return Ranks(False)
+        if self._group is None:
             self._group = _group_of(self._model) if self._synchronize is True else self._synchronize
         ranks = Ranks(self._synchronize if self._group is None else self._group)
         # What observes nothing has nothing to share.

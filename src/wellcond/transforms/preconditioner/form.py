@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,17 @@ from wellcond.numerics.windows import Window
 from wellcond.transforms.base import State
 from wellcond.transforms.preconditioner.factors import Factor, Power
 
+# Up to this width (32 channels of nine taps) a power of several factors is multiplied out.
+MULTIPLIED_OUT = 289
+
 
 class Scratch:
     """Memory for intermediate results that is used again at every step: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.moves = 0
+        """How often a buffer was replaced by a larger one: views of the memory before are then out of use."""
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return a contiguous tensor of arbitrary content, valid until the next call with this name."""
@@ -32,6 +37,7 @@ class Scratch:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            self.moves += 1
         return buffer[:size].view(tuple(shape))
 
 
@@ -47,6 +53,9 @@ class Form(ABC):
         self.bias = bias
         self.groups, self.units, *inputs = layer.matrix_shape
         self.channels, self.taps = inputs[0], math.prod(inputs[1:])
+        self.width = self.channels * self.taps + bias
+        self._views: tuple[Any, tuple[Tensor, ...]] = (None, ())
+        self._power: tuple[Any, Tensor] | None = None
         # That of an orthogonal matrix of the weight's shape, of all groups together.
         self.fixed_norm = math.sqrt(self.groups * min(self.units, self.channels * self.taps))
 
@@ -73,11 +82,99 @@ class Form(ABC):
     def solve(self, state: State, mass: Tensor, power: Power) -> dict[str, Tensor] | None:
         """Take the power of the moving averages: tensors by key to replace in the state, or None on failure."""
 
-    @abstractmethod
     def apply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Multiply a gradient with the power of the second moment.
+
+        Args:
+            state: The slot's state.
+            weight: Shape [groups, out, *inputs], in the precision of the statistics; may be overwritten.
+            bias: Shape [groups, out], or None.
+            scratch: Memory for the result.
+            scaled: Whether a common positive factor matters.
+
+        Returns:
+            Both, of the same shapes; valid until the next call with this scratch.
+        """
+        power = self.whole_power(state, weight, scaled=scaled)
+        if power is None:
+            return self.multiply(state, weight, bias, scratch, scaled=scaled)
+        joint, body, column, product, changed, changed_bias = self.views(scratch, weight, self._dense_views)
+        if bias is not None:
+            body.copy_(weight)
+            column.copy_(bias)
+        elif weight.is_contiguous():
+            joint = weight.view(joint.shape)
+        else:
+            body.copy_(weight)
+        torch.bmm(joint, power, out=product)
+        return changed, None if bias is None else changed_bias
+
+    def _dense_views(self, scratch: Scratch, weight: Tensor) -> tuple[Tensor, ...]:
+        """View a matrix of a gradient and its product, each also as a weight's and a bias's gradient."""
+        shape = (*weight.shape[:2], self.width)
+        views = []
+        for name in ("matrix", "product"):
+            joint = scratch.take(name, shape, weight)
+            inputs = joint[..., : self.channels * self.taps].unflatten(2, weight.shape[2:])
+            views += [joint, inputs, joint[..., -1]]
+        return tuple(views)
+
+    def views(
+        self, scratch: Scratch, weight: Tensor, make: Callable[[Scratch, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return views of the scratch memory: made once, and again where that, or the weight's kind, has changed.
+
+        Args:
+            scratch: The memory.
+            weight: What is to be multiplied.
+            make: Makes the views, the same function at every call.
+        """
+        key = (scratch, scratch.moves, weight.shape, weight.dtype, weight.device)
+        if self._views[0] != key:
+            views = make(scratch, weight)
+            self._views = (scratch, scratch.moves, *key[2:]), views
+        return self._views[1]
+
+    def whole_power(self, state: State, like: Tensor, *, scaled: bool) -> Tensor | None:
+        """Return the power over a weight's inputs and bias as one matrix a group, where products with it are cheap.
+
+        What is kept in factors is multiplied out up to a width of 289, once for each `solve`: one product then takes
+        the place of several that are too small to be worth their calls.
+
+        Args:
+            state: The slot's state.
+            like: What it is to multiply.
+            scaled: As for `apply`.
+
+        Returns:
+            Shape [groups, width, width], or None.
+        """
+        if self.width > MULTIPLIED_OUT or like.dtype not in (torch.float32, torch.float64):
+            return None
+        sources = [factor.tensor(state, name) for factor in self.factors for name in factor.products]
+        # Other ranks' results are copied into the tensors that are there.
+        key = [scaled, like.dtype, *((id(source), source._version) for source in sources)]
+        if self._power is None or self._power[0][0] != key:
+            self._power = (key, sources), self._multiplied_out(state, like, scaled)
+        return self._power[1]
+
+    def _multiplied_out(self, state: State, like: Tensor, scaled: bool) -> Tensor:
+        """Return the power by its products with the unit vectors."""
+        units = torch.eye(self.width, dtype=like.dtype, device=like.device).expand(self.groups, -1, -1)
+        inputs = self.channels * self.taps
+        weight = units[..., :inputs].unflatten(2, like.shape[2:])
+        bias = units[..., -1] if self.bias else None
+        rows, column = self.multiply(state, weight.contiguous(), bias, Scratch(), scaled=scaled)
+        rows = rows.flatten(2)
+        return (rows if column is None else torch.cat([rows, column.unsqueeze(2)], dim=2)).contiguous()
+
+    @abstractmethod
+    def multiply(
+        self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do what `apply` does, with the factors as they are kept.
 
         Args:
             state: The slot's state.

@@ -75,7 +75,13 @@ class RowsForm(Form):
         """Solve the factor."""
         return keyed(self.factor, self.factor.solve(state, mass, power))
 
-    def apply(
+    def whole_power(self, state: State, like: Tensor, *, scaled: bool) -> Tensor | None:
+        """Return the factor's matrix where it is whole."""
+        if isinstance(self.factor, WholeFactor):
+            return self.factor.tensor(state, "preconditioner")
+        return super().whole_power(state, like, scaled=scaled) if isinstance(self.factor, MatrixFactor) else None
+
+    def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Ĝ = (G_w, g_b) T."""

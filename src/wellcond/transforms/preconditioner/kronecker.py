@@ -111,15 +111,30 @@ class KroneckerFactor(Factor):
         found["excess"] = excess
         return found if all(bool(torch.isfinite(value).all()) for value in found.values()) else None
 
+    def first_turn(self, state: State) -> Tensor:
+        """Return by what a kernel's taps are multiplied before `multiply`, shape [groups, taps, taps].
+
+        Where all of V are kept: Wᵀ. Where some are: W diag(tail) Wᵀ, which is all of the power outside of V.
+        """
+        directions = self.tensor(state, "tap_directions")
+        if not self.flat_tail:
+            return directions.mT
+        return (directions * self.tensor(state, "tail").unsqueeze(1)) @ directions.mT
+
     def multiply(self, state: State, matrix: Tensor, out: Tensor, *, scaled: bool) -> Tensor:
-        """Multiply rows over channels, one for each unit and each of the taps' eigenvectors; returns ``matrix``."""
+        """Multiply rows over channels, one for each unit and tap, turned by `first_turn`; returns ``matrix``."""
         directions, excess = self.tensor(state, "channel_directions"), self.tensor(state, "excess")
+        over_taps = self.tensor(state, "tap_directions")
         inner = torch.bmm(matrix, directions, out=leading(out, (*matrix.shape[:2], self.rank)))
-        inner.view(self.groups, -1, self.taps, self.rank).mul_(excess.unsqueeze(1))
+        each = inner.view(-1, self.taps, self.rank)
+        turn = over_taps.unsqueeze(1).expand(-1, len(each) // self.groups, -1, -1).reshape(len(each), *[self.taps] * 2)
+        if self.flat_tail:
+            excess = excess / self.tensor(state, "tail").unsqueeze(-1)
+            each = torch.bmm(turn.mT, each)
+        each.view(self.groups, -1, self.taps, self.rank).mul_(excess.unsqueeze(1))
+        inner = torch.bmm(turn, each).view(inner.shape)
         if not self.flat_tail:
             return torch.bmm(inner, directions.mT, out=matrix)
-        tail = self.tensor(state, "tail").view(self.groups, 1, self.taps, 1)
-        matrix.view(self.groups, -1, self.taps, self.width).mul_(tail)
         return matrix.baddbmm_(inner, directions.mT)
 
     @property
@@ -180,25 +195,24 @@ class KroneckerForm(Form):
         """Solve the factor."""
         return keyed(self.factor, self.factor.solve(state, mass, power))
 
-    def apply(
+    def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Turn taps to their eigenvectors, multiply over channels, turn back."""
+        """Turn taps on the way to channels last, multiply over channels, and turn back what is few there."""
         groups, units = weight.shape[:2]
         width = self.channels + (bias is not None)
-        directions = self.factor.tensor(state, "tap_directions")
+        turn = self.factor.first_turn(state)
         rows = groups * units
-        each = directions.unsqueeze(1).expand(groups, units, self.taps, self.taps).reshape(rows, self.taps, self.taps)
+        each = turn.unsqueeze(1).expand(groups, units, self.taps, self.taps).reshape(rows, self.taps, self.taps)
         # [groups · out, taps, channels]: channels last, so that one product serves all units and taps.
         matrix = scratch.take("matrix", (rows, self.taps, width), weight)
-        torch.bmm(each.mT, weight.reshape(rows, self.channels, self.taps).mT, out=matrix[..., : self.channels])
+        torch.bmm(each, weight.reshape(rows, self.channels, self.taps).mT, out=matrix[..., : self.channels])
         if bias is not None:
-            constant = directions.sum(dim=-2) / math.sqrt(self.taps)  # Wᵀ (1, …, 1)ᵀ/√K, shape [groups, taps]
+            constant = turn.sum(dim=-1) / math.sqrt(self.taps)  # the turned (1, …, 1)ᵀ/√K, shape [groups, taps]
             matrix[..., -1] = (bias.unsqueeze(-1) * constant.unsqueeze(1)).reshape(rows, self.taps)
         flat = matrix.view(groups, units * self.taps, width)
-        product = scratch.take("product", matrix.shape, matrix)
-        changed = self.factor.multiply(state, flat, product.view(flat.shape), scaled=scaled)
-        product = torch.bmm(each, changed.view(matrix.shape), out=product).view(groups, units, self.taps, width)
+        product = self.factor.multiply(state, flat, scratch.take("product", flat.shape, flat), scaled=scaled)
+        product = product.view(groups, units, self.taps, width)
         back = product[..., : self.channels].transpose(2, 3).unflatten(3, weight.shape[3:])
         return back, None if bias is None else product[..., -1].sum(dim=-1) / math.sqrt(self.taps)
 

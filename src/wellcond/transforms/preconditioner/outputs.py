@@ -84,6 +84,12 @@ class TwoSidedForm(Form):
         """Multiply on the inputs' side, in the scale that the outputs' average needs."""
         return self.inner.apply(state, weight, bias, scratch, scaled=True)
 
+    def multiply(
+        self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Multiply by factors on the inputs' side, likewise."""
+        return self.inner.multiply(state, weight, bias, scratch, scaled=True)
+
     def describe(self) -> str:
         """Name both sides."""
         return f"{self.inner.describe()}, outputs {self.output.describe()}"

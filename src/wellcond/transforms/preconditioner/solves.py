@@ -69,17 +69,27 @@ class Schedule:
         reached = min(step, self.solve_every - 1) // self.stats_every
         return regular + reached.bit_length()
 
-    def is_due(self, slot: Slot) -> bool:
-        """Whether something was seen, and a factorization of it is due and not done."""
-        done = self.due_until(count_of(slot, "solved_at"))
-        return count_of(slot, "updated_at") >= 0 and self.due_until(count_of(slot, "step")) > done
+    def due(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Return those of which something was seen, and a factorization of that is due and not done."""
+        known: dict[tuple[int, int], bool] = {}  # most slots have the same counts
+        found = []
+        for slot in slots:
+            if count_of(slot, "updated_at") >= 0:
+                counts = count_of(slot, "step"), count_of(slot, "solved_at")
+                if counts not in known:
+                    known[counts] = self.due_until(counts[0]) > self.due_until(counts[1])
+                if known[counts]:
+                    found.append(slot)
+        return found
 
     def whose_turn(self, slots: Sequence[Slot]) -> list[Slot]:
         """Choose which of the due factorizations to do in this step: all that are a layer's first, or cheap together.
 
         Of the others those that have waited longest, so many that all are done before statistics change again.
         """
-        due = [slot for slot in slots if self.is_due(slot)]
+        due = self.due(slots)
+        if not due:
+            return []
         chosen = [slot for slot in due if count_of(slot, "solved_at") < 0]
         waiting = sorted((s for s in due if count_of(s, "solved_at") >= 0), key=lambda s: count_of(s, "solved_at"))
         budget = max(SOLVED_AT_ONCE, sum(form_of(slot).cost for slot in slots) / self.stats_every)

@@ -95,7 +95,7 @@ class TapBlocksForm(Form):
             return None
         return keyed(self.factor, found)
 
-    def apply(
+    def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Turn taps to frequencies, multiply over channels at each of them, turn back."""

@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wellcond.layouts import Layer
+from wellcond.layouts import Layer, LinearLayout
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
 from wellcond.transforms.base import State
 from wellcond.transforms.preconditioner.factors import Factor, Power
 from wellcond.transforms.preconditioner.form import Form, Scratch, keyed, sum_rows
+
+
+def is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
+    """Say whether a table is embedded and also read as a linear layer, as language models tie input and output."""
+    return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
 
 
 class TiedFactor(Factor):
@@ -128,7 +133,10 @@ class TiedForm(Form):
         """Solve the factor."""
         return keyed(self.factor, self.factor.solve(state, mass, power))
 
-    def apply(
+    def whole_power(self, state: State, like: Tensor, *, scaled: bool) -> None:
+        """Return none: tokens and features are two sides."""
+
+    def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Multiply from both sides, whichever use the weight is viewed as."""

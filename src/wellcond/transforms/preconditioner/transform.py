@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from wellcond.layouts import Layer, LinearLayout
+from wellcond.layouts import Layer
 from wellcond.moments.layer_moment import LayerMoment
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
 from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
@@ -24,7 +24,7 @@ from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, W
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
-from wellcond.transforms.preconditioner.norm_recovery import Norm, Product, joint_norm, norm_ratios
+from wellcond.transforms.preconditioner.norm_recovery import Norm, Norms, norm_ratios
 from wellcond.transforms.preconditioner.outputs import TwoSidedForm, whiten_outputs
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
@@ -33,8 +33,10 @@ from wellcond.transforms.preconditioner.precision import (
     statistics_dtype,
     tensor_cores,
 )
+from wellcond.transforms.preconditioner.products import Product, alike, scale
 from wellcond.transforms.preconditioner.records import averages_of, layer_moment
 from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
+from wellcond.transforms.preconditioner.tied import is_embedding_and_linear
 from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
 
 
@@ -152,7 +154,7 @@ class FeaturePreconditioner(GradientTransform):
                 return Coverage(False, f"plain gradient: {reason}{shared}")
         layer = uses[0]
         kinds = {use.layout.family for use in uses}
-        if len(kinds) > 1 and not _is_embedding_and_linear(uses):
+        if len(kinds) > 1 and not is_embedding_and_linear(uses):
             other = next(use for use in uses if use.layout.family is not layer.layout.family)
             return Coverage(False, f"plain gradient: shared with {other.name}, a layer of another kind")
         if len(kinds) > 1 and self.max_dim is not None and layer.weight.shape[1] > self.max_dim:
@@ -246,10 +248,10 @@ class FeaturePreconditioner(GradientTransform):
         unseen: list[str] = []
         for slot in slots:
             step = count_of(slot, "step")
-            if slot.pending is not None:
-                self._update_moment(slot, slot.pending)
+            if slot.taken is not None:
+                self._update_moment(slot, slot.taken)
                 slot.state["updated_at"] = step
-            if step == 1 and count_of(slot, "updated_at") < 0 and slot.unseen is not None:
+            if step == 1 and slot.unseen is not None and count_of(slot, "updated_at") < 0:
                 unseen.append(slot.layer.module_name)
         schedule = Schedule(self.stats_every, self.solve_every, self.solve_warmup)
         solve(schedule.whose_turn(slots), Power(-self.exponent, self.damping, self.damping_mode, self.solver), ranks)
@@ -282,42 +284,53 @@ class FeaturePreconditioner(GradientTransform):
             return
         scratch = slots[0].shared.setdefault("scratch", Scratch())
         with tensor_cores(self.precision):
-            products = [self._multiply(slot, scratch) for slot in slots]
-        assert self.norm is not None
-        if self.norm != "none":
-            ratios = norm_ratios(slots, products, self.norm)
-            in_place = [(view, ratio) for p, ratio in zip(products, ratios, strict=True) for view in p.written]
-            if in_place:
-                torch._foreach_mul_(*map(list, zip(*in_place, strict=True)))
-            for product, ratio in zip(products, ratios, strict=True):
-                for kept in product.kept:
-                    kept.changed.mul_(ratio)
+            for products in alike([self._opened(slot) for slot in slots]):
+                self._multiply_alike(products, scratch)
+
+    def _multiply_alike(self, products: Sequence[Product], scratch: Scratch) -> None:
+        """Ĝ = G T for weights of one precision on one device: few calls for all of them together."""
+        before = Norms([(p.weight, p.bias) for p in products], products[0].dtype) if self.norm == "restore" else None
+        later = []
+        for index, product in enumerate(products):
+            if product.is_large and self.norm != "none":
+                self._multiply(product, scratch, None if before is None else before.of([index]), at_once=True)
+            else:
+                self._multiply(product, scratch)
+                later.append(index)
+        if later and self.norm != "none":
+            if before is not None and len(later) < len(products):
+                before = before.of(later)
+            scale([products[index] for index in later], before)
         for product in products:
             for kept in product.kept:
                 kept.write()
 
-    def _multiply(self, slot: Slot, scratch: Scratch) -> Product:
-        """Ĝ = G T for one weight, and its bias if they go together."""
-        layer, form, bias = slot.layer, form_of(slot), slot.bias
+    def _opened(self, slot: Slot) -> Product:
+        """View one weight's gradient, and its bias's if they go together, as what is to be multiplied."""
+        layer, bias = slot.layer, slot.bias
         assert layer.weight.grad is not None
         partial = is_sharded(layer.weight) and self._by_rows(layer)
         part = local if partial else whole
-        dtype, product = statistics_dtype(layer), product_dtype(layer, self.precision)
-        gradient = layer.matrix(part(layer.weight.grad))
-        bias_gradient = None
+        weight, column = layer.matrix(part(layer.weight.grad)), None
         if bias is not None:
             # A bias that got no gradient in this step counts as one of zero.
-            bias_gradient = layer.bias_matrix(part(torch.zeros_like(bias) if bias.grad is None else bias.grad))
-        used, used_bias = gradient, bias_gradient
+            column = layer.bias_matrix(part(torch.zeros_like(bias) if bias.grad is None else bias.grad))
         if self.gradient_momentum:
-            used = self._averaged(slot, "gradient_momentum", layer.matrix, gradient)
-            if bias_gradient is not None:
-                used_bias = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, bias_gradient)
-        before = joint_norm(used, used_bias, dtype)
-        changed, changed_bias = form.apply(
+            weight = self._averaged(slot, "gradient_momentum", layer.matrix, weight)
+            if column is not None:
+                column = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, column)
+        return Product(slot, statistics_dtype(layer), weight, column, partial, form_of(slot).fixed_norm)
+
+    def _multiply(
+        self, product: Product, scratch: Scratch, before: Norms | None = None, *, at_once: bool = False
+    ) -> None:
+        """Multiply one weight, and write or keep the result, scaled to its norm at once or not."""
+        slot, weight, column = product.slot, product.weight, product.bias
+        layer, bias, dtype = slot.layer, slot.bias, product_dtype(slot.layer, self.precision)
+        changed, changed_bias = form_of(slot).apply(
             slot.state,
-            used.to(product),
-            None if used_bias is None else used_bias.to(product),
+            weight if weight.dtype == dtype else weight.to(dtype),
+            column if column is None or column.dtype == dtype else column.to(dtype),
             scratch,
             scaled=self.norm == "none",
         )
@@ -325,13 +338,20 @@ class FeaturePreconditioner(GradientTransform):
             changed, changed_bias = whiten_outputs(
                 slot, changed, changed_bias, scratch, self.stats_every, self.stats_decay
             )
-        result = Product(before, joint_norm(changed, changed_bias, dtype), partial, form.fixed_norm)
-        result.take(layer.weight.grad, gradient, changed, layer.matrix, dtype)
-        if bias is not None and bias.grad is not None:
-            assert bias_gradient is not None
-            assert changed_bias is not None
-            result.take(bias.grad, bias_gradient, changed_bias, layer.bias_matrix, dtype)
-        return result
+        ratio = None
+        if at_once:
+            after = Norms([(changed, changed_bias)], product.dtype)
+            ratio = norm_ratios([(slot, False, product.fixed_norm)], before, after).squeeze(0)
+        target = layer.weight.grad
+        assert target is not None
+        part = local if product.is_partial else whole
+        product.take(
+            target, layer.matrix(part(target)) if self.gradient_momentum else weight, changed, layer.matrix, ratio
+        )
+        if bias is not None and changed_bias is not None and column is not None:
+            if bias.grad is not None and self.gradient_momentum:
+                column = layer.bias_matrix(part(bias.grad))
+            product.take(bias.grad, column, changed_bias, layer.bias_matrix, ratio)
 
     def _averaged(self, slot: Slot, key: str, view: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
         """Return the moving average m ← β m + G, as a copy that may be overwritten, in the scale of G.
@@ -368,11 +388,6 @@ class FeaturePreconditioner(GradientTransform):
         if unseen := sum(slot.unseen is not None for slot in slots):
             counts["unseen"] = unseen
         return counts
-
-
-def _is_embedding_and_linear(uses: Sequence[Layer]) -> bool:
-    """Whether a table is embedded and also read as a linear layer, as language models tie their input and output."""
-    return all(use.layout.one_hot or isinstance(use.layout, LinearLayout) for use in uses)
 
 
 @dataclass(frozen=True)
