@@ -219,9 +219,7 @@ def right_statistics(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         if isinstance(layer, _BatchNorm):
             layer.training = True
             inputs = seen.setdefault(name, [])
-            layer.register_forward_pre_hook(
-                lambda _, args, inputs=inputs: inputs.append(args[0].transpose(0, 1).flatten(1))
-            )
+            layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
 
     def wide(value: Any) -> Any:
         if isinstance(value, Tensor):

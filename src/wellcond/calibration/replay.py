@@ -318,6 +318,7 @@ def training_pass(
             enough = run.samples is None or run.samples >= (run.batch_size or 1)
             if enough or communicates(model):
                 run_on(model, moved(batch, device), call)
+            run.end()
             if after is not None:
                 after(passed())
     return passed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -99,9 +100,12 @@ def _inputs_of(batch: Any, model: Any) -> Any:
 
 
 def _takes_list(model: Any) -> bool:
-    """Whether a model's forward declares its first argument as a list, by whatever spelling."""
+    """Whether a model takes a list: it declares so, or is one of torchvision's detectors, which do not."""
     if not isinstance(model, nn.Module):
         return False
+    detection = sys.modules.get("torchvision.models.detection.transform")
+    if detection is not None and isinstance(model._modules.get("transform"), detection.GeneralizedRCNNTransform):
+        return True
     parameters = iter(inspect.signature(type(model).forward).parameters.values())
     next(parameters, None)  # self
     annotation = getattr(next(parameters, None), "annotation", None)
