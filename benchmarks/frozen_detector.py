@@ -191,9 +191,9 @@ def main() -> None:
     heads = ["normalization", *(f"{figure}, {name}" for name in names.values() for figure in ("AP", "AP50"))]
     best = {batch: max(own, key=lambda way: fmean(own[way]["AP"])) for batch, own in found.items()}
     about = (
-        f"Drawn scenes of {SIZE}×{SIZE} in COCO's format: {options.images} to fine-tune on, {options.seen} are seen, "
-        f"{options.test_images} to test; {options.seeds} seeds, COCO's average precision in %, mean ± std. Highest mean "
-        f"with 1 image: {best['1']}; with 2: {best['2']}."
+        f"Drawn scenes of {SIZE}×{SIZE} in COCO's format: {options.images} to fine-tune on, {options.seen} seen, "
+        f"{options.test_images} to test; {options.seeds} seeds, COCO's average precision in %, mean ± std. Highest "
+        f"mean with 1 image: {best['1']}; with 2: {best['2']}."
     )
     figures = {"about": about, "tables": [{"title": "", "heads": heads, "rows": rows}], "results": found}
     write(options.json, setting(options, torch.device("cpu")) | figures)

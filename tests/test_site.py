@@ -29,7 +29,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def public_names() -> set[str]:
-    modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics}
+    parts = ("nn", "diagnostics", "repair")
+    modules = {"": wellcond} | {f"{part}.": getattr(wellcond, part) for part in parts}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
     found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam", "create")}
     found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}
@@ -37,7 +38,7 @@ def public_names() -> set[str]:
         name for name, value in vars(wellcond.theory).items() if getattr(value, "__module__", "") == "wellcond.theory"
     }
     found |= {f"theory.{name}" for name in public if not name.startswith("_")}
-    return found - {"__version__", "nn", "optim", "theory", "diagnostics"}
+    return found - {"__version__", "optim", "theory", *parts}
 
 
 def test_every_public_name_is_in_the_api_pages() -> None:

@@ -173,10 +173,14 @@ def calibrate(
             for name in layers.keys() - missed:
                 kinds[name].replace(norms[name], averages[name])
     _report(model, inner, what, were, layers, missed, watch.last)
-    batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
-    complaints = [f"no {batch} reached {_listed(missed)}, which keep their statistics"] if missed else []
-    for said in complaints + watch.complaints():
-        warnings.warn(f"calibrate: {said}", WellcondWarning, stacklevel=3)
+    if missed:
+        batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
+        warnings.warn(
+            f"calibrate: no {batch} reached {_listed(missed)}, which keep their statistics",
+            WellcondWarning,
+            stacklevel=3,
+        )
+    watch.warn()
     return model
 
 
