@@ -315,8 +315,8 @@ def main() -> None:
     for tool, count in right.items():
         print(f"{tool}: {count} of {len(CASES)} right")
     about = (
-        "Twelve awkward cases: the largest difference of a channel's statistics to those of all samples together, found "
-        f"in float64; up to {RIGHT} is right."
+        "Twelve awkward cases: the largest difference of a channel's statistics to those of all samples together, "
+        f"found in float64; up to {RIGHT} is right."
     )
     rows = [
         [name, *(each if isinstance(each, str) else f"{each:.1g}" for each in row.values())]

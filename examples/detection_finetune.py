@@ -27,9 +27,9 @@ def scene(number: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def detector() -> FasterRCNN:
-    """Make a small Faster R-CNN with frozen normalization, as published ones come; of your own:
+    """Make a small Faster R-CNN whose normalization is frozen, as published ones come.
 
-    fasterrcnn_resnet50_fpn(weights="DEFAULT", trainable_backbone_layers=5).
+    Of your own: fasterrcnn_resnet50_fpn(weights="DEFAULT", trainable_backbone_layers=5).
     """
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
