@@ -283,6 +283,11 @@ def test_statistics_beyond_half_precision_are_refused_and_nothing_changes() -> N
 def test_a_lazy_layer_is_named() -> None:
     with pytest.raises(TypeError, match="'1'.*run the model once"):
         wellcond.calibrate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()), [images(4).float()])
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LazyBatchNorm2d())
+    options = {"where": lambda name, _: name == "1", "call": lambda model, x: model[1](model[0](x))}
+    with wellcond.calibrated(model, [images(4).float()], **options):
+        assert int(model[1].num_batches_tracked) == 1
+    assert int(model[1].num_batches_tracked) == 0
 
 
 def test_the_normalization_inside_of_a_layer_for_quantization_aware_training() -> None:

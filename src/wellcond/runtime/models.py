@@ -106,7 +106,10 @@ def _takes_list(model: Any) -> bool:
     detection = sys.modules.get("torchvision.models.detection.transform")
     if detection is not None and isinstance(model._modules.get("transform"), detection.GeneralizedRCNNTransform):
         return True
-    parameters = iter(inspect.signature(type(model).forward).parameters.values())
+    try:
+        parameters = iter(inspect.signature(type(model).forward).parameters.values())
+    except (TypeError, ValueError):  # of compiled code
+        return False
     next(parameters, None)  # self
     annotation = getattr(next(parameters, None), "annotation", None)
     said = annotation if isinstance(annotation, str) else str(annotation)
