@@ -84,6 +84,16 @@ def forms_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _run_by(results)])
 
 
+def plain_tables(results: dict[str, Any]) -> str:
+    """Return the tables that a benchmark laid out itself, with the command and the machine that made them."""
+    lines = [results["about"], ""]
+    for table in results["tables"]:
+        lines += [f"**{table['title']}**", ""] if table["title"] else []
+        lines += [f"| {' | '.join(row)} |" for row in (table["heads"], ["---"] * len(table["heads"]), *table["rows"])]
+        lines.append("")
+    return "\n".join([*lines, f"`{results['command']}` (torch {results['torch']}, {results['machine']})"])
+
+
 def step_table(results: dict[str, Any]) -> str:
     """Return a benchmark of training steps as a Markdown table with the command and the machine that made it."""
     rows = dict(results["results"])
@@ -415,7 +425,9 @@ def quoted(page: str) -> str:
         results = _load(name)
         if rows is not None:
             results = with_rows(results, [row.strip() for row in rows.split("|")])
-        if results.get("recipe") == "normalizers":
+        if "tables" in results:
+            body = plain_tables(results)
+        elif results.get("recipe") == "normalizers":
             body = normalizers_table(results)
         elif "panels" in results:
             body = reproduction_tables(results)

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN with two images a batch: batch normalization unfrozen as BSR, and W-SGDM with GC."""
+"""torchvision's Faster R-CNN with two images a batch: normalization comes frozen and leaves as BSR; W-SGDM with GC."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou
 
 import wellcond
 
@@ -27,10 +27,17 @@ def scene(number: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def detector() -> FasterRCNN:
-    """Make a small Faster R-CNN; of your own: fasterrcnn_resnet50_fpn_v2(weights=..., trainable_backbone_layers=5)."""
+    """Make a small Faster R-CNN whose normalization is frozen, as published ones come.
+
+    Of your own: fasterrcnn_resnet50_fpn(weights="DEFAULT", trainable_backbone_layers=5).
+    """
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+            FrozenBatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
     backbone = nn.Sequential(*layers)
     backbone.out_channels = 64  # As torchvision asks for.
     rpn = {"rpn_anchor_generator": AnchorGenerator(((24, 40),), ((0.5, 1.0, 2.0),)), "rpn_post_nms_top_n_train": 200}
@@ -43,8 +50,11 @@ def main(steps: int = 60, checkpoint: Path | None = None) -> list[float]:
     torch.manual_seed(0)
     model = detector()
 
-    # The lines that wellcond adds. BSR evaluates as batches of two train, so nothing needs to be frozen.
+    # The lines that wellcond adds. The frozen statistics are of other images: first they are taken of these. BSR then
+    # evaluates as batches of two train, so nothing needs to stay frozen, γ and β neither.
+    wellcond.calibrate(model, [tuple(zip(scene(2 * step), scene(2 * step + 1), strict=True)) for step in range(8)])
     wellcond.nn.convert_norm(model, to="bsr")
+    model.backbone.requires_grad_(True)
     optimizer = wellcond.optim.WSGDM(model, lr=0.01, weight_decay=1e-4, stats_every=5, solve_every=10)
     wellcond.attach(optimizer, model, wellcond.GradientCentralization())
 

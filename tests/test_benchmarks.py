@@ -55,3 +55,49 @@ def test_a_benchmarks_command_names_files_without_the_folders_of_the_machine(mon
     monkeypatch.setattr(sys, "argv", words)
     command = timing.setting(argparse.Namespace(), torch.device("cpu"))["command"]
     assert command == "python x.py --data cifar.parquet --json docs/results/x.json"
+
+
+def test_the_benchmarks_of_stale_statistics_on_tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = loaded("stale_networks", monkeypatch)
+    for name, value in {"BATCH": 32, "HIGH_EPOCHS": 2, "KEPT_EPOCHS": 2, "FALLING_EPOCHS": 1}.items():
+        monkeypatch.setattr(stale, name, value)
+    options = "--data digits --image-size 8 --train-images 96 --test-images 60 --networks resnet8 --seeds 0 1"
+    work = ["--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["x", *options.split(), *work])
+    stale.main()
+    mended = loaded("statistics_repair", monkeypatch)
+    corrupted = loaded("test_time", monkeypatch)
+    for module, more in ((mended, []), (corrupted, ["--corrupted", "16"])):
+        file = tmp_path / f"{module.__name__}.json"
+        monkeypatch.setattr(sys, "argv", ["x", *options.split(), *work, *more, "--json", str(file)])
+        module.main()
+        found = json.loads(file.read_text())
+        (table,) = found["tables"]
+        assert all(len(row) == len(table["heads"]) for row in table["rows"])
+        assert str(tmp_path) not in file.read_text()
+        rows = found["results"]["resnet8"]
+        assert len(rows) == 2
+        if module is mended:
+            assert tuple(rows[0]) == mended.DAMAGES
+            merged = rows[0][mended.MERGE]
+            assert 0 <= merged["damaged"] <= 100
+            assert {"calibrate, 64", "calibrate, 512", "update_bn, 512"} <= merged["repairs"].keys()
+            assert "bias correction, 512" in rows[0]["W3, per tensor"]["repairs"]
+            assert all(own["seconds"] > 0 for own in merged["repairs"].values())
+        else:
+            assert tuple(rows[0]) == tuple(corrupted.CORRUPTIONS)
+            assert rows[0]["noise"]["AlphaBN"].keys() == {"1", "4", "16"}
+            assert rows[0]["blur"] != rows[0]["none"]
+
+
+def test_the_benchmark_of_a_frozen_detector_on_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded("stale_networks", monkeypatch)
+    loaded("statistics_repair", monkeypatch)
+    detector = loaded("frozen_detector", monkeypatch)
+    file = tmp_path / "out.json"
+    few = "--seeds 1 --pretraining 1 --images 4 --test-images 2 --seen 2"
+    monkeypatch.setattr(sys, "argv", ["x", *few.split(), "--json", str(file)])
+    detector.main()
+    found = json.loads(file.read_text())["results"]
+    assert found["0"].keys() == {"frozen", "frozen, calibrated"}
+    assert found["1"].keys() == found["2"].keys() == detector.WAYS.keys()

@@ -29,11 +29,11 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def public_names() -> set[str]:
-    modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics, "theory.": wellcond.theory}
+    parts = ("nn", "diagnostics", "optim", "repair", "theory")
+    modules = {"": wellcond} | {f"{part}.": getattr(wellcond, part) for part in parts}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
-    found |= {f"optim.{name}" for name in wellcond.optim.__all__}
     found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}
-    return found - {"__version__", "nn", "optim", "theory", "diagnostics"}
+    return found - {"__version__", *parts}
 
 
 def test_every_public_name_is_in_the_api_pages() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from launch_ranks import serve
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,6 +108,42 @@ def after_failure(rank: int, world: int, norm: Callable[[int], nn.Module]) -> Re
     return {"said": said, "same": same and kinds == [type(module) for module in model.modules()]}
 
 
+# Of two ranks, for which a sharded model runs in step: more batches here, more there, none here.
+UNEQUAL = {"first": ([5, 2, 4], [3]), "second": ([3], [2, 2, 7]), "none": ([], [4, 3])}
+
+
+def sized(sizes: list[int], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 2, 6, 6, generator=generator, dtype=torch.float64) + size for size in sizes]
+
+
+def whole(rank: int, world: int, case: str, sharded: bool, **options: Any) -> Result:
+    """Take the statistics of all samples together, whatever ranks have of them."""
+    parts = [sized(sizes, seed) for seed, sizes in enumerate(UNEQUAL[case])]
+    model = model_of().eval()
+    if world == 1:
+        calibrate(model, [batch for part in parts for batch in part], **options)
+    elif sharded:
+        fully_shard(model.conv)
+        fully_shard(model)
+        calibrate(model, parts[rank], **options)
+    else:
+        calibrate(wrapped(model, world), parts[rank], **options)
+    return {name: value for name, value in state_of(model).items() if "running" in name or "tracked" in name}
+
+
+def sharded_failure(rank: int, world: int) -> Result:
+    model = model_of().eval()
+    fully_shard(model)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        calibrate(model, failing_on_rank_1(rank, world))
+        said = "nothing"
+    except (RuntimeError, OSError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return {"said": said, "same": all(torch.equal(before[name], value) for name, value in model.named_buffers())}
+
+
 def moving_averages(rank: int, world: int) -> Result:
     """Return the two ranks' moving averages, each found alone, next to what calibration makes of them."""
     alone = []
@@ -164,6 +201,12 @@ def checks() -> dict[str, Callable[[int, int], Result]]:
     found["short everywhere"] = lambda rank, world: calibrated(
         rank, world, "bn", loader=lambda rank, world: [x[:1] for x in batches(rank, world)]
     )
+    for case in UNEQUAL:
+        for sharded in (False, True):
+            name = f"whole, {case}, {'sharded' if sharded else 'replicated'}"
+            found[name] = partial(whole, case=case, sharded=sharded)
+    found["whole, limited, sharded"] = partial(whole, case="first", sharded=True, max_batches=2)
+    found["failure sharded"] = sharded_failure
     for kind in DATA_PARALLEL:
         found[f"data parallel {kind}"] = partial(data_parallel, kind=kind)
     found["moving averages"] = moving_averages

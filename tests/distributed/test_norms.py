@@ -36,6 +36,29 @@ def test_calibration_on_uneven_shards_equals_one_process_with_all_data(what: str
     assert not torch.equal(results[0]["norm.running_var"], worker.model_of().norm.running_var) or what != "bn"
 
 
+@pytest.mark.parametrize("sharded", ["replicated", "sharded"])
+@pytest.mark.parametrize("case", worker.UNEQUAL)
+def test_statistics_of_all_samples_whatever_ranks_have_of_them(case: str, sharded: str, two_ranks: Ranks) -> None:
+    results = results_of(two_ranks, f"whole, {case}, {sharded}")
+    assert_ranks_identical(results)
+    assert_close_to(results[0], worker.whole(0, 1, case, False))
+
+
+def test_a_sharded_model_stops_where_it_is_told(two_ranks: Ranks) -> None:
+    results = results_of(two_ranks, "whole, limited, sharded")
+    assert_ranks_identical(results)
+    assert int(results[0]["norm.num_batches_tracked"]) == 3
+
+
+def test_a_loader_that_fails_is_told_to_all_ranks_of_a_sharded_model(two_ranks: Ranks) -> None:
+    results = results_of(two_ranks, "failure sharded")
+    assert [each["said"] for each in results] == [
+        "RuntimeError: calibrate failed on another rank; nothing has changed",
+        "OSError: the disk is gone",
+    ]
+    assert all(each["same"] for each in results)
+
+
 def test_calibration_of_layers_with_a_history_is_the_same_on_all_ranks(two_ranks: Ranks) -> None:
     """Each rank's history is of its own batches, so one process would have another one."""
     results = results_of(two_ranks, "calibrate mbn")

@@ -124,6 +124,12 @@ def test_detection_learns() -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+def test_merged_and_rounded_networks_are_repaired() -> None:
+    found = example("repair_networks").main(steps=40)
+    assert found["average, channels matched, calibrated"] > found["average"] + 0.2
+    assert found["rounded to 3 bits, calibrated"] > found["rounded to 3 bits"] - 0.02
+
+
 def test_compiled_training_learns() -> None:
     losses = example("compile_model").main(steps=24, backend="aot_eager")
     assert losses[-1] < 0.5 * losses[0]

@@ -106,11 +106,11 @@ class Run:
 
 
 def fed(loader: Iterable[Any], run: Run, model: nn.Module, knows_samples: bool) -> Iterator[Any]:
-    """Yield a loader's batches, and keep the books of them; in step with the other ranks where the model needs that.
+    """Yield a loader's batches, each begun in the books; in step with the other ranks where the model needs that.
 
     Args:
         loader: Gives batches.
-        run: The books.
+        run: The books; whoever runs a batch ends it there.
         model: That the batches go through.
         knows_samples: Whether a batch's samples can be told from it.
     """
@@ -120,7 +120,6 @@ def fed(loader: Iterable[Any], run: Run, model: nn.Module, knows_samples: bool) 
     for batch in loader:
         run.begin(samples_of(batch, model) if knows_samples else None, spare=False)
         yield batch
-        run.end()
         if run.is_over:
             return
 
@@ -152,7 +151,6 @@ def _in_step(loader: Iterable[Any], run: Run, model: nn.Module, knows_samples: b
             spare = spare or lent
         run.begin(samples_of(spare[0], model) if knows_samples else None, spare=not own)
         yield spare[0]
-        run.end()
 
 
 def communicates(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from wellcond.calibration.estimates import KINDS, Average, kind_for
 from wellcond.calibration.feeding import ELSEWHERE, Limits
@@ -173,10 +173,14 @@ def calibrate(
             for name in layers.keys() - missed:
                 kinds[name].replace(norms[name], averages[name])
     _report(model, inner, what, were, layers, missed, watch.last)
-    batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
-    complaints = [f"no {batch} reached {_listed(missed)}, which keep their statistics"] if missed else []
-    for said in complaints + watch.complaints():
-        warnings.warn(f"calibrate: {said}", WellcondWarning, stacklevel=3)
+    if missed:
+        batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
+        warnings.warn(
+            f"calibrate: no {batch} reached {_listed(missed)}, which keep their statistics",
+            WellcondWarning,
+            stacklevel=3,
+        )
+    watch.warn()
     return model
 
 
@@ -239,6 +243,11 @@ def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.M
             "normalizations that are known. Leave them out with `where`"
         )
     layers, of_any_kind = named_batch_norms(model, where)
+    lazy = {name: layer for name, layer in layers.items() if isinstance(layer, _LazyNormBase)}
+    if lazy:
+        raise TypeError(
+            f"calibrate cannot calibrate {_listed(lazy)}, which have no parameters yet: run the model once first"
+        )
     of_frozen = frozen_norms(model)
     frozen = chosen(of_frozen)
     if layers or frozen:

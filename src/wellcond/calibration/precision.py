@@ -74,4 +74,4 @@ def largest(errors: Iterable[StandardError]) -> float | None:
     reached = [error for error in errors if error.groups]
     if not reached or any(error.groups < LEAST_GROUPS for error in reached):
         return None
-    return float(torch.stack([error.value() for error in reached]).max())
+    return float(torch.stack([error.value().cpu() for error in reached]).max())

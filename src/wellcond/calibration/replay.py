@@ -120,7 +120,7 @@ class StandIn:
         """Merge what this pass has seen, of whole batches."""
         if self._run.spare:
             return
-        new = Moments(own.mean[0], own.var[0], torch.tensor(float(own.elements), dtype=own.mean.dtype))
+        new = Moments(own.mean[0], own.var[0], own.mean.new_tensor(float(own.elements)))
         if self._so_far is not None:
             both = (torch.stack(pair) for pair in zip(self._so_far, new, strict=True))  # type: ignore[arg-type]
             mean, var, elements = both
@@ -318,6 +318,7 @@ def training_pass(
             enough = run.samples is None or run.samples >= (run.batch_size or 1)
             if enough or communicates(model):
                 run_on(model, moved(batch, device), call)
+            run.end()
             if after is not None:
                 after(passed())
     return passed()

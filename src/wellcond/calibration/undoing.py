@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from wellcond.nn.convert.frozen import thawed
 
@@ -35,7 +36,11 @@ class Before:
             state |= {name: dict(state[name]) for name in ("_parameters", "_buffers", "_modules")}
             self._layers.append((layer, type(layer), state))
             with torch.no_grad():
-                self._values += [(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)]
+                self._values += [
+                    (buffer, buffer.clone())
+                    for buffer in layer.buffers(recurse=False)
+                    if not isinstance(buffer, UninitializedTensorMixin)
+                ]
 
     def put_back(self, values: bool = True) -> None:
         """Make the layers what they were.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from wellcond.calibration.precision import LEAST_GROUPS, StandardError, largest
 from wellcond.calibration.progress import CalibrationProgress, ProgressLine, Show
 from wellcond.calibration.replay import Passed, Seen
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.runtime.ranks import Ranks
 
 
@@ -47,10 +49,20 @@ class Watch:
         if self._line is not None:
             self._line.end()
 
-    def complaints(self) -> list[str]:
-        """Say what was asked for and not reached."""
-        if self._until is None or self.last.batches == 0 or self.is_enough():
-            return []
-        if self.last.standard_error is None:
-            return [f"fewer than {LEAST_GROUPS} batches, too few to tell a standard error for until={self._until:g}"]
-        return [f"the loader ended at a standard error of {self.last.standard_error:.2g}, above until={self._until:g}"]
+    def warn(self) -> None:
+        """Say if what was asked for was not reached."""
+        error, until = self.last.standard_error, self._until
+        if until is None or self.last.batches == 0 or self.is_enough():
+            return
+        if error is None:
+            warnings.warn(
+                f"calibrate: fewer than {LEAST_GROUPS} batches, too few to tell a standard error for until={until:g}",
+                WellcondWarning,
+                stacklevel=4,
+            )
+            return
+        warnings.warn(
+            f"calibrate: the loader ended at a standard error of {error:.2g}, above until={until:g}",
+            WellcondWarning,
+            stacklevel=4,
+        )

@@ -140,8 +140,11 @@ class WellcondTrainerCallback(TrainerCallback):
         if self._evaluated == sets:
             self._calibrating.end()
         elif self._evaluated == sets + 1 and self._calibrating.loader is not None and state.global_step:
-            said = f"more evaluations followed one another than evaluation_sets={sets}: only so many were calibrated"
-            warnings.warn(said, WellcondWarning, stacklevel=2)
+            warnings.warn(
+                f"more evaluations followed one another than evaluation_sets={sets}: only so many were calibrated",
+                WellcondWarning,
+                stacklevel=2,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

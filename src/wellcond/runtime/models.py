@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -99,10 +100,16 @@ def _inputs_of(batch: Any, model: Any) -> Any:
 
 
 def _takes_list(model: Any) -> bool:
-    """Whether a model's forward declares its first argument as a list, by whatever spelling."""
+    """Whether a model takes a list: it declares so, or is one of torchvision's detectors, which do not."""
     if not isinstance(model, nn.Module):
         return False
-    parameters = iter(inspect.signature(type(model).forward).parameters.values())
+    detection = sys.modules.get("torchvision.models.detection.transform")
+    if detection is not None and isinstance(model._modules.get("transform"), detection.GeneralizedRCNNTransform):
+        return True
+    try:
+        parameters = iter(inspect.signature(type(model).forward).parameters.values())
+    except (TypeError, ValueError):  # of compiled code
+        return False
     next(parameters, None)  # self
     annotation = getattr(next(parameters, None), "annotation", None)
     said = annotation if isinstance(annotation, str) else str(annotation)

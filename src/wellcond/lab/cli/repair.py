@@ -146,6 +146,11 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, needs in (("bits", "round"), ("share", "prune")):
         if what == needs and getattr(arguments, name) is None:
             raise LabError(f"{what} needs --{name}")
+    bits, share = arguments.bits, arguments.share
+    if bits is not None and not 2 <= bits <= 16:
+        raise LabError(f"--bits must be between 2 and 16, got {bits}")
+    if share is not None and not (0 < share < 1 if what == "prune" else 0 <= share <= 1):
+        raise LabError(f"--share must lie between 0 and 1, got {share:g}")
 
 
 def _changed(arguments: argparse.Namespace, models: list[nn.Module], data: Any) -> nn.Module:
@@ -160,7 +165,5 @@ def _changed(arguments: argparse.Namespace, models: list[nn.Module], data: Any) 
     if arguments.what == "prune":
         return repair.prune_channels(model, arguments.share, remove=False)
     share = 0.5 if arguments.share is None else arguments.share
-    if not 0 <= share <= 1:
-        raise LabError(f"--share of a merge must lie in [0, 1], got {share:g}")
     repair.align(models[1], model, (batch for batch, _ in zip(data.batches(), range(4), strict=False)))
     return repair.average(models, weights=[share, 1 - share])
