@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 CONVOLUTIONAL = (
     *("alexnet", "vgg11", "resnet18", "squeezenet1_1", "googlenet", "mobilenet_v2", "mobilenet_v3_small"),
-    *("mnasnet0_5", "efficientnet_b0", "regnet_x_400mf", "convnext_tiny", "shufflenet_v2_x0_5"),
+    *("mnasnet0_5", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "shufflenet_v2_x0_5"),
 )
 TRANSFORMERS = {
     "bert": {},
