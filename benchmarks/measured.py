@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from timing import setting, write
 
+from wellcond.lab.data.load import ImageData
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The programs that are measured are the examples themselves.
 sys.path.append(str(EXAMPLES))
@@ -23,6 +25,14 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser
+
+
+def title_of(source: str, data: ImageData) -> str:
+    """Return what tables call a data set: CIFAR-10 by its classes, and by its files that these are JPEG."""
+    if not {"airplane", "frog", "truck"} <= set(data.pool.classes):
+        return data.name
+    files = [Path(source), *Path(source).glob("*.parquet")]
+    return "CIFAR-10 (JPEG)" if any("jpeg" in file.name for file in files) else "CIFAR-10"
 
 
 def note(scores: Scores, row: str, **values: float) -> None:

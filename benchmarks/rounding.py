@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from measured import Scores, note, options, report
+from measured import Scores, note, options, report, title_of
 from rounded_depthwise import network, round_weights, train
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def main() -> None:
             note(scores, row, accuracy=accuracy(own, *test))
             wellcond.calibrate(own, some.split(64), batch_size=64, what="bn")
             note(scores, f"{row}, then calibrated", accuracy=accuracy(own, *test))
-    about = f"{data.name} at {images.shape[-1]} × {images.shape[-1]}, weights of {given.bits} bits"
+    about = f"{title_of(given.data, data)} at {images.shape[-1]} × {images.shape[-1]}, weights of {given.bits} bits"
     report(given, about, scores, True)
 
 

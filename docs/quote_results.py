@@ -158,6 +158,29 @@ def fidelity_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured_table(results: dict[str, Any]) -> str:
+    """Return what an example gained, by several seeds, as a Markdown table with the command that made it."""
+    what, rows = results["measured"], results["results"]
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    scale, digits = (100, 1) if what["percent"] else (1, what.get("digits", 3))
+    lines = [
+        f"{what['about']}; {what['seeds']} seeds, mean ± std{', in percent' if what['percent'] else ''}.",
+        "",
+        f"| | {' | '.join(columns)} |",
+        f"| {' | '.join(['---'] * (len(columns) + 1))} |",
+    ]
+    for name, row in rows.items():
+        cells = []
+        for column in columns:
+            values = [scale * value for value in row[column]]
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    chosen = {name: value for name, value in what.get("chosen", {}).items() if value is not None}
+    note = [f"Chosen on images or text of their own: {', '.join(f'{n} {v:g}' for n, v in chosen.items())}.", ""]
+    return "\n".join([*lines, "", *(note if chosen else []), _made_by(results)])
+
+
 def layers_table(results: dict[str, Any]) -> str:
     """Return a benchmark of normalization layers as Markdown tables, with the command and the machine that made it."""
     shapes = results["shapes"]
@@ -437,6 +460,8 @@ def quoted(page: str) -> str:
             body = layers_table(results)
         elif "figure" in results:
             body = figure_table(results)
+        elif "measured" in results:
+            body = measured_table(results)
         elif "options" in results:
             body = inference_table(results)
         elif "fidelity" in results:

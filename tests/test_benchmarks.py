@@ -49,6 +49,26 @@ def test_the_benchmark_of_fidelity_compares_every_form_with_the_dense_one(
     assert str(tmp_path) not in file.read_text()
 
 
+def test_the_benchmark_of_tasks_in_a_row_writes_what_tables_quote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded("timing", monkeypatch)
+    loaded("measured", monkeypatch)
+    continual = loaded("continual", monkeypatch)
+    options = "--data digits --train-images 100 --width 16 --steps 1 --seeds 2"
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks/continual.py", *options.split(), "--json", str(file)])
+    continual.main()
+    found = json.loads(file.read_text())
+    assert found["results"].keys() == {*continual.GRID, "projection of gradients alone"}
+    assert all(len(values) == 2 for row in found["results"].values() for values in row.values())
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "docs"))
+    quote = importlib.import_module("quote_results")
+    table = quote.measured_table(found)
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [f"| {name}" for name in found["results"]]
+
+
 def test_a_benchmarks_command_names_files_without_the_folders_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     timing = loaded("timing", monkeypatch)
     words = ["/home/someone/benchmarks/x.py", "--data", "/data of mine/cifar.parquet", "--json", "docs/results/x.json"]

@@ -341,6 +341,16 @@ def test_large_inputs_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(found.matrix(name), wanted.matrix(name), **CLOSE)
 
 
+def test_rows_behind_dropout_are_those_of_the_pass() -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(6, 24, num_layers=2, dropout=0.5).double()
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
+    moments = second_moments(model, [torch.randn(3, 2, 6).double()])
+    hidden = torch.cat([torch.zeros(1, 2, 24).double(), seen[0][:-1]]).flatten(0, 1)
+    torch.testing.assert_close(moments.matrix("weight_hh_l1"), hidden.T @ hidden / 6, **CLOSE)
+
+
 # those of an optimizer ------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def second_moments(
     with its part of the data, of any size; all of them get the moments of the whole. A model whose forward pass
     communicates (FSDP) needs as many batches on every rank.
 
-    Memory beside the model's own passes is at most `SecondMoments.memory_bound`: twice what is kept of the widest
+    Memory beside the model's own passes is at most `SecondMoments.memory_bound`: three times what is kept of the widest
     layer, once of all others, and eight times 2²¹ numbers in float64 (16.8 MB each), or eight times the rows of one
     sample where these are more.
 

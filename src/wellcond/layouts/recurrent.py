@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from wellcond.layouts.layout import Layout, Rows
 from wellcond.runtime.autocast import without_autocast
+from wellcond.runtime.random_state import random_numbers_kept
 
 
 class RecurrentLayout(Layout):
@@ -98,7 +99,7 @@ class _SequenceWeight(_Weight):
             return None
         recurrent = cast(nn.LSTM, module)
         weight = cast(Tensor, recurrent.weight_ih_l0)
-        with torch.no_grad(), without_autocast(weight.device):
+        with torch.no_grad(), without_autocast(weight.device), random_numbers_kept(weight.device):
             run = _Run(recurrent, sequence, state, weight.dtype)
             rows = run.data
             for layer in range(self.layer):
