@@ -50,6 +50,7 @@ class TextTask(Task):
 
     kind = "language modelling"
     samples = "blocks"
+    is_rehearsed = False
     augmentation = "none"
 
     def __init__(
