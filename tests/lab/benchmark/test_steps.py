@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from wellcond.lab.benchmark import steps as measuring
-from wellcond.lab.benchmark.steps import Workload, measure_steps
+from wellcond.lab.benchmark.steps import NoiseWorkload, Workload, measure_steps
 from wellcond.lab.benchmark.timing import StepTimer, time_rounds
 from wellcond.lab.cli import bench
 from wellcond.lab.errors import LabError
@@ -91,7 +91,7 @@ def test_costs_follow_from_the_seconds(monkeypatch):
 
     monkeypatch.setattr(Workload, "timer", timer)
     monkeypatch.setattr(measuring, "_memory", lambda method, workload: measuring.Memory(1, 0, 1, 7))
-    workload = Workload("convnet", 8, 8, Refresh(10, 100), torch.device("cpu"))
+    workload = NoiseWorkload("convnet", 8, 8, Refresh(10, 100), torch.device("cpu"))
     plain, whitened = measure_steps(select_methods(["SGDM", "W-SGDM"]), workload, rounds=2)
     assert (plain.ratio.median, plain.forward_backward_ms, plain.optimizer_ms) == (1.0, 750.0, 250.0)
     assert (whitened.ratio.median, whitened.forward_backward_ms, whitened.optimizer_ms) == (2.0, 1500.0, 500.0)
@@ -103,7 +103,7 @@ def test_costs_follow_from_the_seconds(monkeypatch):
 
 def test_methods_of_every_kind_can_be_timed(recwarn):
     names = ["SGDM", "SGDM+GC", "FAdam", "MBN", "ND", "Lookahead", "AdaHessian"]
-    workload = Workload("convnet", 4, 8, Refresh(50, 500), torch.device("cpu"))
+    workload = NoiseWorkload("convnet", 4, 8, Refresh(50, 500), torch.device("cpu"))
     costs = measure_steps(select_methods(names), workload, rounds=1)
     assert [cost.method for cost in costs] == names
     assert not recwarn.list
@@ -130,7 +130,7 @@ def test_mistakes_are_one_line(options, message):
 def test_progress_counts_every_step_that_it_said_there_would_be(rounds):
     said = io.StringIO()
     progress = StepProgress(Console(file=said), "timing", every=0.0)
-    workload = Workload("convnet", 4, 8, Refresh(50, 500), torch.device("cpu"))
+    workload = NoiseWorkload("convnet", 4, 8, Refresh(50, 500), torch.device("cpu"))
     with progress:
         measure_steps(select_methods(["SGDM", "W-SGDM"]), workload, rounds, progress)
     assert progress.done == progress.total > 0

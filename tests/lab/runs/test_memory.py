@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from wellcond.lab.benchmark.steps import Workload
+from wellcond.lab.benchmark.steps import NoiseWorkload
 from wellcond.lab.methods.method import METHODS, Refresh
 from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.memory import measure_memory, tensor_bytes
@@ -61,7 +61,7 @@ def test_a_temporary_counts_although_it_is_gone_at_the_end():
 
 
 def test_the_count_is_the_same_each_time_whatever_the_process_holds():
-    workload = Workload("convnet", 32, 8, Refresh(1, 1), CPU)
+    workload = NoiseWorkload("convnet", 32, 8, Refresh(1, 1), CPU)
 
     def build():
         timer = workload.timer(METHODS["W-SGDM"], Refresh(1, 1))
@@ -77,7 +77,7 @@ def test_the_count_is_the_same_each_time_whatever_the_process_holds():
 
 def test_a_preconditioners_state_is_counted_with_the_optimizers():
     def memory(name):
-        workload = Workload("convnet", 32, 8, Refresh(1, 1), CPU)
+        workload = NoiseWorkload("convnet", 32, 8, Refresh(1, 1), CPU)
 
         def build():
             timer = workload.timer(METHODS[name], Refresh(1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -16,6 +17,7 @@ from wellcond.lab.benchmark.timing import Quartiles, StepTimer, quartiles, ratio
 from wellcond.lab.methods.method import Method, Refresh
 from wellcond.lab.networks.registry import initial_model, select_model
 from wellcond.lab.runs.memory import Memory, Step, measure_memory
+from wellcond.lab.tasks.base import Task, TaskSeed
 from wellcond.lab.training.progress import StepProgress
 
 _CHANNELS, _CLASSES = 3, 10
@@ -66,16 +68,74 @@ class StepCost:
     memory_ratio: float
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(ABC):
     """The step that is timed.
 
     Attributes:
+        refresh: The intervals that a preconditioner's refreshes are spread over.
+        device: Where.
+    """
+
+    refresh: Refresh
+    device: torch.device
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """Return a network, the same each time."""
+
+    @abstractmethod
+    def loss(self) -> Callable[[nn.Module], Tensor]:
+        """Return the loss of one batch as a function of the network."""
+
+    def build(self, method: Method, refresh: Refresh) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a network, the same for every method up to its layers, and its optimizer."""
+        model = method.with_layers(self.network()).to(self.device).train()
+        optimizer, _ = method.build(model, _LR, refresh)
+        return model, optimizer
+
+    def timer(self, method: Method, refresh: Refresh) -> StepTimer:
+        """Return what times the method's steps with these intervals."""
+        return StepTimer(*self.build(method, refresh), self.loss(), method.second_order)
+
+
+@dataclass(frozen=True)
+class TaskWorkload(Workload):
+    """A step on the first batch of a task.
+
+    Attributes:
+        task: The task.
+        refresh: The intervals that a preconditioner's refreshes are spread over.
+        device: Where.
+    """
+
+    task: Task
+    refresh: Refresh
+    device: torch.device
+
+    def network(self) -> nn.Module:
+        """Return the task's network."""
+        return self.task.initial_model("", 0, None)
+
+    def loss(self) -> Callable[[nn.Module], Tensor]:
+        """Return the task's loss of its first batch."""
+        data = TaskSeed(self.task, 0, self.device)
+        batch = next(iter(data.batches()))
+        return lambda model: data.loss(model, batch)
+
+
+@dataclass(frozen=True)
+class NoiseWorkload(Workload):
+    """A step of a named network on noise for images.
+
+    Attributes:
         model: The network's name.
-        batch_size: Images of a batch, of noise.
+        batch_size: Images of a batch.
         image_size: Their height and width.
         refresh: The intervals that a preconditioner's refreshes are spread over.
         device: Where.
+
+    Raises:
+        LabError: If the network is unknown or the images are too small for it.
     """
 
     model: str
@@ -84,23 +144,20 @@ class Workload:
     refresh: Refresh
     device: torch.device
 
-    def build(self, method: Method, refresh: Refresh) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return a network, the same for every method up to its layers, and its optimizer."""
-        model = method.with_layers(initial_model(self.model, _CHANNELS, _CLASSES, seed=0)).to(self.device)
-        optimizer, _ = method.build(model, _LR, refresh)
-        return model, optimizer
+    def __post_init__(self) -> None:
+        select_model(self.model, self.image_size)
+
+    def network(self) -> nn.Module:
+        """Return the network."""
+        return initial_model(self.model, _CHANNELS, _CLASSES, seed=0)
 
     def loss(self) -> Callable[[nn.Module], Tensor]:
-        """Return the loss of one batch as a function of the network."""
+        """Return the cross-entropy of a batch of noise."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, _CHANNELS, self.image_size, self.image_size)
         images = torch.randn(shape, generator=generator).to(self.device)
         labels = torch.arange(self.batch_size, device=self.device) % _CLASSES
         return lambda model: F.cross_entropy(model(images), labels)
-
-    def timer(self, method: Method, refresh: Refresh) -> StepTimer:
-        """Return what times the method's steps with these intervals."""
-        return StepTimer(*self.build(method, refresh), self.loss(), method.second_order)
 
 
 def measure_steps(
@@ -116,11 +173,7 @@ def measure_steps(
 
     Returns:
         One cost for each method, in their order.
-
-    Raises:
-        LabError: If the network is unknown or the images are too small for it.
     """
-    select_model(workload.model, workload.image_size)
     with warnings.catch_warnings():
         # Second-order optimizers keep the graph of a gradient, which each step here forgets.
         warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from wellcond.lab.cli.options import add_task_options, given_settings
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import interruptible
@@ -21,12 +22,13 @@ from wellcond.lab.training.progress import StepProgress
 if TYPE_CHECKING:
     import torch
 
-    from wellcond.lab.benchmark.steps import StepCost
+    from wellcond.lab.benchmark.steps import StepCost, Workload
 
 _DESCRIPTION = """\
-Time a whole training step of each method on one network, with noise for images. The methods take turns, so that a
-machine that slows down meets all of them alike; ratios are to the first method in the same round, as median and
-quartiles. Memory is counted allocation by allocation."""
+Time a whole training step of each method on one network with noise for images, or on a task of your own with its
+first batch: before any training, what would each method cost? The methods take turns, so that a machine that slows down
+meets all of them alike; ratios are to the first method in the same round, as median and quartiles. Memory is counted
+allocation by allocation."""
 
 _EXAMPLES = """\
 examples:
@@ -34,9 +36,12 @@ examples:
       SGDM, SGDM+GC, W-SGDM and FSGD on a ResNet-18 for small images, batch 32
   wellcond bench --methods AdamW,W-Adam --batch-size 128 --rounds 20 --json steps.json
   wellcond bench --model resnet8 --image-size 16 --methods SGDM,MBN,SN,GN
-      layers instead of transforms: their cost is in the forward and backward pass"""
+      layers instead of transforms: their cost is in the forward and backward pass
+  wellcond bench --task my_project.training:MyTask --methods AdamW,W-Adam
+      your own network, batch and loss"""
 
 
+_MODEL, _SIZE = "resnet18", 32
 # 3 GB in float32, before the first layer.
 _MOST_PIXELS = 2**28
 
@@ -56,15 +61,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="A,B,...",
         help="methods, separated by commas; the others are compared with the first (default: %(default)s)",
     )
-    parser.add_argument("--model", default="resnet18", metavar="NAME", help="the network (default: %(default)s)")
+    parser.add_argument("--model", metavar="NAME", help=f"the network (default: {_MODEL})")
+    parser.add_argument("--batch-size", type=int, metavar="N", help=f"images of a batch (default: {_SIZE})")
+    parser.add_argument("--image-size", type=int, metavar="N", help=f"their height and width (default: {_SIZE})")
     for option, default, what in (
-        ("--batch-size", 32, "images of a batch"),
-        ("--image-size", 32, "their height and width"),
         ("--rounds", 12, "timed steps of each method"),
         ("--stats-every", 50, "steps that a preconditioner's statistics are spread over"),
         ("--solve-every", 500, "steps that its solves are spread over"),
     ):
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    add_task_options(parser)
     parser.add_argument("--json", action=OutputFile, metavar="FILE", help="write the figures there too")
 
 
@@ -83,30 +89,20 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     """
     import torch
 
-    from wellcond.lab.benchmark.steps import Workload, measure_steps
+    from wellcond.lab.benchmark.steps import measure_steps
     from wellcond.lab.hardware.machine import machine, training_device, versions
     from wellcond.lab.report.results import rounded
 
-    names = ("batch_size", "image_size", "rounds", "stats_every", "solve_every")
+    names = ("rounds", "stats_every", "solve_every")
     for name in names:
-        value, least = getattr(arguments, name), 2 if name == "batch_size" else 1
-        if value < least:
-            raise LabError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        check_whole(name.replace("_", "-"), value)
-    pixels = arguments.batch_size * arguments.image_size**2
-    if pixels > _MOST_PIXELS:
-        raise LabError(
-            f"--batch-size {arguments.batch_size} and --image-size {arguments.image_size} must give a batch of at most "
-            f"{_MOST_PIXELS} pixels, got {pixels}"
-        )
+        _check(arguments, name)
     methods = select_methods([name.strip() for name in arguments.methods.split(",")])
     device = training_device()
-    refresh = Refresh(arguments.stats_every, arguments.solve_every)
-    workload = Workload(arguments.model, arguments.batch_size, arguments.image_size, refresh, device)
-    progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {arguments.model}")
+    workload, described = _workload(arguments, Refresh(arguments.stats_every, arguments.solve_every), device)
+    progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {described['model']}")
     with interruptible(), progress:
         costs = measure_steps(methods, workload, arguments.rounds, progress)
-    settings = {name: getattr(arguments, name) for name in ("model", *names)}
+    settings = described | {name: getattr(arguments, name) for name in names}
     _print(costs, settings, device)
     if arguments.json is not None:
         content = {
@@ -118,6 +114,42 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         }
         write_atomically(arguments.json, json.dumps(rounded(content), indent=1) + "\n")
     return 0
+
+
+def _check(arguments: argparse.Namespace, name: str, least: int = 1) -> None:
+    value = getattr(arguments, name)
+    if value < least:
+        raise LabError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_whole(name.replace("_", "-"), value)
+
+
+def _workload(arguments: argparse.Namespace, refresh: Refresh, device: torch.device) -> tuple[Workload, dict[str, Any]]:
+    """Return what is timed, and its description."""
+    from wellcond.lab.benchmark.steps import NoiseWorkload, TaskWorkload
+    from wellcond.lab.tasks.open import open_task
+
+    settings = given_settings(arguments, methods=("SGDM",))
+    if settings.task is not None:
+        task = open_task(settings)
+        task.check(device)
+        return TaskWorkload(task, refresh, device), {
+            "task": settings.task,
+            "model": task.model_name,
+            "batch_size": task.batch_size,
+        }
+    for name, default in (("model", _MODEL), ("batch_size", _SIZE), ("image_size", _SIZE)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    _check(arguments, "batch_size", 2)
+    _check(arguments, "image_size")
+    pixels = arguments.batch_size * arguments.image_size**2
+    if pixels > _MOST_PIXELS:
+        raise LabError(
+            f"--batch-size {arguments.batch_size} and --image-size {arguments.image_size} must give a batch of at most "
+            f"{_MOST_PIXELS} pixels, got {pixels}"
+        )
+    described = {name: getattr(arguments, name) for name in ("model", "batch_size", "image_size")}
+    return NoiseWorkload(**described, refresh=refresh, device=device), described
 
 
 def _named_quartiles(cost: StepCost) -> dict[str, dict[str, float]]:
@@ -135,10 +167,11 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
         return f"{rounded(value):.{digits}f}"
 
     console = Console(width=None if Console().is_terminal else 120)
-    size, threads = settings["image_size"], torch.get_num_threads()
+    threads = torch.get_num_threads()
+    size = f" of {settings['image_size']}x{settings['image_size']}" if "image_size" in settings else ""
     where = f"{device.type}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
     console.print(
-        f"\n{settings['model']}, batch {settings['batch_size']} of {size}x{size}, {where}\n",
+        f"\n{settings['model']}, batch {settings['batch_size']}{size}, {where}\n",
         style="bold",
         highlight=False,
     )

@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any
 
 from wellcond.lab.data.named_data import AUGMENTATIONS
-from wellcond.lab.errors import LabError
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.runs.settings import ACCELERATORS, PRECISIONS, STRATEGIES, Settings
 
@@ -111,7 +110,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise LabError(f"--task-args and --data-args must look like lr_warmup=3, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must look like lr_warmup=3, got {text!r}")
     return name, value
 
 

@@ -102,7 +102,7 @@ def _is_inherited(given: Task, name: str) -> bool:
 
 
 def _is_built_in(given: Any) -> bool:
-    return isinstance(given, Task) and type(given).__module__.startswith("wellcond.")
+    return isinstance(given, Task) and type(given).for_seed is not Task.for_seed
 
 
 def imported(path: str, option: str = "--task") -> Any:

@@ -79,6 +79,10 @@ class SeedData(Protocol):
         """Return whether the run ends after these scores on the validation split, one an epoch."""
         return False
 
+    def is_sound(self, model: nn.Module) -> bool:
+        """Return whether a network whose scores are not numbers is none that diverged; False where nobody can say."""
+        return False
+
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return what the network scores; the same on every rank.
 
@@ -240,6 +244,14 @@ class TaskSeed(SeedData):
     def stop(self, scores: list[float]) -> bool:
         """Return whether the run ends after these scores."""
         return bool(self.task.stop(scores))
+
+    def is_sound(self, model: nn.Module) -> bool:
+        """Return whether weights, buffers and the loss of a training batch are finite."""
+        values = [*model.parameters(), *model.buffers()]
+        finite = all(bool(value.isfinite().all()) for value in values if value.is_floating_point())
+        with torch.no_grad():
+            loss = self.loss(model, next(iter(self.batches())))
+        return finite and bool(loss.isfinite())
 
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return what the network scores; of several ranks the first one's figures count."""

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.errors import DataError
 from wellcond.lab.runs.records import EpochRecord
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Evaluation, Role, SeedData
@@ -64,6 +65,7 @@ class Measure(pl.Callback):
         measured = (train_loss, train_score, validation.score, validation.loss, test.score, test.loss)
         # The loss comes before its step: the last step of an epoch shows only in the evaluation.
         if not all(math.isfinite(figure) for figure in measured if figure is not None):
+            self._refuse_faulty_scores(training.model, train_loss, (validation.score, test.score))
             self.diverged = True
             trainer.should_stop = True
             return
@@ -82,6 +84,14 @@ class Measure(pl.Callback):
         )
         if trainer.global_step < self.steps and self.data.stop([epoch.validation_score for epoch in self.epochs]):
             self.stopped = trainer.should_stop = True
+
+    def _refuse_faulty_scores(self, model: nn.Module, train_loss: float, scores: tuple[float, float]) -> None:
+        """Raise a `DataError` if it is the scores that are at fault, and not the network."""
+        if math.isfinite(train_loss) and any(map(math.isnan, scores)) and self.data.is_sound(model):
+            raise DataError(
+                f"scores() gave {scores[0]:g} and {scores[1]:g} (validation, test) after epoch {len(self.epochs) + 1}, "
+                "and the network and its loss are finite: a score must be a number"
+            )
 
     def evaluation_seconds(self) -> float | None:
         """Return the network's mean seconds for an image in evaluation; None if every epoch ended in divergence."""
