@@ -111,7 +111,7 @@ def test_images_and_maps_are_cut_together(root):
             if len(found) == 2:
                 means = [float(pixels[:, labels == label].float().mean()) for label in found]
                 assert means[1] > means[0] + 25
-        assert len(seen) == {"none": 1, "flip": 2}.get(augmentation, 12)
+        assert len(seen) in {"none": (1,), "flip": (2,)}.get(augmentation, range(6, 13))
 
 
 def test_ranks_share_each_batch(tmp_path):
@@ -168,7 +168,7 @@ def test_measured_in_another_place(tmp_path):
     here, there = (open_task(settings_of(root, test_data=place)) for place in (None, str(other)))
     assert len(there.test.pairs) == 10
     assert all(pair.image.is_relative_to(other) for pair in there.test.pairs)
-    assert here.pool == there.pool or len(here.pool.pairs) == len(there.pool.pairs)
+    assert here.pool.pairs == there.pool.pairs
     assert here.fingerprint() != there.fingerprint()
     assert there.describe()["test images"] == str(other)
     back = open_task(settings_of(other, test_data=str(root)))
