@@ -47,7 +47,10 @@ def test_it_is_weighted_by_the_rows_of_each_share(task):
         parts = [list(data.batches())[number] for data in shares]
         outputs = torch.arange(rows)[:, None] - 2.0
         begin = rows // 2
-        own = [data.train_score(*each) for data, *each in zip(shares, outputs.split([begin, rows - begin]), parts)]
+        own = [
+            data.train_score(*each)
+            for data, *each in zip(shares, outputs.split([begin, rows - begin]), parts, strict=True)
+        ]
         total, count = sum(own).tolist()
         assert count == rows
         assert total / count == pytest.approx(100 * (rows - 3) / rows)
