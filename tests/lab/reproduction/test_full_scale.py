@@ -23,6 +23,8 @@ from wellcond.lab.tasks.base import Defaults
 from wellcond.lab.tasks.detection.task import DetectionTask
 from wellcond.lab.tasks.reid.networks import build_reid
 from wellcond.lab.tasks.reid.specs import select_reid
+from wellcond.lab.tasks.segmentation.networks import build_segmenter
+from wellcond.lab.tasks.segmentation.specs import select_segmenter
 
 RECIPES = {recipe.name: recipe for recipe in bundled_recipes()}
 
@@ -37,6 +39,9 @@ SIZES = {
     "dogs": (120, 12_000, 224),
     "cub": (200, 5_994, 224),
     "coco": (80, 117_266, 800),
+    "cityscapes": (19, 2_975, 512),
+    "ade20k": (150, 20_210, 512),
+    "gta5": (19, 24_966, 512),
     "market1501": (751, 12_936, 256),
     "dukemtmc": (702, 16_522, 256),
 }
@@ -54,6 +59,7 @@ class StandIn:
         self.classes, images, self.size = SIZES[name]
         self.validation_images, self.train_images = validation_images, images - validation_images
         kinds = {"coco": "detection", "market1501": "re-identification", "dukemtmc": "re-identification"}
+        kinds |= dict.fromkeys(("cityscapes", "ade20k", "gta5"), "segmentation")
         self.kind = kinds.get(name, "classification")
         self.score = {"detection": "AP", "re-identification": "mAP"}.get(self.kind, "accuracy")
         self.defaults = Defaults("resnet18", 200, 128, smallest_batch=1 if name == "coco" else 2)
@@ -67,6 +73,8 @@ class StandIn:
             return DetectionTask.initial_model(fields, model, seed, weights)  # type: ignore[arg-type]
         if self.kind == "re-identification":
             return build_reid(select_reid(model), self.classes, weights)
+        if self.kind == "segmentation":
+            return build_segmenter(select_segmenter(model), self.classes, weights)
         if ":" not in model:
             registry.select_model(model, self.size)
         return registry.initial_model(model, 3, self.classes, seed, weights)

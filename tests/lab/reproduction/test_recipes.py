@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from image_sets import write_aircraft, write_class_folders
+from segmentation_files import WRITERS as SEGMENTATION
 
 from wellcond.__main__ import main
 from wellcond.lab.reproduction.panels import needed_data, scaled_panels
@@ -53,6 +54,8 @@ def make(name: str, root: Path) -> Path:
         from reid_files import write_reid
 
         return write_coco(root) if name == "coco" else write_reid(root, duke=name == "dukemtmc")
+    if name in SEGMENTATION:
+        return SEGMENTATION[name](root)
     assert name in ("imagenet", "mini-imagenet")
     return write_class_folders(root)
 

@@ -12,6 +12,7 @@ from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.tasks.detection.networks import DETECTORS
 from wellcond.lab.tasks.open import LAYOUTS
 from wellcond.lab.tasks.reid.specs import REID_NETWORKS
+from wellcond.lab.tasks.segmentation.specs import SEGMENTERS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             *((model.name, model.description) for model in MODELS.values()),
             *((model.name, model.description) for model in DETECTORS.values()),
             *((model.name, model.description) for model in REID_NETWORKS.values()),
+            *((model.name, model.description) for model in SEGMENTERS.values()),
             *((model.name, model.description) for model in GPTS.values()),
             *((model.name, model.description) for model in MLPS.values()),
             ("torchvision:NAME", "an image classifier of torchvision, ImageNet stem (torchvision:resnet50)"),

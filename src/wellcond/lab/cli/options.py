@@ -57,6 +57,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "files, CIFAR, a folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
     )
     data.add_argument(
+        "--test-data",
+        metavar="DIR",
+        help="of segmentation: measure on the images of this folder, of another place or style (default: on the "
+        "data's own)",
+    )
+    data.add_argument(
         "--target-column", metavar="NAME", help="of a table: the column that is to be told (default: the last)"
     )
     data.add_argument(

@@ -29,6 +29,9 @@ NAMED_DATA = {
     "dogs": "the folder of Stanford Dogs: Images and the lists train_list.mat, test_list.mat",
     "cub": "the folder CUB_200_2011 (www.vision.caltech.edu/datasets/cub_200_2011)",
     "coco": "a folder with train2017, val2017 and annotations/instances_*2017.json (cocodataset.org)",
+    "cityscapes": "a folder with leftImg8bit/ and gtFine/ (cityscapes-dataset.com)",
+    "ade20k": "the folder ADEChallengeData2016 (sceneparsing.csail.mit.edu)",
+    "gta5": "a folder with images/ and labels/ of GTA5 (download.visinf.tu-darmstadt.de/data/from_games)",
     "market1501": "a folder with bounding_box_train, query and bounding_box_test (Market-1501)",
     "dukemtmc": "a folder with bounding_box_train, query and bounding_box_test (DukeMTMC-reID)",
 }

@@ -62,13 +62,24 @@ def resnet(channels: int, classes: int, widths: Sequence[int], blocks: Sequence[
     Returns:
         The net, from images [n, channels, h, w] to logits [n, classes].
     """
+    return nn.Sequential(*residual_layers(channels, widths, blocks), *_head(widths[-1], classes))
+
+
+def residual_layers(channels: int, widths: Sequence[int], blocks: Sequence[int]) -> list[nn.Module]:
+    """Return the layers of a residual net of basic blocks up to its last feature map.
+
+    Args:
+        channels: Channels of the images.
+        widths: Channels of each stage; every stage but the first halves the image.
+        blocks: Blocks of each stage.
+    """
     layers: list[nn.Module] = [ConvNormAct(channels, widths[0])]
     current = widths[0]
     for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
         for block in range(count):
             layers.append(BasicBlock(current, width, stride=2 if stage > 0 and block == 0 else 1))
             current = width
-    return nn.Sequential(*layers, *_head(current, classes))
+    return layers
 
 
 def _head(features: int, classes: int) -> tuple[nn.Module, ...]:

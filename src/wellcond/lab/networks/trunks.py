@@ -159,3 +159,23 @@ def keep_last_size(trunk: nn.Sequential) -> None:
     for module in trunk.get_submodule("layer4.0").modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
+
+
+def dilate_last(trunk: nn.Sequential) -> None:
+    """Let the last two stages' feature maps be as large as that before them, in place: dilated in place of strided.
+
+    It is as with torchvision's ``replace_stride_with_dilation=[False, True, True]``, also for basic blocks.
+    """
+    from torch import nn
+
+    before = 1
+    for stage, dilation in (("layer3", 2), ("layer4", 4)):
+        for place, block in enumerate(trunk.get_submodule(stage).children()):
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if module.kernel_size == (3, 3):
+                        # The first block sees what the stage before has made.
+                        apart = before if place == 0 else dilation
+                        module.dilation = module.padding = (apart, apart)
+        before = dilation

@@ -43,8 +43,19 @@ class ScaledPanel:
         Raises:
             LabError: If a value is out of its range.
         """
-        given = self.fields | {"data": paths[self.data], "jobs": jobs} | ({} if seeds is None else {"seeds": seeds})
+        given = (
+            self.fields
+            | {field: paths[name] for field, name in self.places.items()}
+            | {"jobs": jobs}
+            | ({} if seeds is None else {"seeds": seeds})
+        )
         return Settings(methods=tuple(method.written() for method in self.methods), **given)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The names of its data sets, by the field of `Settings` that says where they lie."""
+        elsewhere = self.fields.get("test_data")
+        return {"data": self.data} | ({} if elsewhere is None else {"test_data": elsewhere})
 
     def with_weights(self, places: Mapping[str, str | None]) -> ScaledPanel:
         """Return the panel with weights from where they lie.
@@ -90,7 +101,7 @@ def scaled_panels(
 
 def needed_data(panels: Sequence[ScaledPanel]) -> list[str]:
     """Return the names of the panels' data sets."""
-    return list(dict.fromkeys(panel.data for panel in panels))
+    return list(dict.fromkeys(name for panel in panels for name in panel.places.values()))
 
 
 def needed_weights(panels: Sequence[ScaledPanel]) -> list[str]:
@@ -112,8 +123,9 @@ def _scaled(recipe: Recipe, panel: PanelTable, scale: ScaleTable, labels: Sequen
     if not compared:
         raise LabError(f"panel {panel.name} of {recipe.name} has none of the methods {', '.join(labels or ())}")
     data = scaled.get("data", Settings().data)
-    if data not in NAMED_DATA:
-        raise unknown_name("data", data, NAMED_DATA)
+    for place in (data, scaled.get("test_data", data)):
+        if place not in NAMED_DATA:
+            raise unknown_name("data", place, NAMED_DATA)
     names = [name for name in dict.fromkeys([*scaled, *own]) if name != "seeds" and own.get(name) != scaled.get(name)]
     differs = {name: (own.get(name), scaled.get(name)) for name in names}
     methods = [_changed(method, recipe.baseline, panel, scale) for method in compared]

@@ -33,7 +33,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Score = Literal["accuracy", "error", "AP", "mAP", "disparity", "condition"]
+Score = Literal["accuracy", "error", "AP", "mAP", "mIoU", "disparity", "condition"]
 
 EVERY = "*"
 """In a table of changes: all methods that it does not name."""

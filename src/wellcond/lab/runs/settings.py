@@ -102,6 +102,7 @@ class Settings:
         train_images: Images that train.
         validation_images: Images that choose the lr.
         test_images: Images that measure.
+        test_data: Of segmentation: another folder, whose images measure; None for the data's own.
         target_column: The column of a table that is to be told; None for the last.
         kind: What is learned of a table's target, one of `KINDS`; None for what it looks like.
         image_size: Height and width to average-pool the images to, or to cut files of images to.
@@ -141,6 +142,7 @@ class Settings:
     train_images: int | None = None
     validation_images: int | None = None
     test_images: int | None = None
+    test_data: str | None = None
     target_column: str | None = None
     kind: str | None = None
     image_size: int | None = None

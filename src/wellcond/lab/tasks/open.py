@@ -68,6 +68,18 @@ def _is_class_folders(path: Path) -> bool:
     return find_class_folders(path) is not None
 
 
+def _is_segmentation(path: Path) -> bool:
+    from wellcond.lab.tasks.segmentation.formats import find_segmentation
+
+    return path.is_dir() and find_segmentation(path) is not None
+
+
+def _open_segmentation(settings: Settings) -> Task:
+    from wellcond.lab.tasks.segmentation.task import open_segmentation
+
+    return open_segmentation(settings)
+
+
 def _is_text(path: Path) -> bool:
     from wellcond.lab.data.text import is_text
 
@@ -186,6 +198,13 @@ LAYOUTS = (
         _open_reid,
     ),
     Layout(
+        "leftImg8bit + gtFine, ADEChallengeData2016, VOC2012, images + labels",
+        "Cityscapes, ADE20K, Pascal VOC, GTA5: semantic segmentation; val only measures, or that of --test-data",
+        _is_segmentation,
+        _open_segmentation,
+        takes=("test_data",),
+    ),
+    Layout(
         "train/CLASS/*, val/CLASS/*",
         "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures",
         _is_class_folders,
@@ -211,6 +230,30 @@ class Source:
 
 
 SOURCES = (
+    Source(
+        "cityscapes",
+        "Cityscapes",
+        "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com, "
+        "unpack both into one folder, and name it",
+    ),
+    Source(
+        "ade20?k|adechallenge",
+        "ADE20K",
+        "download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu, unpack it, and name "
+        "ADEChallengeData2016",
+    ),
+    Source(
+        r"\bvoc",
+        "Pascal VOC",
+        "download VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012, unpack it, and name "
+        "VOCdevkit/VOC2012",
+    ),
+    Source(
+        "gta.?5",
+        "GTA5",
+        "download the images and labels from https://download.visinf.tu-darmstadt.de/data/from_games, unpack them into "
+        "one folder with images/ and labels/, and name it",
+    ),
     Source("coco", "COCO", GET_COCO),
     Source("market|duke", "Market-1501 and DukeMTMC-reID", GET_REID),
     Source(

@@ -51,6 +51,7 @@ class TableTask(Task):
     """
 
     samples = "rows"
+    is_rehearsed = False
 
     def __init__(
         self, table: Table, test: Indices, train_images: int, validation_images: int, augmentation: str, model: str

@@ -27,8 +27,8 @@ _logger = logging.getLogger(__name__)
 # A run of minutes on two cores: a text of any length is seen in part in each epoch, and as a whole over them.
 _EPOCHS = 6
 _BATCH = 16
-_MOST_TRAINING = 1024
-_MOST_HELD_OUT = 512
+_MOST_TRAINING = 512
+_MOST_HELD_OUT = 128
 # Logits of evaluation that are in memory at once.
 _MOST_LOGITS = 2**24
 _FOR_IMAGES = {"--image-size": "image_size", "--augment": "augmentation", "--ghost-batch": "ghost_batch"}
@@ -50,6 +50,7 @@ class TextTask(Task):
 
     kind = "language modelling"
     samples = "blocks"
+    is_rehearsed = False
     augmentation = "none"
 
     def __init__(
