@@ -1,4 +1,4 @@
-"""What is asked of a comparison beside the final score: a target, shares of the time, sweeps, and losses as the score."""
+"""What is asked of a comparison beside the final score: a target, shares of the time, sweeps, losses as the score."""
 
 from __future__ import annotations
 
