@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from reproductions import claims
+from reproductions import claims, markdown
 
 from wellcond.lab.reproduction.report import metric_of
 
@@ -45,7 +45,7 @@ def effects_table(load: Callable[[str], dict[str, Any]], reproduced: Sequence[di
         reproduced: What the files of docs/reproduced.md hold.
     """
     heads = ["technique", "compared with", "where", "after the last epoch", "at equal time", "time per step"]
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    rows = []
     commands = []
     for technique, methods in TECHNIQUES.items():
         for name in COMPARISONS:
@@ -57,9 +57,9 @@ def effects_table(load: Callable[[str], dict[str, Any]], reproduced: Sequence[di
                 cells = [technique, f"{method['baseline']} ({method['name']})", _where(results)]
                 cells += [_signed(effect.difference), "" if effect.equal_time is None else _signed(effect.equal_time)]
                 cells.append("" if effect.time_ratio is None else f"× {effect.time_ratio:.2f}")
-                lines.append(f"| {' | '.join(cells)} |")
+                rows.append(cells)
                 commands.append(f"`{results['command']}`")
-    lines += ["", *_counted(load, reproduced), "", "; ".join(dict.fromkeys(commands))]
+    lines = [markdown(heads, rows), "", *_counted(load, reproduced), "", "; ".join(dict.fromkeys(commands))]
     return "\n".join(lines)
 
 

@@ -26,11 +26,11 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from effects import effects_table
-from reproductions import adopted, reproduction_tables, summary_table
+from reproductions import adopted, markdown, reproduction_tables, summary_table
 
-from wellcond.lab.comparison.statistics import paired_difference
+from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference
 from wellcond.lab.comparison.summary import read_summary
-from wellcond.lab.report.formats import quantity_text
+from wellcond.lab.report.formats import difference_text, quantity_text, ratio_text, spread_text
 from wellcond.lab.report.tables import quoted_table
 from wellcond.lab.runs.files import to_json
 from wellcond.lab.runs.metric import ACCURACY
@@ -51,7 +51,7 @@ def comparison_table(results: dict[str, Any]) -> str:
         f"{results['title']}; {summary.seeds} paired seeds. Test {score}, mean ± std; differences to the baseline with "
         "a 95 % interval.",
         "",
-        quoted_table(summary).to_markdown(),
+        quoted_table(summary).tomarkdown(),
     ]
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", _run_by(results)])
@@ -66,9 +66,8 @@ def forms_table(results: dict[str, Any]) -> str:
         f"{results['title']}; {results['seeds']} paired seeds. Test {score}, mean ± std; "
         "difference to the dense form with a 95 % interval.",
         "",
-        f"| method | epoch {last} | difference to dense | training loss | time per step |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for name, method in by_name.items():
         dense = by_name.get(f"{'-'.join(name.split('-')[: 2 if name.startswith('W-') else 1])}-dense")
         ends = [curve["test_score"][-1] for curve in method["curves"]]
@@ -79,9 +78,10 @@ def forms_table(results: dict[str, Any]) -> str:
         loss = _training_loss(method)
         time = f"{method['milliseconds_per_step']:.1f} ms"
         if name != method["baseline"]:
-            time = f"× {method['time_ratio']:.2f}"
-        lines.append(f"| {name} | {_spread(method['scores'][str(last)])} | {difference} | {loss:.4f} | {time} |")
-    return "\n".join([*lines, "", _run_by(results)])
+            time = ratio_text(method["time_ratio"])
+        rows.append([name, _spread(method["scores"][str(last)]), difference, f"{loss:.4f}", time])
+    heads = ["method", f"epoch {last}", "difference to dense", "training loss", "time/step"]
+    return "\n".join([*lines, markdown(heads, rows), "", _run_by(results)])
 
 
 def plain_tables(results: dict[str, Any]) -> str:
@@ -98,24 +98,19 @@ def step_table(results: dict[str, Any]) -> str:
     """Return a benchmark of training steps as a Markdown table with the command and the machine that made it."""
     rows = dict(results["results"])
     plain = rows.pop("plain SGD")
-    lines = [
-        "| | whole step, median (quartiles) | by the optimizer's part |",
-        "| --- | --- | --- |",
-        f"| plain SGD | {plain['ms']:.0f} ms | |",
-    ]
+    lines = [["plain SGD", f"{plain['ms']:.0f} ms", ""]]
     for name, row in rows.items():
         spread = f"({row['lower_quartile']:.3f} to {row['upper_quartile']:.3f})"
-        lines.append(f"| {name} | × {row['ratio']:.3f} {spread} | × {row['ratio_by_optimizer_part']:.4f} |")
-    return "\n".join([*lines, "", _made_by(results)])
+        lines.append([name, f"× {row['ratio']:.3f} {spread}", f"× {row['ratio_by_optimizer_part']:.4f}"])
+    heads = ["", "whole step, median (quartiles)", "by the optimizer's part"]
+    return "\n".join([markdown(heads, lines), "", _made_by(results)])
 
 
 def cost_table(results: dict[str, Any]) -> str:
     """Return a benchmark of preconditioners as a Markdown table with the command and the machine that made it."""
-    lines = [
-        "| | ordinary step, median (quartiles) | product, each step | statistics, once in 50 | solve, once in 500 "
-        "| by these, amortised | state / parameters | peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["", "ordinary step, median (quartiles)", "product, each step", "statistics, once in 50"]
+    heads += ["solve, once in 500", "by these, amortised", "state / parameters", "peak"]
+    rows = []
     for name, row in results["results"].items():
         cells = [
             name,
@@ -127,28 +122,29 @@ def cost_table(results: dict[str, Any]) -> str:
             f"{row['state_share']:.2f}",
             f"{row['peak_mb']:+.0f} MB",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     steps = [row["sgdm_ms"] for row in results["results"].values()]
     base = f"SGDM's step: {min(steps):.0f} to {max(steps):.0f} ms beside the variants."
-    return "\n".join([*lines, "", base, "", _made_by(results)])
+    return "\n".join([markdown(heads, rows), "", base, "", _made_by(results)])
 
 
 def fidelity_table(results: dict[str, Any]) -> str:
     """Return how close each form's direction comes to the whole second moment's, with the command that made it."""
     powers = list(next(iter(results["results"].values()))["cosine"])
     heads = ["form", *(f"cosine, p = {p}: mean (lowest to highest layer)" for p in powers), "numbers kept / weights"]
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    rows = []
     for name, row in results["results"].items():
         cells = [name]
         for p in powers:
             layers = [fmean(seeds) for seeds in row["cosine"][p].values()]
             cells.append(f"{row['mean_cosine'][p]:.3f} ({min(layers):.3f} to {max(layers):.3f})")
-        lines.append(f"| {' | '.join([*cells, format(row['kept'], '.2f')])} |")
+        rows.append([*cells, format(row["kept"], ".2f")])
     run, layers = results["fidelity"], len(next(iter(results["results"].values()))["cosine"][powers[0]])
     size = f"{run['image_size']}x{run['image_size']}"
     trained = f"{results['model']} after {run['steps']} steps of batch {results['batch']}"
     averaged = f"mean over {layers} 3 × 3 convolutions and {run['seeds']} seeds"
-    lines += [
+    lines = [
+        markdown(heads, rows),
         "",
         f"{run['data']}, {run['train_images']} training images of {size}: {trained}; {averaged}; second moments of "
         f"{run['observed']} further batches, the same for every form.",
@@ -192,15 +188,15 @@ def layers_table(results: dict[str, Any]) -> str:
         if what not in shapes[0]:
             continue
         heads = [f"{title}, as a ratio to {base}", *(" × ".join(str(n) for n in shape["shape"]) for shape in shapes)]
-        lines += [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+        table = []
         for name in shapes[0][what]:
             rows = [shape[what][name] for shape in shapes]
             if name == base:
                 cells = [f"{row['ms']:.2f} ms" for row in rows]
             else:
                 cells = [f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})" for row in rows]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+            table.append([name, *cells])
+        lines += [markdown(heads, table), ""]
     lines.append(f"Medians with quartiles of ratios in the same round. {_memory(shapes)}".rstrip())
     made = f"`{results['command']}` ({results['rounds']} rounds, torch {results['torch']}, {results['machine']})"
     return "\n".join([*lines, "", made])
@@ -235,7 +231,7 @@ def inference_table(results: dict[str, Any]) -> str:
     """Return how ways to evaluate one network compare, with the command and the machine that made it."""
     groups = list(results["results"])
     heads = ["evaluation", *(f"{what}, m = {m}" for m in groups for what in ("disparity", "accuracy"))]
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    rows = []
     for name in results["results"][groups[0]]:
         cells = [name]
         for m in groups:
@@ -245,10 +241,11 @@ def inference_table(results: dict[str, Any]) -> str:
                 cells.append(f"{fmean(row['accuracy']):.1f} ± {stdev(row['accuracy']):.1f} %")
             else:
                 cells.append(_difference(asdict(paired_difference(row["accuracy"], ema["accuracy"]))))
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     seeds, options = len(results["results"][groups[0]]["EMA"]["accuracy"]), results["options"]
     trained = f"{options['train_images']} training images, ResNet-8, {options['epochs']} epochs at lr {options['lr']}"
-    lines += [
+    lines = [
+        markdown(heads, rows),
         "",
         f"{Path(options['data']).name}: {trained}, ghost groups of m; {seeds} seeds, every way with the same weights. "
         "Disparity: mean ± std. Accuracy: EMA's mean ± std, then differences to it with a 95 % interval.",
@@ -265,25 +262,26 @@ def normalizers_table(results: dict[str, Any]) -> str:
         f"{results['title']}; m samples behind one set of batch statistics; {results['seeds']} paired seeds. Test "
         "accuracy in %, mean ± std; differences to BN at the same m with a 95 % interval.",
         "",
-        f"| {' | '.join(heads)} |",
-        f"| {' | '.join(['---'] * len(heads))} |",
     ]
+    rows = []
     for name in next(iter(groups.values()))["methods"]:
         cells = [name]
         for group in groups.values():
             method = group["methods"][name]
             difference = method["difference"]
             cells += [_spread(method["accuracy"]), "" if difference is None else _difference(difference)]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    lines.append(markdown(heads, rows))
     averages = {m: group["shares"]["average"] for m, group in groups.items() if group["shares"] is not None}
-    if averages:
-        lines += ["", "| SN's shares, average over layers | IN | LN | BN |", "| --- | --- | --- | --- |"]
+    shares = []
     for m, average in averages.items():
         for part, called in (("mean", "means"), ("var", "variances")):
             cells = [
                 f"{average[part][kind]['mean']:.3f} ± {average[part][kind]['std']:.3f}" for kind in ("in", "ln", "bn")
             ]
-            lines.append(f"| m = {m}, {called} | {' | '.join(cells)} |")
+            shares.append([f"m = {m}, {called}", *cells])
+    if shares:
+        lines += ["", markdown(["SN's shares, average over layers", "IN", "LN", "BN"], shares)]
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", _run_by(results)])
 
@@ -300,9 +298,7 @@ def figure_table(results: dict[str, Any]) -> str:
         "closed-forms": _closed_form_rows,
         "pn": _population_rows,
     }[results["figure"]](found)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"| {' | '.join(['---'] * len(rows[0]))} |")
-    return "\n".join([*lines, "", _run_by(results)])
+    return "\n".join([markdown(rows[0], rows[1:]), "", _run_by(results)])
 
 
 def _noise_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -388,11 +384,11 @@ def _made_by(results: dict[str, Any]) -> str:
 
 
 def _spread(value: dict[str, Any]) -> str:
-    return f"{value['mean']:.1f} ± {value['std']:.1f}"
+    return spread_text(Spread(**value))
 
 
 def _difference(value: dict[str, Any]) -> str:
-    return f"{value['mean']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]"
+    return difference_text(Difference(**value))
 
 
 def with_rows(results: dict[str, Any], rows: Sequence[str]) -> dict[str, Any]:

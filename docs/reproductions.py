@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from wellcond.lab.comparison.statistics import Difference
 from wellcond.lab.report.formats import quantity_text, signed_text
+from wellcond.lab.report.table import plain_table
 from wellcond.lab.reproduction.report import CHANCE, OPPOSITE, SEEN, against, metric_of, panel_table, verdict
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of texts in Markdown."""
+    return plain_table(heads, rows).to_markdown()
+
 
 # adoption -----------------------------------------------------------------------------------------------------------
 
@@ -172,7 +179,6 @@ def summary_table(tables: Sequence[dict[str, Any]]) -> str:
 def _summary_rows(tables: Sequence[dict[str, Any]]) -> list[str]:
     heads = ["table", "method", "panels", "source's difference", "our difference", SEEN, "also at equal time"]
     rows = [[*heads, CHANCE, OPPOSITE]]
-    rows.append(["---"] * len(rows[0]))
     for results in tables:
         by_label: dict[str, list[dict[str, Any]]] = {}
         for claim in claims(results):
@@ -195,7 +201,7 @@ def _summary_rows(tables: Sequence[dict[str, Any]]) -> list[str]:
                     str(said.count(OPPOSITE)),
                 ]
             )
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return [markdown(rows[0], rows[1:])]
 
 
 def _without_figures(results: dict[str, Any]) -> list[str]:

@@ -123,9 +123,9 @@ def make_trials(
 def _grid(method: Method, sweeps: Sequence[Sweep], length: int) -> tuple[Trial, ...]:
     others = math.prod(len(values) for _, values in sweeps)
     lrs = _spaced(method.lrs, length // others)
-    points = itertools.product(*(values for _, values in sweeps), lrs)
+    points = list(itertools.product(*(values for _, values in sweeps)))
     names = [name for name, _ in sweeps]
-    return tuple(_trial(method, lr, tuple(zip(names, values, strict=True))) for *values, lr in points)
+    return tuple(_trial(method, lr, tuple(zip(names, values, strict=True))) for values in points for lr in lrs)
 
 
 def _spaced(lrs: tuple[float, ...], count: int) -> tuple[float, ...]:

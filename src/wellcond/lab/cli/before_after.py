@@ -62,7 +62,7 @@ def show(
 ) -> None:
     """Print both evaluations beside each other."""
     from wellcond.lab.report.formats import quantity_text, ratio_text
-    from wellcond.lab.report.table import Cell, Row, Table
+    from wellcond.lab.report.table import plain_table
     from wellcond.lab.tasks.base import ROLES
 
     console = Console(width=None if Console().is_terminal else 120)
@@ -73,6 +73,5 @@ def show(
     for role, (old, old_time), (new, new_time) in zip(ROLES, before, after, strict=True):
         losses = ["–" if each.loss is None else f"{each.loss:.4g}" for each in (old, new)]
         cells = (f"{old.score:.2f}", f"{new.score:.2f}", f"{new.score - old.score:+.2f}", *losses)
-        time = ratio_text(new_time / old_time)
-        rows.append(Row(f"{old.images} {role}", tuple(Cell(text) for text in (*cells, time))))
-    Table("", "", heads, tuple(rows)).print(console)
+        rows.append([f"{old.images} {role}", *cells, ratio_text(new_time / old_time)])
+    plain_table(heads, rows).print(console)

@@ -155,7 +155,7 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
     import torch
 
     from wellcond.lab.report.formats import NOTHING, bytes_text
-    from wellcond.lab.report.table import Cell, Row, Table
+    from wellcond.lab.report.table import plain_table
 
     def text(value: float, digits: int) -> str:
         # As the file has it: rounded from more digits, 1.0225 could be another figure here than there.
@@ -204,8 +204,8 @@ def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device
             text(cost.memory_ratio, 3),
             bytes_text(cost.memory.optimizer_state),
         ]
-        rows.append(Row(cost.method, tuple(Cell(cell) for cell in cells)))
-    Table("", "", heads, tuple(rows)).print(console)
+        rows.append([cost.method, *cells])
+    plain_table(heads, rows).print(console)
     if refreshed:
         console.print(
             f"\nA preconditioner gathers second moments once in {settings['stats_every']} steps "

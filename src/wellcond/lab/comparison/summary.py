@@ -322,7 +322,8 @@ def _summarize_method(
     def difference(epoch: int | None) -> Difference | None:
         if is_baseline or epoch is None:
             return None
-        return paired_difference(*(_scores(each.runs, epoch, plan.chance) for each in (found, baseline)))
+        mine, theirs = (_scores(each.runs, epoch, plan.chance) for each in (found, baseline))
+        return paired_difference(mine, theirs)
 
     reached = [
         epoch for run in found.runs if (epoch := epochs_to(run, plan.task.metric, target, "test_score")) is not None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TEXT, _GRID = "#5b6570", "#d9dee3"
 # In inches of 72 units: on a phone a unit is about a pixel, so that letters of ten units can be read.
 _WIDTH, _HEIGHT, _LEGEND_ROW = 4.6, 3.1, 0.2
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,

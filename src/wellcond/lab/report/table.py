@@ -92,6 +92,22 @@ class Table:
         console.print(table)
 
 
+def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of texts.
+
+    Args:
+        heads: Of the columns.
+        rows: The lines, their names first.
+
+    >>> print(plain_table(["layer", "rank"], [["0", "8"]]).to_markdown())
+    | layer | rank |
+    | --- | --- |
+    | 0 | 8 |
+    """
+    lines = tuple(Row(name, tuple(Cell(text) for text in texts)) for name, *texts in rows)
+    return Table("", "", tuple(heads), lines)
+
+
 def to_csv(rows: Sequence[Mapping[str, Any]], heads: Iterable[str] = ()) -> str:
     """Return rows as CSV.
 

@@ -152,8 +152,8 @@ def _row(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str
     else:
         costs = [ratio_text(ratio) for ratio in (method["time_ratio"], epoch, method.get("memory_ratio"))]
     cells = (
-        Cell(NOTHING if method["paper"] is None else spread_text(Spread(*method["paper"], 0), digits=_DIGITS)),
-        Cell(NOTHING if ours is None else spread_text(Spread(**ours), digits=_DIGITS)),
+        _spread(method["paper"] and {"mean": method["paper"][0], "std": method["paper"][1], "count": 0}),
+        _spread(ours),
         Cell(NOTHING if source is None else signed_text(source, _DIGITS)),
         _difference(method["difference"], metric),
         _difference(None if equal is None else equal["difference"], metric),
@@ -168,6 +168,10 @@ def _row(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str
 def against(method: dict[str, Any]) -> str:
     """Return a method's name with its baseline's."""
     return f"{method['label']} (to {method['baseline']})"
+
+
+def _spread(given: dict[str, Any] | None) -> Cell:
+    return Cell(NOTHING if given is None else spread_text(Spread(**given), digits=_DIGITS))
 
 
 def _difference(given: dict[str, Any] | None, metric: Metric) -> Cell:
