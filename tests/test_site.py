@@ -29,7 +29,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def public_names() -> set[str]:
-    parts = ("nn", "diagnostics", "optim", "repair", "theory")
+    parts = ("nn", "diagnostics", "lab", "optim", "repair", "theory")
     modules = {"": wellcond} | {f"{part}.": getattr(wellcond, part) for part in parts}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
     found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}

@@ -222,6 +222,7 @@ class Summary:
         metric: What the score is: its unit, and which direction is better.
         mode: What trials were chosen for: ``"final"`` scores, or the fewest epochs to the ``"target"``.
         sweeps: The options that were swept beside the lr, with their values.
+        chosen_on: The split that chooses the lr: ``"validation"``, or ``"test"`` where the task has no other.
     """
 
     score: str
@@ -239,6 +240,7 @@ class Summary:
     metric: Metric = ACCURACY
     mode: str = "final"
     sweeps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    chosen_on: str = "validation"
 
     @property
     def points(self) -> str:
@@ -296,6 +298,7 @@ def summarize(comparison: Comparison) -> Summary:
         metric=plan.task.metric,
         mode=plan.settings.mode,
         sweeps=dict(plan.settings.sweeps),
+        chosen_on="validation" if "validation" in plan.task.splits else "test",
     )
     whole: Summary = rounded(summary)
     return whole

@@ -43,9 +43,18 @@ def findings(summary: Summary) -> list[str]:
     return said + _in_memory(summary) + _in_evaluation(summary) + _learned(summary)
 
 
+def _chosen_on_test(summary: Summary) -> list[str]:
+    if summary.chosen_on != "test" or all(len(method.lr_grid) == 1 for method in summary.methods):
+        return []
+    return [
+        "The lr was chosen on the test split, because the task has no validation split: every method's score is too "
+        "good by as much as the choice gains."
+    ]
+
+
 def notes(summary: Summary) -> list[str]:
     """Return what a reader must know before relying on the numbers."""
-    said = _edges(summary)
+    said = [*_chosen_on_test(summary), *_edges(summary)]
     if summary.sweeps:
         said += _fewer_options(summary)
     diverged = [f"{method.name} ({method.diverged_runs})" for method in summary.methods if method.diverged_runs]
