@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(text):
     (optimizer, _), (other, _) = (found.build(each, found.lrs[0], Refresh(1, 2)) for each in (model, again))
     trained(model, optimizer, range(3))
     again.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for mine, theirs in zip(trained(model, optimizer, range(3, 6)), trained(again, other, range(3, 6)), strict=True):
         assert torch.equal(mine, theirs)
 
