@@ -81,6 +81,20 @@ def test_torchs_muon_updates_kernels_as_matrices():
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.003]
 
 
+def test_psgd_begins_its_products_at_the_gradient():
+    """Against pytorch_optimizer's own, which makes the product of all preconditioners first."""
+    import pytorch_optimizer
+
+    model, other = net(), net()
+    optimizer, _ = method("PSGD").build(model, 0.001, Refresh(1, 2))
+    plain = pytorch_optimizer.Kron(other.parameters(), lr=0.001, weight_decay=0.05, balance_prob=0.0)
+    for mine, theirs in zip(trained(model, optimizer, range(3)), trained(other, plain, range(3)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    wide = nn.Linear(256, 256)  # the product of its preconditioners would have 4 billion numbers
+    optimizer, _ = method("PSGD").build(wide, 0.001, Refresh(1, 2))
+    take_step(optimizer, lambda: wide(torch.ones(2, 256)).square().mean())
+
+
 def test_without_the_extra_one_line_says_what_to_install():
     code = (
         "import sys; sys.modules['pytorch_optimizer'] = None\n"
