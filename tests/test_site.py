@@ -14,9 +14,11 @@ from PIL import Image
 
 import wellcond
 from wellcond.lab.cli.main import _parser as command_line
+from wellcond.lab.methods.method import select_methods
 from wellcond.lab.reproduction.panels import scaled_panels
 from wellcond.lab.reproduction.recipe import load_recipe
-from wellcond.lab.runs.settings import Scale
+from wellcond.lab.runs.comparison_file import read_comparison
+from wellcond.lab.runs.settings import Scale, Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -127,12 +129,15 @@ def test_code_in_pages_is_marked_with_what_it_is() -> None:
             assert fence in ("python", "sh", "toml"), f"{page}: {fence}"
 
 
-def test_recipes_that_pages_show_are_recipes(tmp_path: Path) -> None:
+def test_recipes_and_comparisons_that_pages_show_are_such(tmp_path: Path) -> None:
     shown = [block for page in PAGES for block in re.findall(r"```toml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
     assert shown
     for text in shown:
         file = tmp_path / "shown.toml"
         file.write_text(text, encoding="utf-8")
+        if "[[method]]" not in text:
+            assert select_methods(Settings(**read_comparison(file)).methods)
+            continue
         recipe = load_recipe(file)
         for scale in get_args(Scale):
             assert scaled_panels(recipe, scale)

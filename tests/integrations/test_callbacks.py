@@ -130,6 +130,27 @@ def test_counts_are_logged() -> None:
     )
 
 
+class FromParameters(Net):
+    """Makes its optimizer as a config does that knows no model."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return wellcond.optim.from_parameters(
+            self.parameters(), "wsgdm", lr=0.1, momentum=0.0, stats_every=2, solve_every=4
+        )
+
+
+def test_an_optimizer_from_parameters_gets_its_model_from_the_callback() -> None:
+    made, attached = FromParameters(), Net()
+    trainer = fit(made, WellcondCallback(), epochs=1)
+    fit(attached, None, epochs=1)
+    for mine, theirs in zip(made.parameters(), attached.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    logged = {name.removeprefix("wellcond/") for name in trainer.callback_metrics}
+    assert logged >= {"gradient/cosine", "gradient/norm_ratio", "whitening/age", "whitening/effective_rank"}
+    with pytest.raises(RuntimeError, match=r"waits for its model: give the trainer wellcond's callback"):
+        fit(FromParameters(), None, epochs=1)
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must be given together"):
         WellcondCallback(calibration_batch_size=2)
@@ -161,8 +182,12 @@ def test_the_trainers_log_has_the_counts(tmp_path: Path) -> None:
     arguments, control = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), TrainerControl()
     state = TrainerState(log_history=[{"loss": 1.0, "step": 1}])
     logs = {"loss": 1.0}
+    optimizer.attachment.metrics()
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
     WellcondTrainerCallback().on_log(arguments, state, control, logs=logs, optimizer=optimizer)
     assert logs["wellcond/whitening/weights"] == 1
+    assert type(logs["wellcond/gradient/cosine"]) is float  # written as JSON
     assert state.log_history[-1]["wellcond/whitening/weights"] == 1
     evaluated = {"eval_loss": 1.0}
     WellcondTrainerCallback().on_log(arguments, state, control, logs=evaluated, optimizer=optimizer)

@@ -98,6 +98,8 @@ class WellcondCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, once the optimizers are made and before their state is read from a checkpoint."""
         found = self._attaching.attach(trainer.optimizers, pl_module)
+        if self.log_stats:
+            metrics(trainer.optimizers)  # has gradients compared in the first step, for the first entry of the log
         does = self._following.schedule is not None or self._calibrating.loader is not None
         refuse_to_do_nothing(self, does or bool(found))
 

@@ -47,6 +47,10 @@ def build_optimizer(
         return _muon(kind, model, lr, **options)
     if called in ("Lookahead", "SAM"):
         return _over_sgd(kind, model, lr, **options)
+    if kind.__name__ == "Kron" and kind.__module__.startswith(_PEERS):
+        from wellcond.lab.methods.own_steps import kron
+
+        kind = kron(kind)
     if next(iter(inspect.signature(kind).parameters), None) == "model":
         # As wellcond's own named optimizers.
         optimizer = kind(model, lr=lr, **({} if groups is None else {"params": groups}), **options)
@@ -238,22 +242,9 @@ def _over_sgd(kind: Callable[..., Any], model: nn.Module, lr: float, **options: 
     own = {name: options.pop(name) for name in _arguments(kind) if name in options}
     optimizer: Optimizer
     if "base_optimizer" in inspect.signature(kind).parameters:
-        optimizer = _first_gradient(kind)(model.parameters(), torch.optim.SGD, lr=lr, **own, **options)
+        from wellcond.lab.methods.own_steps import sam
+
+        optimizer = sam(kind)(model.parameters(), torch.optim.SGD, lr=lr, **own, **options)
     else:
         optimizer = kind(torch.optim.SGD(model.parameters(), lr=lr, **options), **own)
     return optimizer
-
-
-def _first_gradient(kind: Any) -> Callable[..., Any]:
-    """Return SAM whose step takes both its gradients by the closure; pytorch_optimizer's wants the first one made."""
-
-    class SAM(kind):  # type: ignore[misc]  # known when it is called
-        def step(self, closure: Callable[[], Any]) -> Any:
-            import torch
-
-            with torch.enable_grad():
-                loss = closure()
-            super().step(closure)
-            return loss
-
-    return SAM

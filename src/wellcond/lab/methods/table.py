@@ -152,7 +152,7 @@ LISTED: tuple[tuple[str, str], ...] = (
         "orthogonal updates of hidden weights, AdamW for the rest",
     ),
     (
-        "Lion = Lion(weight_decay=0.5) + lrs=[0.0001, 0.0003, 0.001] + baseline=AdamW",
+        "Lion = Lion(weight_decay=0.2) + lrs=[0.001, 0.003, 0.01] + baseline=AdamW",
         "signs of a momentum, with decoupled weight decay",
     ),
     (
@@ -161,14 +161,14 @@ LISTED: tuple[tuple[str, str], ...] = (
         "AdamW of averaged weights, which needs no schedule",
     ),
     (
-        "SOAP = SOAP(weight_decay=0.05) + lrs=[0.001, 0.003, 0.01] + baseline=AdamW",
+        "SOAP = SOAP(weight_decay=0.05) + lrs=[0.003, 0.01, 0.03] + baseline=AdamW",
         "Adam in the eigenbasis of Shampoo's preconditioner",
     ),
-    # As often as pays on short runs; its own defaults, 25 and 1000, are for long ones.
+    # Inverse roots of its factors every 10 steps: each step would cost several others.
     (
-        "Shampoo = ScalableShampoo(weight_decay=5e-4, start_preconditioning_step=10, preconditioning_compute_steps=10)"
+        "Shampoo = Shampoo(momentum=0.9, weight_decay=5e-4, preconditioning_compute_steps=10)"
         " + lrs=[0.03, 0.1, 0.3] + baseline=SGDM",
-        "Kronecker-factored preconditioner of gradients, steps as long as SGD's",
+        "Kronecker-factored preconditioner of gradients",
     ),
     # What balances its factors would draw from numpy's generator, which a seed of the lab does not set.
     (
