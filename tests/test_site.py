@@ -29,7 +29,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def public_names() -> set[str]:
-    modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics}
+    modules = {"": wellcond, "nn.": wellcond.nn, "diagnostics.": wellcond.diagnostics, "lab.": wellcond.lab}
     found = {f"{prefix}{name}" for prefix, module in modules.items() for name in module.__all__}
     found |= {f"optim.{name}" for name in ("FSGD", "FAdam", "WSGDM", "WAdam", "create")}
     found |= {"integrations.lightning.WellcondCallback", "integrations.transformers.WellcondTrainerCallback"}

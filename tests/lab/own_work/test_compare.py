@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from wellcond.lab import Metric, Task, compare
+from wellcond.lab.training.run_memory import RunMemory
 
 
 class Points(Task):
@@ -35,16 +36,30 @@ class Points(Task):
         return {"accuracy": 100 * right.float().mean()}
 
 
-def test_a_comparison_from_python(tmp_path):
-    options = {"seeds": 2, "lrs": [0.1, 0.3], "out": tmp_path, "quiet": True}
+def test_a_comparison_from_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunMemory, "of", lambda self, spec, data: None)
+    options = {"seeds": 1, "lrs": [0.1, 0.3], "out": tmp_path, "quiet": True}
     result = compare(Points(), ["SGDM", "SGDM+GC"], **options)
     assert [method.name for method in result.summary.methods] == ["SGDM", "SGDM+GC"]
     assert "SGDM+GC" in result.table()
+    assert "chosen on the test split" in result.report().read_text()
     rows = result.rows()
-    assert {row["seed"] for row in rows} == {0, 1}
-    assert len([row for row in rows if row["run_steps"] == 8]) == 2 * 2 * 2 * 2
+    assert {row["seed"] for row in rows} == {0}
+    assert len([row for row in rows if row["run_steps"] == 8]) == 2 * 2 * 2
     assert result.report(tmp_path / "here" / "page.html").read_text().startswith("<!")
     again = compare(Points(), ["SGDM", "SGDM+GC"], **options)
     assert again.rows() == rows
     other = compare(Points(width=9), ["SGDM"], seeds=1, lrs=[0.1], out=tmp_path, quiet=True)
     assert all(row not in rows for row in other.rows())
+
+
+def test_several_processes_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunMemory, "of", lambda self, spec, data: None)
+    options = {"seeds": 2, "lrs": [0.1], "quiet": True}
+    one = compare(Points(), ["SGDM"], out=tmp_path / "one", **options)
+    two = compare(Points(), ["SGDM"], out=tmp_path / "two", jobs=2, **options)
+
+    def scores(result):
+        return [(row["seed"], row["epoch"], row["test_score"], row["train_loss"]) for row in result.rows()]
+
+    assert sorted(scores(one)) == sorted(scores(two))

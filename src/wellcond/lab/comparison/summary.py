@@ -145,6 +145,7 @@ class Summary:
         ghost_batch: Images of the groups that batch statistics were taken over in training; None for the whole batch.
         methods: In the order of the comparison.
         machines: What executed the runs: one, or several of a cluster.
+        chosen_on: The split that chooses the lr: ``"validation"``, or ``"test"`` where the task has no other.
     """
 
     score: str
@@ -159,6 +160,7 @@ class Summary:
     ghost_batch: int | None
     methods: tuple[MethodSummary, ...]
     machines: tuple[str, ...] = ()
+    chosen_on: str = "validation"
 
     @property
     def compares_evaluation(self) -> bool:
@@ -194,6 +196,7 @@ def summarize(comparison: Comparison) -> Summary:
         ghost_batch=plan.settings.ghost_batch,
         methods=tuple(_summarize_method(comparison, method, shown, early, target) for method in plan.methods),
         machines=tuple(sorted({record.machine for record in comparison.records.values()} - {""})),
+        chosen_on="validation" if "validation" in plan.task.splits else "test",
     )
 
 

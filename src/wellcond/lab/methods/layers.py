@@ -25,7 +25,9 @@ def change_layers(model: nn.Module, kind: str) -> nn.Module:
     if kind == "ibn-a":
         from wellcond.nn import ibn_a
 
-        return ibn_a(model)
+        # Of a network that stands on one that is known, that one.
+        ibn_a(getattr(model, "trunk", model))
+        return model
     return _standardize(model) if kind == "ws" else _deconvolve(model)
 
 

@@ -32,9 +32,18 @@ def findings(summary: Summary) -> list[str]:
     return said + _at_equal_time(summary) + _in_memory(summary) + _in_evaluation(summary) + _learned(summary)
 
 
+def _chosen_on_test(summary: Summary) -> list[str]:
+    if summary.chosen_on != "test" or all(len(method.lr_grid) == 1 for method in summary.methods):
+        return []
+    return [
+        "The lr was chosen on the test split, because the task has no validation split: every method's score is too "
+        "good by as much as the choice gains."
+    ]
+
+
 def notes(summary: Summary) -> list[str]:
     """Return what a reader must know before relying on the numbers."""
-    said = []
+    said = _chosen_on_test(summary)
     for edge in ("lowest", "highest"):
         names = [method.name for method in summary.methods if method.lr_edge == edge]
         if names:

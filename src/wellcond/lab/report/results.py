@@ -47,9 +47,16 @@ class Results:
         ghost = "" if s["ghost_batch"] is None else f", ghost groups of {s['ghost_batch']}"
         size = f" of {s['image_size']}" if "image_size" in s else ""
         return (
-            f"{Path(s['data']).name}: {s['train_images']} training images{size}, {s['model']}, "
+            f"{_called(s)}{size}, {s['model']}, "
             f"{_counted(s['epochs'], 'epoch')} of {_counted(s['steps_per_epoch'], 'step')}{ghost}"
         )
+
+
+def _called(settings: dict[str, Any]) -> str:
+    """Return what was trained on, in words."""
+    if settings["samples"] != "images":
+        return str(settings["data"]).rpartition(":")[2]
+    return f"{Path(settings['data']).name}: {settings['train_images']} training images"
 
 
 def _counted(number: int, noun: str) -> str:
@@ -126,6 +133,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return {
         "data": plan.settings.task or plan.settings.data,
         "task": plan.task.kind,
+        "samples": plan.task.samples,
         **plan.task.describe(),
         "train_images": plan.task.train_images,
         "validation_images": plan.task.validation_images,

@@ -38,9 +38,9 @@ def source_digest(sources: Iterable[Any]) -> str:
 
 
 def state_digest(task: Any) -> str:
-    """Return a digest of an object's attributes, without what it has worked out from them."""
+    """Return a digest of a dictionary, or of an object's attributes without what it has worked out from them."""
     digest = hashlib.sha256()
-    _State(digest).add(held(task))
+    _State(digest).add(task if isinstance(task, dict) else held(task))
     return digest.hexdigest()
 
 
@@ -131,8 +131,8 @@ def _function(function: Any, seen: set[int]) -> Iterator[bytes]:
             yield from _function(value, seen)
         elif isinstance(value, type):
             yield from _code_by_names(value, seen)
-        elif isinstance(value, _PLAIN):
-            yield f"{name}={value!r}".encode()
+        elif isinstance(value, (*_PLAIN, list, tuple, dict, set, Tensor, np.ndarray)):
+            yield f"{name}={state_digest({name: value})}".encode()
 
 
 def _instructions(code: CodeType, text: str | None) -> Iterator[bytes]:

@@ -1,0 +1,3 @@
+"""The projects are users' own, imported from their folder alone."""
+
+collect_ignore = ["projects"]
