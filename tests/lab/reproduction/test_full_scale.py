@@ -19,7 +19,7 @@ from wellcond.lab.networks.trunks import TRUNKS
 from wellcond.lab.plan import make_plan
 from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
 from wellcond.lab.reproduction.recipe import bundled_recipes
-from wellcond.lab.tasks.base import Defaults
+from wellcond.lab.tasks.base import Defaults, Metric, Task
 from wellcond.lab.tasks.detection.task import DetectionTask
 from wellcond.lab.tasks.reid.networks import build_reid
 from wellcond.lab.tasks.reid.specs import select_reid
@@ -47,12 +47,14 @@ SIZES = {
 }
 
 
-class StandIn:
+class StandIn(Task):
     """A task of the sizes of a data set that is not there; its networks are the real task's."""
 
+    is_rehearsed = False
     augmentation = "none"
     test_images = 1000
     chance = 0.0
+    digest = "data"
 
     def __init__(self, name: str, validation_images: int) -> None:
         self.name = name
@@ -61,11 +63,12 @@ class StandIn:
         kinds = {"coco": "detection", "market1501": "re-identification", "dukemtmc": "re-identification"}
         kinds |= dict.fromkeys(("cityscapes", "ade20k", "gta5"), "segmentation")
         self.kind = kinds.get(name, "classification")
-        self.score = {"detection": "AP", "re-identification": "mAP"}.get(self.kind, "accuracy")
+        scores = {"detection": "AP", "re-identification": "mAP", "segmentation": "mIoU"}
+        self.metric = Metric(scores.get(self.kind, "accuracy"))
         self.defaults = Defaults("resnet18", 200, 128, smallest_batch=1 if name == "coco" else 2)
 
-    def fingerprint(self) -> str:
-        return self.name
+    def steps_with(self, batch_size: int) -> int:
+        return self.train_images // batch_size
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         if self.kind == "detection":

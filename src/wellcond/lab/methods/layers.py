@@ -32,7 +32,9 @@ def change_layers(model: nn.Module, kind: str, options: Mapping[str, Any]) -> nn
         import wellcond.nn
 
         change = wellcond.nn.ibn_a if kind == "ibn-a" else wellcond.nn.ibn_b
-        return change(model, **options)
+        # Of a network that stands on one that is known, that one.
+        change(getattr(model, "trunk", model), **options)
+        return model
     if kind == "ws":
         return _standardize(model, **options)
     if kind == "nd":

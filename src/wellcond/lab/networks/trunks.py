@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 # `wellcond list` names the networks on these trunks; torchvision waits for a build.
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 NormLayer: TypeAlias = "Callable[[int], nn.Module]"
 """From a number of channels to the layer that normalizes them."""
@@ -108,13 +108,35 @@ def build_trunk(trunk: Trunk, norm_layer: NormLayer, weights: str | None) -> nn.
     """
     from torch import nn
 
+    children = dict(build_network(trunk, norm_layer, weights).named_children())
+    return nn.Sequential(OrderedDict((name, children[name]) for name in _FEATURES))
+
+
+def build_network(trunk: Trunk, norm_layer: NormLayer, weights: str | None) -> nn.Module:
+    """Return the network that a trunk is of, without what stands on its last feature map.
+
+    Its class is still that of the network, which `ibn_a` knows; its layers are to be applied by `trunk_features`.
+
+    Args:
+        trunk: Which.
+        norm_layer: What normalizes.
+        weights: As for `build_trunk`.
+    """
     network = trunk.build(norm_layer)
     if weights is not None:
         from wellcond.lab.networks.weights import load_weights
 
         load_weights(network, trunk.source, weights)
-    children = dict(network.named_children())
-    return nn.Sequential(OrderedDict((name, children[name]) for name in _FEATURES))
+    for name in dict(network.named_children()).keys() - set(_FEATURES):
+        delattr(network, name)
+    return network
+
+
+def trunk_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the last feature map of a network from `build_network`."""
+    for name in _FEATURES:
+        images = network.get_submodule(name)(images)
+    return images
 
 
 def freeze_first(trunk: nn.Sequential, stages: int = 1) -> None:
@@ -161,7 +183,7 @@ def keep_last_size(trunk: nn.Sequential) -> None:
             module.stride = (1, 1)
 
 
-def dilate_last(trunk: nn.Sequential) -> None:
+def dilate_last(trunk: nn.Module) -> None:
     """Let the last two stages' feature maps be as large as that before them, in place: dilated in place of strided.
 
     It is as with torchvision's ``replace_stride_with_dilation=[False, True, True]``, also for basic blocks.

@@ -93,8 +93,11 @@ class Regression:
         return Metric("RMSE", unit="", higher_is_better=False, worst=self.worst)
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared error of outputs [n, 1], in standard deviations of the target."""
-        return F.mse_loss(output.squeeze(1), self._standardized(targets, output))
+        """Return half the mean squared error of outputs [n, 1], in standard deviations of the target.
+
+        Half of it has the gradients that learning rates of classification suit.
+        """
+        return 0.5 * F.mse_loss(output.squeeze(1), self._standardized(targets, output))
 
     def train_score(self, output: Tensor, targets: Tensor) -> None:
         """Return None: the loss says it."""
@@ -110,7 +113,7 @@ class Regression:
         squares, first, second = sums
         spread = second - first**2 / rows
         metrics = {"R2": 1.0 - squares / spread} if spread > 1e-12 * max(second, 1.0) else {}
-        return Evaluation(self.std * math.sqrt(squares / rows), squares / rows, rows, metrics)
+        return Evaluation(self.std * math.sqrt(squares / rows), 0.5 * squares / rows, rows, metrics)
 
     def _standardized(self, targets: Tensor, like: Tensor) -> Tensor:
         return ((targets - self.mean) / self.std).to(like.dtype)

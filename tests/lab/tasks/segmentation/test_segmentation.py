@@ -245,7 +245,7 @@ def _smaller(file):
 
 DAMAGES = {
     "empty": lambda file: file.write_bytes(b""),
-    "cut": lambda file: file.write_bytes(file.read_bytes()[:-20]),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
     "missing": lambda file: file.unlink(),
     "colours": _colours,
     "smaller": _smaller,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks.residual import residual_layers
-from wellcond.lab.networks.trunks import TRUNKS, build_trunk, dilate_last
+from wellcond.lab.networks.trunks import TRUNKS, build_network, dilate_last, trunk_features
 from wellcond.lab.tasks.segmentation.specs import SegmentationSpec
 
 _SMALL = (16, 32, 64)
@@ -17,7 +17,7 @@ class Segmenter(nn.Module):
     """A trunk and a head (Long et al. 2015; Chen et al. 2017).
 
     Args:
-        trunk: From images to feature maps.
+        trunk: From images to feature maps; or a network from `build_network`, applied up to its last feature map.
         head: From feature maps to logits of each place.
     """
 
@@ -27,7 +27,8 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of each pixel of images [n, 3, height, width]: [n, classes, height, width]."""
-        logits = self.head(self.trunk(images))
+        small = isinstance(self.trunk, nn.Sequential)
+        logits = self.head(self.trunk(images) if small else trunk_features(self.trunk, images))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -50,6 +51,6 @@ def build_segmenter(spec: SegmentationSpec, classes: int, weights: str | None) -
         if weights is not None:
             raise LabError(f"--weights are of a trunk, and that of {spec.name} is always drawn")
         return Segmenter(nn.Sequential(*residual_layers(3, _SMALL, (1, 1, 1))), heads[spec.head](_SMALL[-1], classes))
-    trunk = build_trunk(TRUNKS[spec.trunk], nn.BatchNorm2d, weights)
+    trunk = build_network(TRUNKS[spec.trunk], nn.BatchNorm2d, weights)
     dilate_last(trunk)
     return Segmenter(trunk, heads[spec.head](TRUNKS[spec.trunk].channels[-1], classes))
