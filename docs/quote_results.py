@@ -174,7 +174,8 @@ def measured_table(results: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     chosen = {name: value for name, value in what.get("chosen", {}).items() if value is not None}
     note = [f"Chosen on images or text of their own: {', '.join(f'{n} {v:g}' for n, v in chosen.items())}.", ""]
-    return "\n".join([*lines, "", *(note if chosen else []), _made_by(results)])
+    made = f"`{results['command']}` (torch {results['torch']}, {results['machine']})"
+    return "\n".join([*lines, "", *(note if chosen else []), made])
 
 
 def layers_table(results: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ class SecondMoments(Mapping[str, LayerMoment]):
         memory_bound: What taking them may have needed at most beside the model's own passes, in bytes.
 
     Example:
-        >>> import wellcond
+        >>> import torch, wellcond
         >>> model = torch.nn.Linear(2, 1)
         >>> moments = wellcond.second_moments(model, [torch.tensor([[2.0, 0.0], [0.0, 4.0]])])
         >>> moments.matrix("weight")
