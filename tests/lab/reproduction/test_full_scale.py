@@ -19,6 +19,7 @@ from wellcond.lab.networks.trunks import TRUNKS
 from wellcond.lab.plan import make_plan
 from wellcond.lab.reproduction.panels import needed_data, needed_weights, scaled_panels
 from wellcond.lab.reproduction.recipe import bundled_recipes
+from wellcond.lab.runs.metric import Metric
 from wellcond.lab.tasks.base import Defaults
 from wellcond.lab.tasks.detection.task import DetectionTask
 from wellcond.lab.tasks.reid.networks import build_reid
@@ -55,11 +56,12 @@ class StandIn:
         self.validation_images, self.train_images = validation_images, images - validation_images
         kinds = {"coco": "detection", "market1501": "re-identification", "dukemtmc": "re-identification"}
         self.kind = kinds.get(name, "classification")
-        self.score = {"detection": "AP", "re-identification": "mAP"}.get(self.kind, "accuracy")
+        self.metric = Metric({"detection": "AP", "re-identification": "mAP"}.get(self.kind, "accuracy"))
+        self.digest = name
         self.defaults = Defaults("resnet18", 200, 128, smallest_batch=1 if name == "coco" else 2)
 
-    def fingerprint(self) -> str:
-        return self.name
+    def steps_with(self, batch_size: int) -> int:
+        return self.train_images // batch_size
 
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         if self.kind == "detection":
