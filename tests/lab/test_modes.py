@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from wellcond.lab.comparison.compare import Comparison, compared, run_comparison
-from wellcond.lab.comparison.summary import read_summary, summarize
+from wellcond.lab.comparison.summary import read_summary
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.charts import timed
