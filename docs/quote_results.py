@@ -51,7 +51,7 @@ def comparison_table(results: dict[str, Any]) -> str:
         f"{results['title']}; {summary.seeds} paired seeds. Test {score}, mean ± std; differences to the baseline with "
         "a 95 % interval.",
         "",
-        quoted_table(summary).tomarkdown(),
+        quoted_table(summary).to_markdown(),
     ]
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", _run_by(results)])

@@ -71,7 +71,7 @@ def reproduction_tables(results: dict[str, Any]) -> str:
     lines = [
         f"{results['source'].capitalize()}: {results['title']}; {results['scale']} scale. {_score(results)}, mean ± "
         "std. Differences, times and memory are to the baseline; our differences are over paired seeds, with a 95 % "
-        "interval.",
+        "interval. A star marks an lr at the edge of its grid.",
         "",
         f"In the source's place: {', '.join(shared)}.",
     ]

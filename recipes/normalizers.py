@@ -27,7 +27,7 @@ from rich.console import Console
 from wellcond.lab.comparison.compare import Comparison, run_comparison
 from wellcond.lab.comparison.estimate import estimate_seconds
 from wellcond.lab.comparison.statistics import Difference, paired_difference
-from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import Interrupted, interruptible

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from wellcond.lab.comparison.compare import Comparison, run_comparison
-from wellcond.lab.comparison.summary import Summary, summarize
+from wellcond.lab.comparison.summary import Summary
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import DEFAULT_METHODS, Method
 from wellcond.lab.plan import Plan, make_plan, output_folder

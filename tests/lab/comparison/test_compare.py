@@ -17,7 +17,7 @@ from rich.console import Console
 from wellcond.__main__ import main
 from wellcond.lab.comparison.compare import compared, run_comparison
 from wellcond.lab.comparison.estimate import estimate_seconds
-from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan, regrouped

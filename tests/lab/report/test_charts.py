@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from wellcond.lab.comparison.compare import compared
-from wellcond.lab.comparison.summary import Summary, summarize
+from wellcond.lab.comparison.summary import Summary
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.plan import make_plan
 from wellcond.lab.report.charts import Bars, Chart, Series, curves, gains, seeds, share_bars, trials
 from wellcond.lab.report.drawing import chart_svg, colours, draw_png

@@ -174,7 +174,7 @@ def test_the_report_draws_each_layers_shares(compared):
 
 def test_a_comparison_of_one_method_still_says_what_it_learned():
     from wellcond.lab.comparison.compare import compared
-    from wellcond.lab.comparison.summary import summarize
+    from wellcond.lab.comparison.summing_up import summarize
 
     plan = make_plan(Settings(methods=("SN",), epochs=1, train_images=96, seeds=1, lrs=(("SGD", (0.1,)),)))
     method = plan.methods[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from stopped_runs import COMPARED, compare, stop_after, uncounted
 
-from wellcond.lab.comparison.summary import summarize
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan

@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
 
 def _compare(arguments: argparse.Namespace, settings: Settings, command_line: str, first: bool) -> int:
     from wellcond.lab.comparison.compare import run_comparison
-    from wellcond.lab.comparison.summary import summarize
+    from wellcond.lab.comparison.summing_up import summarize
     from wellcond.lab.plan import make_plan, output_folder
     from wellcond.lab.report.results import collect_results, write_results
     from wellcond.lab.report.terminal import print_summary

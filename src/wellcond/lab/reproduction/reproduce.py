@@ -10,7 +10,8 @@ from typing import Any
 
 from wellcond.lab.comparison.compare import Comparison, run_comparison
 from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference, spread
-from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary, summarize
+from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary
+from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.plan import Plan, make_plan
