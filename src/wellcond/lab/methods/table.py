@@ -71,11 +71,11 @@ LISTED: tuple[tuple[str, str], ...] = (
         "SGDM of layers that whiten their inputs (whitened networks)",
     ),
     (
-        "GWNN = SGDM + layers=gwnn(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
+        "GWNN = SGDM + layers=gwnn(stats_every=10, refresh_every=100) + lrs=[0.0003, 0.001, 0.003]",
         "SGDM of layers that whiten their outputs (generalized whitened networks)",
     ),
     (
-        "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100) + lrs=[0.0001, 0.0003, 0.001]",
+        "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
         "SGDM of layers that whiten their inputs and their outputs' gradients",
     ),
     ("SGDM+WS = SGDM + layers=ws", "SGDM with weight standardization of convolutions"),
