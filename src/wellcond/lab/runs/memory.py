@@ -93,8 +93,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif type(value).__module__.startswith("pytorch_optimizer."):  # Shampoo's preconditioners are objects
-        yield from _tensors(vars(value))
 
 
 def _cuda_peak(act: Step, device: torch.device) -> int:
