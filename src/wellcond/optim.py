@@ -482,7 +482,8 @@ def create(name: str, model: nn.Module, total_steps: int | None = None, **option
     """
     if total_steps is not None:
         options = intervals(total_steps) | options
-    return _named(name)(model, **options)
+    optimizer: torch.optim.Optimizer = _named(name)(model, **options)
+    return optimizer
 
 
 def _named(name: str) -> Any:

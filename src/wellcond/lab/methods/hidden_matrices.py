@@ -46,7 +46,7 @@ class HiddenMatrices(torch.optim.Optimizer):
         self.rest = torch.optim.AdamW(rest, lr=groups[1]["lr"], **of_rest) if rest else None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters."""
         loss = None
         if closure is not None:

@@ -47,10 +47,10 @@ def build_optimizer(
         return _muon(kind, model, lr, **options)
     if called in ("Lookahead", "SAM"):
         return _over_sgd(kind, model, lr, **options)
-    if kind.__name__ == "Kron" and kind.__module__.startswith(_PEERS):
-        from wellcond.lab.methods.own_steps import kron
+    if kind.__name__ in ("Kron", "ScalableShampoo") and kind.__module__.startswith(_PEERS):
+        from wellcond.lab.methods.own_steps import kron, shampoo
 
-        kind = kron(kind)
+        kind = kron(kind) if kind.__name__ == "Kron" else shampoo(kind)
     if next(iter(inspect.signature(kind).parameters), None) == "model":
         # As wellcond's own named optimizers.
         optimizer = kind(model, lr=lr, **({} if groups is None else {"params": groups}), **options)

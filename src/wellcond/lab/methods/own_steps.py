@@ -42,6 +42,57 @@ def kron(kind: Any) -> Callable[..., Any]:
     return Kron
 
 
+def shampoo(kind: Any) -> Callable[..., Any]:
+    """Return Shampoo whose state dict holds tensors; pytorch_optimizer's holds objects, which no safe load takes."""
+
+    class ScalableShampoo(kind):  # type: ignore[misc]  # known when it is called
+        def state_dict(self) -> Any:
+            found = super().state_dict()
+            plain = {
+                index: {key: _tensors_of(value) for key, value in entry.items()}
+                for index, entry in found["state"].items()
+            }
+            return {**found, "state": plain}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            entries = state_dict["state"]
+            others = {
+                index: {key: value for key, value in entry.items() if not isinstance(value, dict)}
+                for index, entry in entries.items()
+            }
+            super().load_state_dict({**state_dict, "state": others})
+            held = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+            for index, (group, parameter) in enumerate(held):
+                if index in entries:
+                    loaded, gradients = self.state[parameter], [other.grad for _, other in held]
+                    # Its objects are made of parameters that have a gradient and no state.
+                    for _, other in held:
+                        other.grad = None
+                    parameter.grad, self.state[parameter] = torch.zeros_like(parameter), {}
+                    self.init_group(group)
+                    for (_, other), gradient in zip(held, gradients, strict=True):
+                        other.grad = gradient
+                    self.state[parameter].update(loaded)
+                    for key, value in entries[index].items():
+                        if isinstance(value, dict):
+                            vars(self.state[parameter][key]).update(value)
+
+    return ScalableShampoo
+
+
+def _tensors_of(value: Any) -> Any:
+    """Return an object of pytorch_optimizer as its tensors by name, and anything else as it is."""
+    if not type(value).__module__.startswith("pytorch_optimizer."):
+        return value
+
+    def holds_tensors(item: Any) -> bool:
+        return isinstance(item, torch.Tensor) or (
+            isinstance(item, list) and all(isinstance(part, torch.Tensor) for part in item)
+        )
+
+    return {name: item for name, item in vars(value).items() if holds_tensors(item)}
+
+
 class _FromTheRight(TorchFunctionMode):
     """Reverses the factors of einsum, which changes the order of work and not the result."""
 

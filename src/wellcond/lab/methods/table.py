@@ -67,15 +67,15 @@ LISTED: tuple[tuple[str, str], ...] = (
     ("IN = SGDM + norm=in", "SGDM with instance normalization, over each channel of an image"),
     ("ND = SGDM + layers=nd", "SGDM with network deconvolution in place of batch normalization"),
     (
-        "WNN = SGDM + layers=wnn(stats_every=10, refresh_every=100)",
+        "WNN = SGDM + layers=wnn(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
         "SGDM of layers that whiten their inputs (whitened networks)",
     ),
     (
-        "GWNN = SGDM + layers=gwnn(stats_every=10, refresh_every=100)",
+        "GWNN = SGDM + layers=gwnn(stats_every=10, refresh_every=100) + lrs=[0.0003, 0.001, 0.003]",
         "SGDM of layers that whiten their outputs (generalized whitened networks)",
     ),
     (
-        "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100)",
+        "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
         "SGDM of layers that whiten their inputs and their outputs' gradients",
     ),
     ("SGDM+WS = SGDM + layers=ws", "SGDM with weight standardization of convolutions"),
@@ -161,18 +161,18 @@ LISTED: tuple[tuple[str, str], ...] = (
         "AdamW of averaged weights, which needs no schedule",
     ),
     (
-        "SOAP = SOAP(weight_decay=0.05) + lrs=[0.003, 0.01, 0.03] + baseline=AdamW",
+        "SOAP = SOAP(weight_decay=0.05) + lrs=[0.01, 0.03, 0.1] + baseline=AdamW",
         "Adam in the eigenbasis of Shampoo's preconditioner",
     ),
-    # Inverse roots of its factors every 10 steps: each step would cost several others.
+    # As often as pays on short runs; its own defaults, 25 and 1000, are for long ones.
     (
-        "Shampoo = Shampoo(momentum=0.9, weight_decay=5e-4, preconditioning_compute_steps=10)"
+        "Shampoo = ScalableShampoo(weight_decay=5e-4, start_preconditioning_step=10, preconditioning_compute_steps=10)"
         " + lrs=[0.03, 0.1, 0.3] + baseline=SGDM",
-        "Kronecker-factored preconditioner of gradients",
+        "Kronecker-factored preconditioner of gradients, steps as long as SGD's",
     ),
     # What balances its factors would draw from numpy's generator, which a seed of the lab does not set.
     (
-        "PSGD = Kron(weight_decay=0.05, balance_prob=0.0) + lrs=[0.0003, 0.001, 0.003] + baseline=AdamW",
+        "PSGD = Kron(weight_decay=0.05, balance_prob=0.0) + lrs=[0.003, 0.01, 0.03] + baseline=AdamW",
         "preconditioner with Kronecker factors, fitted to gradients step by step",
     ),
     (
