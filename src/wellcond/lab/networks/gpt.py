@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from wellcond.lab.errors import unknown_name
 from wellcond.lab.networks.gpt_specs import GPTS, GptSpec
 
-# GPT-2's: of weights, and with the depth of those that end in the residual stream.
+# Of the head: it begins by guessing.
 _STD = 0.02
 
 
@@ -80,11 +80,17 @@ class Gpt(nn.Module):
 
     def _initialize(self, layers: int) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                last = name.endswith((".out", ".contract"))
-                nn.init.normal_(module.weight, std=_STD / (2 * layers) ** 0.5 if last else _STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                # By the inputs, not GPT-2's 0.02, which suits widths of 2,500; by the depth where the residual stream
+                # adds up.
+                std = module.in_features**-0.5
+                added = name.endswith((".out", ".contract"))
+                nn.init.normal_(module.weight, std=std / (2 * layers) ** 0.5 if added else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.head.weight, std=_STD)
 
 
 def select_gpt(name: str) -> GptSpec:

@@ -51,8 +51,8 @@ def root(request, tmp_path_factory):
     return WRITERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def test_a_run_is_the_same_though_stopped(root, tmp_path):
-    plan = make_plan(settings_of(root))
+def test_a_run_is_the_same_though_stopped(tmp_path):
+    plan = make_plan(settings_of(write_voc(tmp_path / "voc")))
     plan.task.check_files()
     spec = plan.spec(METHODS["SGDM"], 0.1, seed=0)
     first = Runner(plan.task, CPU).run(spec)
