@@ -27,17 +27,11 @@ def scene(number: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def detector() -> FasterRCNN:
-    """Make a small Faster R-CNN whose normalization is frozen, as published ones come.
-
-    Of your own: fasterrcnn_resnet50_fpn(weights="DEFAULT", trainable_backbone_layers=5).
-    """
+    """Make a small Faster R-CNN, frozen as fasterrcnn_resnet50_fpn(weights="DEFAULT") comes (all of it trainable)."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-        layers += [
-            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-            FrozenBatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        layers += [convolution, FrozenBatchNorm2d(outputs), nn.ReLU()]
     backbone = nn.Sequential(*layers)
     backbone.out_channels = 64  # As torchvision asks for.
     rpn = {"rpn_anchor_generator": AnchorGenerator(((24, 40),), ((0.5, 1.0, 2.0),)), "rpn_post_nms_top_n_train": 200}
@@ -49,12 +43,9 @@ def main(steps: int = 60, checkpoint: Path | None = None) -> list[float]:
     """Train until so many steps are done; from the checkpoint on, if there is one."""
     torch.manual_seed(0)
     model = detector()
-
-    # The lines that wellcond adds. The frozen statistics are of other images: first they are taken of these. BSR then
-    # evaluates as batches of two train, so nothing needs to stay frozen, γ and β neither.
+    # The lines that wellcond adds. Statistics of these images; then BSR, with γ and β to train, in place of freezing.
     wellcond.calibrate(model, [tuple(zip(scene(2 * step), scene(2 * step + 1), strict=True)) for step in range(8)])
-    wellcond.nn.convert_norm(model, to="bsr")
-    model.backbone.requires_grad_(True)
+    wellcond.nn.convert_norm(model, to="bsr").requires_grad_(True)
     optimizer = wellcond.optim.WSGDM(model, lr=0.01, weight_decay=1e-4, stats_every=5, solve_every=10)
     wellcond.attach(optimizer, model, wellcond.GradientCentralization())
 
@@ -78,8 +69,7 @@ def main(steps: int = 60, checkpoint: Path | None = None) -> list[float]:
         torch.save(saved | {"step": steps}, checkpoint)
     image, target = scene(10_000)
     with torch.no_grad():
-        (found,) = model.eval()([image])
-    overlaps = box_iou(target["boxes"], found["boxes"])
+        overlaps = box_iou(target["boxes"], model.eval()([image])[0]["boxes"])
     best = ", ".join(f"{float(row.max()):.2f}" if len(row) else "none" for row in overlaps)
     print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}; best overlap with each box of a new image: {best}")
     return losses

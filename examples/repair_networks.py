@@ -8,7 +8,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import wellcond
-from wellcond import repair
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -42,15 +41,15 @@ def main(steps: int = 80) -> dict[str, float]:
     first, second = (trained(seed, *train, steps) for seed in range(2))
     loader = train[0].split(100)
 
-    # What wellcond adds: channels that match, weights that are averaged or rounded, statistics that fit.
-    matched = repair.align(copy.deepcopy(second), first, loader)
-    rounded = repair.round_weights(copy.deepcopy(first), bits=3, per="tensor")
+    # The lines that wellcond adds: channels that match, statistics that fit.
+    matched = wellcond.repair.align(copy.deepcopy(second), first, loader)
+    rounded = wellcond.repair.round_weights(copy.deepcopy(first), bits=3, per="tensor")
     models = {
         "first": first,
         "second": second,
-        "average": repair.average([first, second]),
-        "average, channels matched": repair.average([first, matched]),
-        "average, channels matched, calibrated": repair.merge(first, second, loader),
+        "average": wellcond.repair.average([first, second]),
+        "average, channels matched": wellcond.repair.average([first, matched]),
+        "average, channels matched, calibrated": wellcond.repair.merge(first, second, loader),
         "rounded to 3 bits": rounded,
         "rounded to 3 bits, calibrated": wellcond.calibrate(copy.deepcopy(rounded), loader),
     }

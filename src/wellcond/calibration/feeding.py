@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,7 @@ def _in_step(loader: Iterable[Any], run: Run, model: nn.Module, knows_samples: b
     while True:
         error, own = None, []
         try:
-            own = [] if run.is_over else [batch for batch, _ in zip(batches, range(1), strict=False)]
+            own = [] if run.is_over else list(itertools.islice(batches, 1))
         except Exception as raised:  # The other ranks, which would wait for this one, are told first.
             error = raised
         state = _FAILED if error else _HAS_ONE if own else _HAS_NONE_BUT_A_SPARE if spare else _NEVER_HAD_ONE

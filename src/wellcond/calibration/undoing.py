@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from wellcond.nn.convert.frozen import thawed
 
@@ -37,9 +37,7 @@ class Before:
             self._layers.append((layer, type(layer), state))
             with torch.no_grad():
                 self._values += [
-                    (buffer, buffer.clone())
-                    for buffer in layer.buffers(recurse=False)
-                    if not isinstance(buffer, UninitializedTensorMixin)
+                    (buffer, buffer.clone()) for buffer in layer.buffers(recurse=False) if not is_lazy(buffer)
                 ]
 
     def put_back(self, values: bool = True) -> None:

@@ -79,7 +79,7 @@ def adapting(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers.values():
             stack.callback(layer.__dict__.pop, "forward", None)
-            layer.forward = _Mixing(layer, weight, remember)
+            layer.__dict__["forward"] = _Mixing(layer, weight, remember)
         yield model
 
 

@@ -249,11 +249,13 @@ class _Finder:
         self._joined[id(other)] = one
         return one
 
-    def _fix(self, values: list[_Value | None], reason: str) -> None:
+    def _fix(self, values: list[_Value | None], reason: str) -> _Value | None:
+        """Fix channels; what comes of them is not known."""
         for value in values:
             if value is not None:
                 root = self._root(value.channels)
                 root.fixed = root.fixed or reason
+        return None
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:

@@ -114,7 +114,7 @@ def _correlations(
     names = {name for channels in groups for name in channels.modules}
     handles = [
         network.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name, kept=kept: kept.update({name: output.detach()})  # type: ignore[misc]
+            lambda _, args, output, name=name, kept=kept: kept.update({name: output.detach()})
         )
         for network, kept in zip((to, model), seen, strict=True)
         for name in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -165,5 +166,5 @@ def _changed(arguments: argparse.Namespace, models: list[nn.Module], data: Any) 
     if arguments.what == "prune":
         return repair.prune_channels(model, arguments.share, remove=False)
     share = 0.5 if arguments.share is None else arguments.share
-    repair.align(models[1], model, (batch for batch, _ in zip(data.batches(), range(4), strict=False)))
+    repair.align(models[1], model, itertools.islice(data.batches(), 4))
     return repair.average(models, weights=[share, 1 - share])
