@@ -3,13 +3,18 @@
     python benchmarks/preconditioner_cost.py                              # ResNet-18 with a CIFAR stem, batch 32
     python benchmarks/preconditioner_cost.py --batch 128 --variants auto dense
     python benchmarks/preconditioner_cost.py --rounds 7 --json out.json
+    python benchmarks/preconditioner_cost.py --model convnet --channels 1 --image-size 8 --steps 20 \
+        --variants GC auto "auto, p=1"                                    # the network of the digits
+    python benchmarks/preconditioner_cost.py --clock processor            # for a machine that is busy with other things
 
 Every variant trains its own copy of one network with SGD, momentum and weight decay; rounds as in step_time.py.
 
 - product: an ordinary step's extra time in `optimizer.step()`, once a step;
 - statistics: the extra time of a step that also observes all layers, once in 50 steps;
 - solve: the time to factorize all layers once, once in 500 steps;
-- amortised: an ordinary step plus both shares, as a ratio to SGDM's step;
+- amortised: an ordinary step plus both shares, as a ratio to SGDM's step (median and quartiles over the rounds);
+- of a bare product, for the dense forms: ``product`` over the time of G @ T alone for all layers, into memory that is
+  there already, in the same rounds;
 - state: what the preconditioner keeps, as a share of the parameters; peak: the most memory the process held above the
   plain optimizer's (on a GPU: that torch allocated), measured in a process of its own.
 
@@ -39,17 +44,19 @@ from timing import Trainer, arguments, random_batch, setting, write
 from torch import Tensor, nn
 
 import wellcond
-from wellcond import FeatureDescent, FeatureWhitening
-from wellcond.lab.benchmark.timing import ratio_quartiles, time_rounds
+from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization
+from wellcond.lab.benchmark.timing import quartiles, ratio_quartiles, time_rounds
 
 NEVER = 10**9
 STATS_EVERY, SOLVE_EVERY = FeatureWhitening().stats_every, FeatureWhitening().solve_every
 
 VARIANTS: dict[str, Callable[..., wellcond.GradientTransform]] = {
+    "GC": lambda **_: GradientCentralization(),
     "auto": FeatureWhitening,
     "auto, p=1": FeatureDescent,
     "auto, bfloat16": functools.partial(FeatureWhitening, precision="bfloat16"),
     "auto, tf32": functools.partial(FeatureWhitening, precision="tf32"),
+    "blocks": functools.partial(FeatureWhitening, second_moment="blocks"),
     "kronecker": functools.partial(FeatureWhitening, second_moment="kronecker"),
     "low_rank": functools.partial(FeatureWhitening, second_moment="low_rank"),
     "dense": functools.partial(FeatureWhitening, second_moment="dense"),
@@ -169,6 +176,30 @@ def wait(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+class BareProducts:
+    """The products G @ T of all layers alone, each into memory of its own that is there already."""
+
+    def __init__(self, net: nn.Module, *, processor: bool) -> None:
+        self.now = time.process_time if processor else time.perf_counter
+        self.parts = []
+        for layer in net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                rows = layer.weight.detach().flatten(1).clone()
+                width = rows.shape[1] + (layer.bias is not None)
+                rows = F.pad(rows, (0, width - rows.shape[1]))
+                self.parts.append((rows, torch.randn(width, width, device=rows.device), torch.empty_like(rows)))
+
+    def seconds(self) -> tuple[float, float]:
+        """Time them."""
+        wait(self.parts[0][0])
+        start = self.now()
+        for rows, power, out in self.parts:
+            torch.mm(rows, power, out=out)
+        wait(self.parts[0][0])
+        taken = self.now() - start
+        return taken, taken
+
+
 class Attached:
     """One of this library's transforms: its first step observes and factorizes, later ones observe if asked to."""
 
@@ -202,15 +233,21 @@ def main() -> None:
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *DEFAULT[-2:]], default=DEFAULT)
     parser.add_argument("--peak-of", choices=["", *VARIANTS, *DEFAULT[-2:]], help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=1, help="steps of which each time is the mean")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
+    parser.add_argument("--no-peak", action="store_true", help="leave the peak of memory out")
     options = parser.parse_args()
     images, labels = random_batch(options)
     if options.peak_of is not None:
         print(json.dumps(peak_bytes(options, images, labels)))
         return
 
-    plain_peak = run_peak(options, "")
-    trainers = {"SGDM": Trainer(options.model, images, labels)}
-    figures = setting(options, images.device)
+    train = functools.partial(
+        Trainer, options.model, images, labels, steps=options.steps, processor=options.clock == "processor"
+    )
+    plain_peak = 0.0 if options.no_peak else run_peak(options, "")
+    trainers = {"SGDM": train()}
+    figures = setting(options, images.device) | {"clock": options.clock, "steps": options.steps}
     parameters = sum(p.numel() for p in trainers["SGDM"].model.parameters())
     print(f"{options.model}, batch {options.batch}, {figures['machine']}, torch {torch.__version__}")
     head = f"{'':22}{'step':>8}{'(quartiles)':>17}{'product':>11}{'statistics':>13}{'solve':>10}{'amortised':>11}"
@@ -218,22 +255,29 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     for name in options.variants:
         # Each variant beside the plain optimizer, in rounds of their own: memory then holds three networks, not all.
-        own = {
+        own: dict[str, Any] = {
             "SGDM": trainers["SGDM"],
-            "ordinary": Trainer(options.model, images, labels, attachment(name, observe=False)),
-            "observing": Trainer(options.model, images, labels, attachment(name, observe=True)),
+            "ordinary": train(attachment(name, observe=False)),
+            "observing": train(attachment(name, observe=True)),
         }
+        if name.startswith("dense"):
+            own["bare"] = BareProducts(trainers["SGDM"].model, processor=options.clock == "processor")
         own["ordinary"].seconds()
+        own["observing"].steps, steps = 1, own["observing"].steps
         first, _ = own["observing"].seconds()
+        second, _ = own["observing"].seconds()
+        own["observing"].steps = steps
         times, parts = time_rounds(own, options.rounds)
-        base, base_part = (statistics.median(values["SGDM"]) for values in (times, parts))
+        base = statistics.median(times["SGDM"])
         low, ratio, high = ratio_quartiles(times["ordinary"], times["SGDM"])
-        product = statistics.median(parts["ordinary"]) - base_part
-        whole = {key: statistics.median(values) for key, values in times.items()}
-        observed = max(0.0, whole["observing"] - whole["ordinary"])
+        product = statistics.median(differences(parts["ordinary"], parts["SGDM"]))
+        observed = max(0.0, statistics.median(differences(times["observing"], times["ordinary"])))
         attached = own["observing"].attached
-        solve = getattr(attached, "solve_seconds", max(0.0, first - whole["observing"]))
-        amortised = 1 + (product + observed / STATS_EVERY + solve / SOLVE_EVERY) / base
+        solve = getattr(attached, "solve_seconds", max(0.0, first - second))
+        extra = [
+            d + observed / STATS_EVERY + solve / SOLVE_EVERY for d in differences(parts["ordinary"], parts["SGDM"])
+        ]
+        amortised = quartiles([1 + e / whole for e, whole in zip(extra, times["SGDM"], strict=True)])
         rows[name] = {
             "ratio": ratio,
             "lower_quartile": low,
@@ -242,22 +286,36 @@ def main() -> None:
             "product_ms": product * 1e3,
             "statistics_ms": observed * 1e3,
             "solve_ms": solve * 1e3,
-            "amortised_ratio": amortised,
+            "amortised_ratio": amortised.median,
+            "amortised_lower_quartile": amortised.low,
+            "amortised_upper_quartile": amortised.high,
             "state_share": attached.numbers() / parameters,
-            "peak_mb": (run_peak(options, name) - plain_peak) / 1e6,
         }
+        if not options.no_peak:
+            rows[name]["peak_mb"] = (run_peak(options, name) - plain_peak) / 1e6
+        if "bare" in own:
+            rows[name]["of_bare_product"] = product / statistics.median(times["bare"])
         r = rows[name]
-        step = f"{name:22}{ratio:8.3f}{f'({low:.3f}-{high:.3f})':>17}{r['product_ms']:8.1f} ms"
-        refresh = f"{r['statistics_ms']:10.1f} ms{solve:8.2f} s{amortised:11.3f}"
-        print(f"{step}{refresh}{r['state_share']:9.2f}{r['peak_mb']:+7.0f} MB", flush=True)
+        step = f"{name:22}{ratio:8.3f}{f'({low:.3f}-{high:.3f})':>17}{r['product_ms']:8.2f} ms"
+        refresh = f"{r['statistics_ms']:10.1f} ms{solve:8.2f} s{amortised.median:8.3f}"
+        spread = f"({amortised.low:.3f}-{amortised.high:.3f})"
+        peak = f"{r['peak_mb']:+7.0f} MB" if "peak_mb" in r else ""
+        bare = f"  product {r['of_bare_product']:.2f} x a bare G @ T" if "bare" in own else ""
+        print(f"{step}{refresh} {spread}{r['state_share']:9.2f}{peak}{bare}", flush=True)
         del own, attached
     write(options.json, {**figures, "parameters": parameters, "results": rows})
+
+
+def differences(own: list[float], base: list[float]) -> list[float]:
+    """Return the differences round by round."""
+    return [a - b for a, b in zip(own, base, strict=True)]
 
 
 def run_peak(options: argparse.Namespace, name: str) -> float:
     """Measure a variant's peak memory in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", name, "--model", options.model]
     command += ["--batch", str(options.batch), "--image-size", str(options.image_size)]
+    command += ["--channels", str(options.channels)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout))
 

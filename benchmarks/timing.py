@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,41 @@ Attach = Callable[[torch.optim.Optimizer, nn.Module], object]
 
 
 class Trainer(StepTimer):
-    """A network, SGD with momentum and weight decay, and what is attached to it."""
+    """A network, SGD with momentum and weight decay, and what is attached to it.
 
-    def __init__(self, model: str, images: Tensor, labels: Tensor, attach: Attach | None = None) -> None:
+    Args:
+        model: Name of the network.
+        images: A batch, always the same.
+        labels: Its labels.
+        attach: Attaches something to the optimizer and the network.
+        steps: Over how many steps a time is averaged, for networks whose steps are short.
+        processor: Whether the process's processor time is taken, all threads together, instead of the wall's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        images: Tensor,
+        labels: Tensor,
+        attach: Attach | None = None,
+        steps: int = 1,
+        processor: bool = False,
+    ) -> None:
+        self.steps, self.processor = steps, processor
         torch.manual_seed(0)
         net = MODELS[model].build(images.shape[1], 10).to(images.device)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
         super().__init__(net, optimizer, lambda net: F.cross_entropy(net(images), labels))
         self.attached = None if attach is None else attach(optimizer, net)
+
+    def seconds(self) -> tuple[float, float]:
+        """Time training steps, and ``optimizer.step()`` in them."""
+        taken = [super(Trainer, self).seconds() for _ in range(self.steps)]
+        whole, part = map(sum, zip(*taken, strict=True))
+        return whole / self.steps, part / self.steps
+
+    def _now(self) -> float:
+        return time.process_time() if self.processor else super()._now()
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -37,6 +65,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", choices=sorted(MODELS))
     parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -46,7 +75,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 def random_batch(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Return images and labels, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = torch.randn(options.batch, 3, options.image_size, options.image_size, device=device)
+    images = torch.randn(options.batch, options.channels, options.image_size, options.image_size, device=device)
     return images, torch.randint(10, (options.batch,), device=device)
 
 
