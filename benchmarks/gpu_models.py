@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from wellcond.lab.networks.cifar_stem import bottleneck_resnet
+
 
 def large_resnet(toy: bool) -> nn.Module:
-    """Return torchvision's ResNet-50, or one block a stage of it."""
-    return ResNet(Bottleneck, [1, 1, 1, 1] if toy else [3, 4, 6, 3], num_classes=10 if toy else 1000)
+    """Return torchvision's ResNet-50, or a tiny net of the same blocks."""
+    return bottleneck_resnet(3, 10, (8, 16), (1, 1)) if toy else ResNet(Bottleneck, [3, 4, 6, 3])
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,11 @@ def training(run: Run, data: str | None) -> dict[str, Any]:
                 int((net(normalized(x)).argmax(1) == y).sum())
                 for x, y in zip(test.split(500), answers.split(500), strict=True)
             )
-        rows[name] = {"epochs": seen / len(images), "test_accuracy": 100 * right / len(test), "last_loss": float(loss)}
+        rows[name] = {
+            "epochs": seen / len(images),
+            "test_accuracy": 100 * right / len(test),
+            "last_loss": float(loss.detach()),
+        }
         print(f"  {name:12} {rows[name]['test_accuracy']:.2f} % after {rows[name]['epochs']:.1f} epochs")
     return rows
 

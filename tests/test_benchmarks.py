@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,20 @@ def test_the_benchmark_of_a_frozen_detector_on_few_scenes(tmp_path: Path, monkey
     found = json.loads(file.read_text())["results"]
     assert found["0"].keys() == {"frozen", "frozen, calibrated"}
     assert found["1"].keys() == found["2"].keys() == detector.WAYS.keys()
+
+
+def test_the_run_on_a_gpu_runs_at_toy_size_without_one(tmp_path: Path) -> None:
+    file = tmp_path / "on_gpu.json"
+    command = [str(FOLDER / "on_gpu.sh"), "--toy", "--data", "digits", "--json", str(file)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == ["resnet50", "gpt", "solvers", "norms", "training", "tests"]
+    for model in ("resnet50", "gpt"):
+        rows = {name: row for name, row in parts[model].items() if isinstance(row, dict) and name != "plain"}
+        assert {"GC", "auto", "auto, p=1"} <= rows.keys()
+        assert all(row["amortised_ratio"][0] > 0 for row in rows.values())
+        assert rows["GC"]["state_share"] == 0 < rows["auto"]["state_share"]
+    assert all(row["residual"] < 1e-4 for name, row in parts["solvers"].items() if name != "took_seconds")
+    assert parts["norms"]["training"]["nn.BatchNorm2d"]["ratio"] == 1
+    assert parts["training"].keys() >= {"SGDM", "W-SGDM+GC"}
+    assert parts["tests"]["skipped"] == "no GPU"

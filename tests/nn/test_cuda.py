@@ -11,7 +11,7 @@ from torch import nn
 
 import wellcond.nn as wnn
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mbn": lambda: wnn.MomentumBatchNorm2d(8),

@@ -261,6 +261,7 @@ def test_no_ordinary_step_waits_for_the_device(model: str, transform: str) -> No
     assert_ordinary_steps_do_not_wait(model, transform, "cpu", no_waiting)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("model", MODELS)

@@ -140,6 +140,7 @@ def test_a_default_device_says_nothing_of_where_a_weight_is(form: str, within: s
         assert torch.equal(a, b)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_that_goes_to_the_gpu_after_attaching(form: str) -> None:

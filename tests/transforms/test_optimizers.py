@@ -260,6 +260,7 @@ def test_capturable_is_torchs_to_refuse_on_a_cpu_and_its_states_to_keep(optimize
     assert messages[0] == messages[1]
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer_type", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam])
 @pytest.mark.parametrize("option", ["capturable", "fused"])

@@ -233,7 +233,8 @@ def frobenius_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tenso
 
 def _in_rows(tensor: Tensor) -> Tensor:
     """View a tensor's numbers, in any order, in rows that are long and lie in memory in one piece, where they do."""
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
     rows = tensor.permute(order)
     axis = rows.dim() - 1
     while axis > 1 and rows.shape[axis:].numel() < _ROW:

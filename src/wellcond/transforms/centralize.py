@@ -125,11 +125,14 @@ class GradientCentralization(GradientTransform):
         for alike, means in self._planned(slots):
             decay = alike[0].decay
             known = self.decay == "inside" and decay is not None and decay.exact
-            noted = self._keeps_row_means(decay) or (known and decay is not None and not _is_zero(decay.shrink))
-            if noted and any(slot.scratch is None for slot in alike):
-                # A closure that runs several times in a step (line searches) moves the weights in between.
-                for slot, mean in zip(alike, means.of_weights(), strict=True):
-                    slot.scratch = [mean, *_companion_means(slot)] if slot.scratch is None else slot.scratch
+            # A closure that runs several times in a step (line searches) moves the weights in between.
+            if any(slot.scratch is None for slot in alike):
+                if self._keeps_row_means(decay):
+                    for slot in alike:
+                        slot.scratch = _row_means(slot)
+                elif known and decay is not None and not _is_zero(decay.shrink):
+                    for slot, mean in zip(alike, means.of_weights(), strict=True):
+                        slot.scratch = [mean]
             if self.where == "update":
                 continue
             gradients = []
@@ -186,9 +189,12 @@ class GradientCentralization(GradientTransform):
         add(shrunk, amounts, 1)
 
 
-def _companion_means(slot: Slot) -> list[Tensor]:
-    """Return the row means of what the optimizer mixes with the weight."""
-    return [slot.layer.unit_mean(units(slot.layer, tensor)) for tensor in slot.companions()]
+def _row_means(slot: Slot) -> list[Tensor]:
+    """Return the row means of the weight, and of what the optimizer mixes with it: by the same sums before and after.
+
+    A step that changes nothing then has nothing taken back.
+    """
+    return [slot.layer.unit_mean(units(slot.layer, tensor)) for tensor in (slot.layer.weight, *slot.companions())]
 
 
 def _is_zero(value: float | Tensor) -> bool:

@@ -17,8 +17,8 @@ from wellcond.lab import LabError, LightningTask, Metric
 from wellcond.lab.errors import DataError
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import Share, on_device, rows_of, shared
+from wellcond.lab.tasks.by_path import imported, parse_value
 from wellcond.lab.tasks.lightning_task import default_metric
-from wellcond.lab.tasks.own import imported, parse_value
 from wellcond.lab.tasks.seed_data import TaskSeed
 
 CPU = torch.device("cpu")

@@ -144,7 +144,7 @@ def _check_loss(loss: Any, model: nn.Module, naming: Callable[[str], AbstractCon
     if not math.isfinite(value):
         raise DataError(f"loss(model, batch) must be finite, and that of the untrained network is {value}")
     with naming("backward through loss(model, batch)"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     if all(parameter.grad is None for parameter in model.parameters()):
         raise DataError("loss(model, batch) must depend on the network, and none of its parameters gets a gradient")
 

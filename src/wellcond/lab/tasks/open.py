@@ -319,7 +319,7 @@ def open_task(settings: Settings) -> Task:
         LabError: If there is no such data, it has an unknown layout, or something asked for does not fit it.
     """
     if settings.task is not None:
-        from wellcond.lab.tasks.own import open_own
+        from wellcond.lab.tasks.by_path import open_own
 
         if settings.task_is_given:
             raise LabError(f"the task {settings.task} was handed over as an object, and cannot be opened anew")

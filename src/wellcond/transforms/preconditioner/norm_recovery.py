@@ -27,11 +27,12 @@ class Norms:
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         biases = [bias for _, bias in parts if bias is not None]
         norms = frobenius_norms([*(weight for weight, _ in parts), *biases], dtype)
-        self.weights, self.biases = norms[: len(parts)], None
+        self.weights = norms[: len(parts)]
+        self.biases: list[Tensor] | None = None
         if biases:
             zero = norms[0].new_zeros(())
             of_biases = iter(norms[len(parts) :])
-            self.biases: list[Tensor] | None = [zero if bias is None else next(of_biases) for _, bias in parts]
+            self.biases = [zero if bias is None else next(of_biases) for _, bias in parts]
 
     def of(self, indices: Sequence[int]) -> Norms:
         """Return those of some layers."""

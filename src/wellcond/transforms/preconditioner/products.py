@@ -71,10 +71,11 @@ class Product:
             ratio: By what the product is to be multiplied, where that is known.
         """
         if target is not None and view.dtype == self.dtype and (self.is_partial or not is_sharded(target)):
+            in_place = changed.data_ptr() == view.data_ptr()  # low-rank forms may have multiplied so
             if ratio is not None:
-                torch.mul(changed, ratio, out=view)
+                torch.mul(view if in_place else changed, ratio, out=view)
                 return
-            if changed.data_ptr() != view.data_ptr():  # low-rank forms may have multiplied in place
+            if not in_place:
                 view.copy_(changed)
             self.changed.append(view)
             self.written.append(view)
