@@ -59,12 +59,12 @@ class UnitMeans:
                 mean = self.layers[index].unit_mean(gradient)
                 means.append(mean + factor * self.layers[index].unit_mean(weight) if factor else mean)
                 continue
-            rows = summed.get(index, gradient).view(gradient.shape[0], -1)
+            rows = summed.get(index, gradient).flatten(1)  # a shard may have no units
             share = self._share(rows)
             mean = torch.mv(rows, share)
             if factor and index not in summed:
                 mean = torch.addmv(mean, weight.view(rows.shape), share, alpha=factor)
-            means.append(mean.view(-1, *[1] * (gradient.dim() - 1)))
+            means.append(mean.view(len(rows), *[1] * (gradient.dim() - 1)))
         return means
 
     def of_weights(self) -> list[Tensor]:
