@@ -80,6 +80,7 @@ VALID: dict[Callable[..., Any], dict[str, Any]] = {
 }
 # Made by the library alone, or to be derived from; `attach` and `calibrated` have their own tests.
 NOT_CALLED = {"Attachment", "GradientTransform", "Layout", "WellcondWarning", "attach", "calibrated", "register_layout"}
+NOT_CALLED |= {"SecondMoments", "second_moments"}
 CANDIDATES = [True, False, 1, 0, -1, 0.5, math.nan, math.inf, -math.inf, "no", None, [], {}, 10**30, 10**400, object()]
 # Integers and numbers that may be 0 or less.
 SMALL = {"padding", "warmup_steps", "seed", "lr", "weight_decay"}

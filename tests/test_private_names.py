@@ -21,21 +21,32 @@ IMPORTED = {
     "torch.utils._python_dispatch._disable_current_modes",
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "torch.utils._pytree.tree_flatten",
     "torch.utils._pytree.tree_leaves",
+    "torch.utils._pytree.tree_map",
     "torch.utils._pytree.tree_map_only",
 }
 TOUCHED = {
     *("_C", "_TorchDispatchModeKey", "_autograd", "_current_graph_task_id", "_functorch", "_get_dispatch_mode"),
     *("_get_tracing_state", "_top_saved_tensors_default_hooks"),
     *("_InstanceNorm", "_NormBase", "_WeightNorm"),
-    *("_base", "_cdata", "_is_view", "_version"),
+    *("_cdata", "_is_view", "_version"),
     *("_check_input_dim", "_conv_forward", "_output_padding"),
     *("_foreach_add", "_foreach_add_", "_foreach_mul_", "_foreach_norm", "_foreach_sub_", "_unsafe_view"),
-    *("_forward_hooks", "_forward_pre_hooks", "_modules", "_non_persistent_buffers_set", "_optimizer_step_pre_hooks"),
-    *("_set_stance", "_stance"),
+    *("_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set", "_optimizer_step_pre_hooks"),
+    *("_set_stance", "_stance", "_standard_gamma"),
 }
 # Of named tuples, argparse, sys, os and atexit.
-OF_OTHERS = {"_ArgumentGroup", "_SubParsersAction", "_actions", "_asdict", "_exit", "_getframe", "_replace"}
+OF_OTHERS = {
+    "_ActionsContainer",
+    "_ArgumentGroup",
+    "_SubParsersAction",
+    "_actions",
+    "_asdict",
+    "_exit",
+    "_getframe",
+    "_replace",
+}
 OF_OTHERS |= {"_run_exitfuncs"}
 
 

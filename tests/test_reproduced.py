@@ -43,7 +43,7 @@ def test_the_named_command_is_what_made_the_file(file: Path) -> None:
     panels = scaled_panels(recipe, given.scale)
     assert [panel["name"] for panel in content["panels"]] == [panel.table.name for panel in panels]
     for panel, expected in zip(content["panels"], panels, strict=True):
-        assert [method["label"] for method in panel["methods"]] == [method.label for method in expected.methods]
+        assert [method["label"] for method in panel["methods"]] == [method.name for method in expected.methods]
         for method, override in zip(panel["methods"], expected.methods, strict=True):
             paper = expected.table.paper.get(method["label"])
             assert method["paper"] == (None if paper is None else list(paper))

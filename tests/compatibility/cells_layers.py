@@ -222,7 +222,9 @@ def recurrent(kind: Any, of_cells: bool) -> None:
         assert_equal([after[weight], after[bias]], [changed[:, :-1], changed[:, -1]], 1e-7, weight)
 
 
-for recurrent_kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+RECURRENT = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+for recurrent_kind in RECURRENT:
 
     @cell(
         AREA,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cells import Cell, all_cells, run
-from cells_layers import KINDS, PLAIN_LAYERS, layers_of_torch
+from cells_layers import KINDS, PLAIN_LAYERS, RECURRENT, layers_of_torch
 
 import compatibility
 
@@ -28,6 +28,7 @@ def test_the_page_has_no_cell_that_is_not_tried() -> None:
 
 def test_every_layer_of_torch_with_weights_has_a_cell() -> None:
     tried = {name.partition("(")[0] for name in (*KINDS, *PLAIN_LAYERS, "MultiheadAttention")}
+    tried |= {kind.__name__ for kind in RECURRENT}
     # A lazy norm is the norm itself after its first pass.
     norms = {name for name in layers_of_torch() if name.startswith("Lazy") and "Norm" in name}
     assert layers_of_torch() - norms <= tried

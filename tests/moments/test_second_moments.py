@@ -242,7 +242,7 @@ def test_max_samples_cuts_the_last_batch() -> None:
     assert found["3"].rows == (10.0,)
     assert second_moments(net(), data, max_samples=10).samples == 10
     assert second_moments(net(), data, max_batches=2).samples == 8
-    assert first_samples([torch.zeros(3), torch.zeros(2)], 2)[1].shape == (2,)
+    assert first_samples([torch.zeros(3), torch.zeros(2)], 2, net())[1].shape == (2,)
 
 
 def test_progress_is_told(capsys: Any) -> None:

@@ -94,6 +94,6 @@ def test_a_step_costs_nothing_where_nobody_asks() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = wellcond.attach(optimizer, model, "centralization")
     step(model, optimizer, 0)
-    assert handle._metrics.before(handle._all_slots()) == {}
+    assert handle._metrics.before(handle._standing.pairs) == {}
     handle.metrics()
-    assert len(handle._metrics.before(handle._all_slots())) == 2
+    assert len(handle._metrics.before(handle._standing.pairs)) == 2

@@ -310,7 +310,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "halves": (lambda m: Halves(m.parameters(), 2), r"Halves holds several optimizers \(SGD, AdamW\): attach to each"),
     "a part": (lambda m: Halves(m.parameters(), 1), "Halves gives the SGD in it only some of its parameters"),
     "step replaced": (replaced_step, "Mine.step was replaced after an optimizer of that class was made"),
-    "a function": (lambda m: print, "optimizer must be a torch.optim.Optimizer, got builtin_function_or_method"),
+    "a function": (lambda m: len, "optimizer must be a torch.optim.Optimizer, got builtin_function_or_method"),
 }
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wellcond.lab.comparing import Result, compare
     from wellcond.lab.errors import LabError
+    from wellcond.lab.methods.method import method
     from wellcond.lab.runs.metric import Metric
     from wellcond.lab.tasks.base import Task
     from wellcond.lab.tasks.lightning_task import LightningTask
 
-__all__ = ["LabError", "LightningTask", "Metric", "Result", "Task", "compare"]
+__all__ = ["LabError", "LightningTask", "Metric", "Result", "Task", "compare", "method"]
 
 # Names are looked up when they are first used, as those of wellcond itself.
 _PLACES = {
@@ -22,6 +23,7 @@ _PLACES = {
     "Result": "wellcond.lab.comparing",
     "Task": "wellcond.lab.tasks.base",
     "compare": "wellcond.lab.comparing",
+    "method": "wellcond.lab.methods.method",
 }
 
 

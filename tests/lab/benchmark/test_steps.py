@@ -115,7 +115,7 @@ def test_methods_of_every_kind_can_be_timed(recwarn):
     [
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--batch-size", "1"], "--batch-size must be at least 2, got 1"),
-        (["--methods", "SGD"], "SGDM"),
+        (["--methods", "SGDN"], "SGDM"),
         (["--image-size", "2"], "at least 4x4"),
         (["--model", "resnet"], "resnet"),
         (["--json", "nowhere/steps.json"], "there is no folder nowhere"),

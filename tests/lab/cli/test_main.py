@@ -266,7 +266,7 @@ def test_what_the_lab_imports_is_in_its_extra():
     called = {"PIL": "pillow", "sklearn": "scikit-learn", "tomllib": "tomli", "pydantic_core": "pydantic"}
     imported = {called.get(name, name) for name in imported} - set(sys.stdlib_module_names) | {"tomli"}
     # The first is wellcond's own; the others are asked for where they are used, with a line of their own.
-    assert imported - listed == {"torch", "wellcond", "pytorch_optimizer", "ray", "safetensors", "timm"}
+    assert imported - listed == {"torch", "wellcond", "pandas", "pytorch_optimizer", "ray", "safetensors", "timm"}
     # TensorBoard is what writes the logs, by torch's name for it.
     assert listed - imported == {"tensorboard"}
 

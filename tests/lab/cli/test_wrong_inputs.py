@@ -15,6 +15,7 @@ import torch
 
 from wellcond.__main__ import main
 from wellcond.lab.cli import main as cli
+from wellcond.lab.cli.options import _pair
 from wellcond.lab.cli.paths import OutputFile, OutputFolder
 
 
@@ -79,6 +80,7 @@ WRONG = {
         "\udcff",
         "../missing/it",
     ],
+    _pair: ["", "=", "=1", "1=2", "a b=1", "no\nsuch", "x" * 5000, "a.b=1", "--"],
     OutputFile: ["", "x" * 5000, "a\x00b", "..", "../missing/it", "/dev/null", "/proc/it", "y" * 250, "taken/it"],
     OutputFolder: [
         "",

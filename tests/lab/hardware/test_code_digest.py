@@ -37,7 +37,7 @@ TELLS_ALONE = {
 def each_source_is_read_once():
     """Keep what is made of a source, which takes longest: nearly all stay as they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_code", cache(module._code))
+        patch.setattr(module, "code_of", cache(module.code_of))
         yield
 
 

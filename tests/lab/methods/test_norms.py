@@ -184,10 +184,12 @@ def test_the_momentum_rises_after_each_epoch(plan, runner, monkeypatch, name, en
 
 
 def test_the_momentum_follows_the_batch_where_there_are_no_groups(plan, runner, monkeypatch):
-    spec = replace(plan.spec(METHODS["MBN"], 0.1, seed=0, steps=24), ghost_batch=None, batch_size=16)
+    spec = replace(
+        plan.spec(METHODS["MBN"], 0.1, seed=0, steps=24), ghost_batch=None, batch_size=16, steps_per_epoch=12
+    )
     seen = seen_in_training(runner, monkeypatch, spec, lambda layer: layer.stat_momentum)
     assert (seen[0], seen[-1]) == (0, pytest.approx(0.5))
-    whole = replace(spec, batch_size=32)
+    whole = replace(spec, batch_size=32, steps_per_epoch=6)
     assert set(seen_in_training(runner, monkeypatch, whole, lambda layer: layer.stat_momentum)) == {0}
 
 
@@ -269,7 +271,7 @@ def test_evaluation_is_timed_where_layers_differ(compared):
     assert all(0.1 < ratio < 100 for ratio in ratios.values() if ratio is not None)
     assert "time/image" in printed
     assert f"{ratios['BSR']:.2f} times (BSR)" in next(line for line in content["findings"] if "Evaluating" in line)
-    assert "time per evaluated image" in (folder / "report.html").read_text()
+    assert "time/image" in (folder / "report.html").read_text()
 
 
 def test_a_page_quotes_groups_and_evaluation(compared):
@@ -281,7 +283,7 @@ def test_a_page_quotes_groups_and_evaluation(compared):
     table = quotes.comparison_table(json.loads((folder / "results.json").read_text()))
     assert "ghost groups of 2; 2 paired seeds" in table
     heading = next(line for line in table.splitlines() if line.startswith("| method"))
-    assert heading.endswith("| time per evaluated image | training loss |")
+    assert heading.endswith("| time/image | training loss |")
     rows = [line for line in table.splitlines() if line.startswith(("| SGDM", "| BSR", "| GN"))]
     assert [row.count("|") for row in rows] == [heading.count("|")] * len(rows)
     assert len(rows) == 5

@@ -110,7 +110,7 @@ def test_the_report_is_one_well_formed_page_that_links_to_the_files_beside_it(re
     page = (folder / "report.html").read_text()
     checker = check_page(page)
     references = [reference for reference in checker.references if not reference.startswith("#")]
-    assert references == ["results.json", "epochs.csv", "curves-epochs.png", "curves-seconds.png"]
+    assert references == ["results.json", "compare.toml", "epochs.csv", "curves-epochs.png", "curves-seconds.png"]
     assert all((folder / name).is_file() for name in references)
     assert checker.scripts == 0
     assert "http://" not in page
@@ -203,7 +203,14 @@ def test_the_table_is_readable_when_piped(results):
         assert text in printed
     assert lines[-1].split()[1:] == [
         str(folder / name)
-        for name in ("report.html", "curves-epochs.png", "curves-seconds.png", "results.json", "epochs.csv")
+        for name in (
+            "report.html",
+            "curves-epochs.png",
+            "curves-seconds.png",
+            "results.json",
+            "epochs.csv",
+            "compare.toml",
+        )
     ]
 
 

@@ -161,8 +161,8 @@ def test_the_report_draws_each_layers_shares(compared):
     assert "What SSN learned" in page
     assert "What SGDM learned" not in page
     # Gain against cost; curves of score and loss over two axes; SN's means and variances; SSN's shares serve both.
-    # And each seed's final score.
-    assert page.count("<figure>") == 1 + 4 + 2 + 1 + 1
+    # And the training score, and each seed's final score.
+    assert page.count("<figure>") == 1 + 4 + 2 + 1 + 1 + 1
     for title in ("SN, means", "SN, variances", "SSN, means and variances"):
         assert f"<figcaption>{title}</figcaption>" in page
     for kind in ("IN", "LN", "BN"):

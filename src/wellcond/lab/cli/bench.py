@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     names = ("rounds", "stats_every", "solve_every")
     for name in names:
         _check(arguments, name)
-    methods = select_methods(given_methods(arguments) or _METHODS)
+    named = given_methods(arguments)
+    methods = select_methods(_METHODS if named is None else named)
     device = training_device()
     workload, described = _workload(arguments, Refresh(arguments.stats_every, arguments.solve_every), device)
     progress = StepProgress(Console(stderr=True), f"timing {len(methods)} methods on {described['model']}")

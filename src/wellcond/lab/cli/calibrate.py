@@ -16,7 +16,7 @@ from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import is_there
 from wellcond.lab.hardware.interrupts import interruptible
-from wellcond.lab.runs.settings import check_seed
+from wellcond.lab.runs.settings import check_seed, check_whole
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def pass_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         LabError: If a value is out of its range.
     """
-    if arguments.samples is not None and arguments.samples < 1:
-        raise LabError(f"--samples must be at least 1, got {arguments.samples}")
+    if arguments.samples is not None:
+        check_whole("samples", arguments.samples)
     if arguments.until is not None and not 0 < arguments.until < float("inf"):
         raise LabError(f"--until must be positive, such as 0.01, got {arguments.until:g}")
     return {"max_samples": arguments.samples, "until": arguments.until}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from wellcond.lab.errors import DataError, LabError
-from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[F
         RunFailedError: If a run fails; those that were running with it are given up.
     """
     if specs:
+        from wellcond.lab.hardware.machine import training_device
+
         plan.task.check(training_device(plan.settings.accelerator))
         yield from _engine(plan).execute(plan, specs, store)
 

@@ -127,7 +127,7 @@ def draw_png(charts: Sequence[Chart], path: Path, note: str = "") -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_LOOK):
-        figure = Figure(figsize=(5.5 * len(charts), 4.2), layout="constrained")
+        figure = Figure(figsize=(5.5 * max(1, len(charts)), 4.2), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         for index, chart in enumerate(charts, start=1):
             axes = figure.add_subplot(1, len(charts), index)
@@ -135,6 +135,8 @@ def draw_png(charts: Sequence[Chart], path: Path, note: str = "") -> None:
             axes.set_title(chart.title.partition(":")[0])
             columns = 1 if len(chart.series) <= 6 else 2
             axes.legend(fontsize=9 if columns == 1 else 8, frameon=True, framealpha=0.9, ncols=columns)
+        if not charts:
+            figure.text(0.5, 0.5, "no run came to the end of an epoch", ha="center")
         if note:
             figure.supxlabel(note, fontsize=8)
         canvas.print_figure(path, dpi=150, format="png")

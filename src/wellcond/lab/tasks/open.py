@@ -364,9 +364,14 @@ def find_layout(data: str) -> Layout | None:
             f"there is no {path}"
         )
     check_data("--data", path)
-    for layout in LAYOUTS:
-        if layout.is_here(path):
-            return layout
+    try:
+        for layout in LAYOUTS:
+            if layout.is_here(path):
+                return layout
+    except OSError as error:
+        raise LabError(f"--data {path}: cannot be read ({error.strerror or error})") from error
+    if path.is_file():
+        raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`")
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     raise LabError(f"--data {path}: has none of the layouts of `wellcond list data`, found {found}{_advice(path)}")
 

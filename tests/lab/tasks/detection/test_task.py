@@ -60,7 +60,7 @@ def same(first: DetectionBatch, second: DetectionBatch) -> bool:
 
 def test_a_folder_of_the_layout_is_detection(plan):
     task = plan.task
-    assert (task.kind, task.score, task.chance, task.name) == ("detection", "AP", 0.0, "coco")
+    assert (task.kind, task.metric.name, task.chance, task.name) == ("detection", "AP", 0.0, "coco")
     # 14 images of which two have no objects.
     assert (task.train_images, task.validation_images, task.test_images) == (8, 4, 4)
     assert task.describe()["classes"] == 2

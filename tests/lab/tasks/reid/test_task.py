@@ -77,7 +77,7 @@ def test_names_tell_identity_and_camera(tmp_path, duke):
 
 def test_a_folder_of_the_layout_is_re_identification(plan):
     task = plan.task
-    assert (task.kind, task.score, task.name) == ("re-identification", "mAP", "Market-1501")
+    assert (task.kind, task.metric.name, task.name) == ("re-identification", "mAP", "Market-1501")
     # 8 persons of 6 images; 8 validate; of a person that is cut up to 5 are lost.
     assert (task.validation_images, task.train_images) == (8, 48 - 8 - 5)
     # 8 queries; 4 persons of 6 images and 3 distractors.
