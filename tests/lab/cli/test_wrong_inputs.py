@@ -80,7 +80,7 @@ WRONG = {
         "\udcff",
         "../missing/it",
     ],
-    _pair: ["", "=", "=1", "1=2", "a b=1", "no\nsuch", "x" * 5000, "a.b=1", "--"],
+    _pair: ["", "=", "=1", "1=2", "a b=1", "no\nsuch", "x" * 5000, "a.b=1"],
     OutputFile: ["", "x" * 5000, "a\x00b", "..", "../missing/it", "/dev/null", "/proc/it", "y" * 250, "taken/it"],
     OutputFolder: [
         "",

@@ -26,9 +26,13 @@ TELLS_ALONE = {
     "lab.hardware.interrupts",
     "lab.hardware.launch",
     "lab.hardware.machine",
+    "lab.importing",
     "lab.runs.figures",
+    "lab.runs.files",
+    "lab.runs.metric",
     "lab.runs.records",
     "lab.runs.settings",
+    "lab.trials",
 }
 """What a run imports that does not decide its numbers, or whose choices its settings tell."""
 
@@ -94,7 +98,7 @@ def test_nothing_else_is(reached):
     files = {dotted(file) for file in computing_files() if file.name != "__init__.py"}
     assert not files & TELLS_ALONE
     # What opens the data chooses the task, though no run imports it.
-    assert files - reached == {"lab.tasks.open"}
+    assert files - reached == {"lab.tasks.by_path", "lab.tasks.open"}
 
 
 @pytest.mark.parametrize("named", [*module._COMPUTING, *module._PRESENTING])
