@@ -200,7 +200,7 @@ class DWSGDM(_Attached, _DecoupledSGD):
     in the documentation for what was measured).
 
     Because the norm is fixed, one learning rate means the same for every layer and width, and it does not shrink as
-    gradients do: it must be decayed to zero by a schedule (cosine or linear). No warm-up is needed for it.
+    gradients do: it must be decayed to zero by a schedule (cosine or linear). Warm-up was not tried.
 
     Args:
         model: The model; its layers' inputs are observed.
