@@ -126,7 +126,7 @@ def test_without_a_batch_size_the_statistics_are_those_of_all_images_or_of_some(
     torch.testing.assert_close(written["0.1.running_var"], first.var(1), rtol=1e-4, atol=1e-5)
     for options, message in (
         (["--what", "bsr"], "--what bsr needs --batch-size"),
-        (["--what", "bn", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--what", "bn", "--samples", "0"], "--samples must be a positive integer, got 0"),
         (["--what", "bn", "--until", "0"], "--until must be positive, such as 0.01, got 0"),
     ):
         assert main(["calibrate", str(tmp_path / "trained.pt"), *files, *options]) == 2
