@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import setting, write
@@ -24,7 +25,7 @@ from wellcond.lab.networks.registry import MODELS
 KINDS = ("dense", "auto", "kronecker", "blocks", "sketch")
 
 
-def run(kind: str, batch: int, batches: int) -> dict[str, float]:
+def run(kind: Any, batch: int, batches: int) -> dict[str, float]:
     """Pass over random images, and return the most memory held, in bytes, and what is known of it."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def run(kind: str, batch: int, batches: int) -> dict[str, float]:
             model(images)
     if kind != "none":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        moments = wellcond.second_moments(model, loader, kind=kind, max_dim=1024, rank=64)  # type: ignore[arg-type]
+        moments = wellcond.second_moments(model, loader, kind=kind, max_dim=1024, rank=64)
         found = {"kept": float(moments.bytes), "bound": float(moments.memory_bound or 0)}
         found["before"] = before * 1024.0
     return {**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}

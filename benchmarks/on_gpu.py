@@ -110,18 +110,19 @@ def gpt_maker(run: Run) -> Maker:
     return make
 
 
-def trainer(make: Maker, name: str | None, observe: bool = False) -> StepTimer:
-    """Return a network in training, with a variant attached or nothing."""
-    net, optimizer, loss = make()
-    timer = StepTimer(net, optimizer, loss)
-    timer.attached = attachment(name, observe)(optimizer, net) if name else None  # type: ignore[attr-defined]
-    return timer
+class Trained(StepTimer):
+    """A network in training, with a variant attached or nothing."""
+
+    def __init__(self, make: Maker, name: str | None, observe: bool = False) -> None:
+        net, optimizer, loss = make()
+        super().__init__(net, optimizer, loss)
+        self.attached: Any = attachment(name, observe)(optimizer, net) if name else None
 
 
 def steps(run: Run, maker: Callable[[Run], Maker], names: tuple[str, ...]) -> dict[str, Any]:
     """Measure what variants cost beside the plain optimizer."""
     make = maker(run)
-    plain = trainer(make, None)
+    plain = Trained(make, None)
     parameters = sum(p.numel() for p in plain.model.parameters())
     base_memory = peak(run, plain)
     rows: dict[str, Any] = {"parameters": parameters, "plain": {"peak_mb": base_memory / 1e6}}
@@ -130,10 +131,10 @@ def steps(run: Run, maker: Callable[[Run], Maker], names: tuple[str, ...]) -> di
             rows.setdefault("left_out", []).append(name)
             continue
         before = allocated(run)
-        ordinary = trainer(make, name)
+        ordinary = Trained(make, name)
         ordinary.seconds()
         memory = peak(run, ordinary) - (allocated(run) - before - held_by(ordinary))
-        observing = trainer(make, name, observe=True)
+        observing = Trained(make, name, observe=True)
         first, _ = observing.seconds()
         second, _ = observing.seconds()
         own = {"plain": plain, "ordinary": ordinary, "observing": observing}
@@ -151,7 +152,7 @@ def steps(run: Run, maker: Callable[[Run], Maker], names: tuple[str, ...]) -> di
             "product_ms": 1e3 * statistics.median(extra),
             "statistics_ms": 1e3 * observed,
             "solve_ms": 1e3 * solve,
-            "state_share": ordinary.attached.numbers() / parameters,  # type: ignore[attr-defined]
+            "state_share": ordinary.attached.numbers() / parameters,
             "peak_mb": memory / 1e6,
             "host_waits": host_waits(run, ordinary),
         }

@@ -10,7 +10,9 @@ are kept, too, then with a cosine down to 0.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +146,27 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     return parser
+
+
+def kept_rows(
+    options: argparse.Namespace,
+    name: str,
+    measured: Callable[[argparse.Namespace, str, int, Images], dict[str, Any]],
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield each network's and seed's measurements, kept in files so that the same command goes on.
+
+    Args:
+        options: Of `arguments`.
+        name: With which the files' names begin.
+        measured: Measures one.
+    """
+    images = images_of(options)
+    for network in options.networks:
+        for seed in options.seeds:
+            file = options.work / f"{name}-{network}-{seed}.json"
+            if not file.exists():
+                file.write_text(json.dumps(measured(options, network, seed, images)))
+            yield network, seed, json.loads(file.read_text())
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from stale_networks import NETWORKS, Images, arguments, file_of, images_of
+from stale_networks import NETWORKS, Images, arguments, file_of, kept_rows
 from timing import setting, write
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -147,14 +146,6 @@ def measured(options: Any, name: str, seed: int, images: Images) -> dict[str, An
     return found
 
 
-def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what a file holds, or make it."""
-    if not file.exists():
-        file.write_text(json.dumps(make()))
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
 def spread(values: list[float], form: str = ".1f") -> str:
     """Return a mean and the standard deviation over seeds."""
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
@@ -184,19 +175,15 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    images = images_of(options)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in options.networks:
-        for seed in options.seeds:
-            file = options.work / f"repaired-{name}-{seed}.json"
-            row = kept(file, lambda name=name, seed=seed: measured(options, name, seed, images))  # type: ignore[misc]
-            found.setdefault(name, []).append(row)
-            print(f"{name}, seed {seed}:", flush=True)
-            for what, each in row.items():
-                back = ", ".join(
-                    f"{tool} {own['accuracy'] - each['damaged']:+.1f}" for tool, own in each["repairs"].items()
-                )
-                print(f"  {what}: {each['before']:.1f} → {each['damaged']:.1f}; {back}", flush=True)
+    for name, seed, row in kept_rows(options, "repaired", measured):
+        found.setdefault(name, []).append(row)
+        print(f"{name}, seed {seed}:", flush=True)
+        for what, each in row.items():
+            back = ", ".join(
+                f"{tool} {own['accuracy'] - each['damaged']:+.1f}" for tool, own in each["repairs"].items()
+            )
+            print(f"  {what}: {each['before']:.1f} → {each['damaged']:.1f}; {back}", flush=True)
     about = (
         f"{Path(options.data).name}: {options.train_images} training images and {options.test_images} test images of "
         f"{options.image_size}×{options.image_size}, {len(options.seeds)} seeds, mean ± std. Test accuracy in %; what "

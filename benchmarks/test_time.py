@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stale_networks import Images, arguments, images_of
-from statistics_repair import batches, kept, network, spread
+from stale_networks import Images, arguments, kept_rows
+from statistics_repair import batches, network, spread
 from timing import setting, write
 from torch import Tensor, nn
 
@@ -132,14 +132,10 @@ def main() -> None:
     parser.add_argument("--corrupted", type=int, default=500, help="test images of each corruption")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    images = images_of(options)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in options.networks:
-        for seed in options.seeds:
-            file = options.work / f"corrupted-{name}-{seed}.json"
-            row = kept(file, lambda name=name, seed=seed: measured(options, name, seed, images))  # type: ignore[misc]
-            found.setdefault(name, []).append(row)
-            print(f"{name}, seed {seed}: {row['noise']}", flush=True)
+    for name, seed, row in kept_rows(options, "corrupted", measured):
+        found.setdefault(name, []).append(row)
+        print(f"{name}, seed {seed}: {row['noise']}", flush=True)
     about = (
         f"{Path(options.data).name}: networks of {options.train_images} training images of {options.image_size}×"
         f"{options.image_size}, {options.corrupted} test images, {len(options.seeds)} seeds. Test accuracy in %, mean "

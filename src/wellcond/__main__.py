@@ -11,6 +11,8 @@ from importlib import metadata
 from typing import NoReturn
 
 _EXTRA = "lab"
+# As the shell reports a process that SIGPIPE has ended.
+_UNREAD = 141
 
 
 def missing_packages() -> list[str]:
@@ -50,13 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, without the program's name; None: those of this process.
 
     Returns:
-        The exit code; 2 also where the lab's dependencies are not installed.
+        The exit code; 2 also where the lab's dependencies are not installed, 141 where what read the output has ended.
     """
     from wellcond.lab.hardware.interrupts import ending_at_once
 
     # From the first import on: torch and Lightning take seconds, in which Ctrl-C would be a page of their insides.
     with ending_at_once():
-        return _run(argv)
+        try:
+            code = _run(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # As in `wellcond list | head`: nobody reads on, also not what the interpreter would flush at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _UNREAD
+    return code
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
-from wellcond.lab.errors import LabError, one_line, unknown_name
+from wellcond.lab.errors import LabError, naming_errors, one_line
 
 
 def is_import_path(text: str) -> bool:
@@ -21,11 +19,12 @@ def is_import_path(text: str) -> bool:
     return ":" in text
 
 
-def import_path(path: str) -> Any:
+def import_path(path: str, option: str = "") -> Any:
     """Return what an import path names.
 
     Args:
-        path: ``package.module:name``.
+        path: ``package.module:name``, or ``file.py:name``.
+        option: What it was given by, for errors.
 
     Raises:
         LabError: If the path has another form, the module cannot be imported, or there is no such name in it.
@@ -33,39 +32,32 @@ def import_path(path: str) -> Any:
     >>> import_path("collections:OrderedDict").__name__
     'OrderedDict'
     """
-    module_name, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
-        raise LabError(f"an import path must look like package.module:name, got {path!r}")
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    module_name, colon, name = path.rpartition(":")
+    is_file = module_name.endswith(".py")
+    parts = [*name.split("."), *([] if is_file else module_name.split("."))]
+    if not colon or not all(part.isidentifier() for part in parts):
+        raise LabError(f"{option or 'an import path'} must look like my_project.training:MyTask, got {path!r}")
+    said = f"{option} {path}".strip()
+    folder = Path.cwd()
+    if is_file:
+        if not Path(module_name).is_file():
+            raise LabError(f"{said}: there is no file {module_name}")
+        folder, module_name = Path(module_name).resolve().parent, Path(module_name).stem
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    # What other processes have written meanwhile must be found, too.
+    importlib.invalidate_caches()
     try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module's own mistakes, whatever they are
-        hint = _hint(error, module_name)
-        raise LabError(one_line(f"cannot import {module_name}: {type(error).__name__}: {error}{hint}")) from error
+        with naming_errors(f"{said}: importing it"):
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        hint = ": pip install 'wellcond[peers]'" if error.name == "pytorch_optimizer" else ""
+        place = f"in {folder} or on Python's path"
+        raise LabError(one_line(f"{said}: there is no module {error.name!r} {place}{hint}")) from None
+    found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            known = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
-            raise unknown_name(f"name in {module_name}", name, known[:20])
+            known = [key for key, value in vars(module).items() if isinstance(value, type) and not key.startswith("_")]
+            raise LabError(f"{said}: {module_name} has no {name}; its classes: {', '.join(known[:20]) or 'none'}")
         found = getattr(found, part)
     return found
-
-
-def source_digest(found: Any) -> str:
-    """Return a digest of the file that a class or function is written in; "" where there is none to read.
-
-    Runs of a user's own code are told apart by it, when the code is changed.
-    """
-    try:
-        file = inspect.getsourcefile(found)
-        return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return ""
-
-
-def _hint(error: Exception, module_name: str) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == "pytorch_optimizer":
-        return ": pip install 'wellcond[peers]'"
-    if isinstance(error, ModuleNotFoundError) and error.name and module_name.split(".")[0] == error.name.split(".")[0]:
-        return " (modules are looked for in the current folder and among what is installed)"
-    return ""

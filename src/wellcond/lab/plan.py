@@ -176,7 +176,7 @@ def make_plan(
         batch_size=batch_size,
         model=model,
         refresh=refresh,
-        target=settings.target or defaults.target,
+        target=defaults.target if settings.target is None else settings.target,
         threads=threads,
         template=RunSpec(
             method=methods[0],
@@ -341,6 +341,8 @@ def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | N
 def _check_trials(plan: Plan) -> None:
     """Look at every swept value, so that one that a run, a transform or a layer refuses is told now."""
     settings, task = plan.settings, plan.task
+    if settings.target is not None and task.metric.is_percentage and not 0 < settings.target <= 100:
+        raise LabError(f"--target must be a percentage above 0 and at most 100, got {settings.target:g}")
     if settings.mode == "target" and plan.target is None:
         raise LabError("--mode target needs the score to reach: --target")
     if not settings.sweeps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -282,3 +283,12 @@ def test_images_of_another_kind_are_refused_by_a_network(capsys, tmp_path, write
     write_images(tmp_path / "images.parquet", count=100, size=4)
     line = error(capsys, "--data", str(tmp_path / "images.parquet"))
     assert line == "model resnet8 needs images of at least 8x8, got 4x4"
+
+
+def test_output_that_nobody_reads_on_ends_quietly():
+    unread, written = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-m", "wellcond", "list", "methods"]
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (141, "")

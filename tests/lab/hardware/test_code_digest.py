@@ -27,11 +27,13 @@ TELLS_ALONE = {
     "lab.hardware.launch",
     "lab.hardware.machine",
     "lab.importing",
+    "lab.own_digest",
     "lab.runs.figures",
     "lab.runs.files",
     "lab.runs.metric",
     "lab.runs.records",
     "lab.runs.settings",
+    "lab.source_text",
     "lab.trials",
 }
 """What a run imports that does not decide its numbers, or whose choices its settings tell."""

@@ -152,8 +152,8 @@ def test_groups_multiply_what_the_method_has():
             "unknown option of SGD 'weight_dcay': did you mean 'weight_decay'?",
         ),
         ("SGD() GradientCentralization", 7, "expected '+' and another part, or the end, got 'GradientCentralization'"),
-        ("no_such_module:Lion", 1, "cannot import no_such_module: ModuleNotFoundError: No module named"),
-        ("torch.optim:Lion_", 1, "unknown name in torch.optim 'Lion_'"),
+        ("no_such_module:Lion", 1, "no_such_module:Lion: there is no module 'no_such_module' in"),
+        ("torch.optim:Lion_", 1, "torch.optim:Lion_: torch.optim has no Lion_; its classes: "),
         ("collections:OrderedDict", 1, "collections:OrderedDict is no optimizer"),
         ("SGD() + torch.optim:SGD", 9, "torch.optim:SGD is no wellcond.GradientTransform"),
         ("norm=gn", 6, "a method begins with its optimizer, not with norm="),
@@ -195,8 +195,13 @@ def test_ones_own_classes_come_from_the_current_folder(tmp_path, monkeypatch):
     optimizer, _ = replace(found, transforms=()).build(torch.nn.Linear(2, 2), 0.1, Refresh(1, 1))
     assert type(optimizer).__name__ == "Slow"
     assert found.code  # runs of other code are not taken for its
+    Path("own_methods_for_tests.py").write_text("# a comment\n" + source)
+    assert method("own_methods_for_tests:Slow(momentum=0.5)").code == method("own_methods_for_tests:Slow").code
     Path("own_broken_for_tests.py").write_text("raise OSError('no\\nway')")
-    with pytest.raises(LabError, match=r"cannot import own_broken_for_tests: OSError: no\\nway"):
+    with pytest.raises(
+        LabError,
+        match=r"own_broken_for_tests:Slow: importing it failed: OSError: no \(own_broken_for_tests.py, line 1\)",
+    ):
         method("own_broken_for_tests:Slow")
 
 

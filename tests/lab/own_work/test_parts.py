@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from wellcond.lab import LabError, LightningTask, Metric
 from wellcond.lab.errors import DataError
+from wellcond.lab.importing import import_path
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import Share, on_device, rows_of, shared
-from wellcond.lab.tasks.by_path import imported, parse_value
+from wellcond.lab.tasks.by_path import parse_value
 from wellcond.lab.tasks.lightning_task import default_metric
 from wellcond.lab.tasks.seed_data import TaskSeed
 
@@ -101,7 +102,7 @@ def digest_of(folder, name, task=TASK, bias=1, **arguments):
     (package / "__init__.py").write_text("")
     (package / "task.py").write_text(task.format(package=name))
     (package / "network.py").write_text(NETWORK.format(bias=bias))
-    digest = as_task(imported(f"{name}.task:Mine")(**arguments)).digest
+    digest = as_task(import_path(f"{name}.task:Mine")(**arguments)).digest
     for module in [module for module in sys.modules if module.partition(".")[0] == name]:
         del sys.modules[module]
     # As if the same project had been changed.
@@ -120,10 +121,10 @@ def test_the_digest_hangs_on_code_and_arguments_alone(tmp_path, monkeypatch):
         # Under a name of its own each time: Python would keep the module; the name is taken out of the text again.
         name = f"project{len(texts)}"
         texts.append(name)
-        monkeypatch.setattr("wellcond.lab.tasks.own_digest.code_of", lambda text: _code(text.replace(name, "project")))
+        monkeypatch.setattr("wellcond.lab.own_digest.code_of", lambda text: _code(text.replace(name, "project")))
         return digest_of(tmp_path, name, task, **arguments).replace(name, "project")
 
-    from wellcond.lab.hardware.code_digest import code_of as _code
+    from wellcond.lab.source_text import code_of as _code
 
     first = digest()
     assert digest(TASK.replace('"""A task."""', '"""Another."""') + "\n# a comment\n") == first

@@ -1,35 +1,138 @@
-"""Evaluates a network before and after something was done to it, shows both, and writes what it has become."""
+"""Opens trained networks, calibrates one, shows it before and after, and writes what it has become."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from wellcond.lab.cli.options import given_settings
+from wellcond.lab.errors import LabError
+from wellcond.lab.given_paths import is_there
+from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.runs.files import replacing
+from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from wellcond.lab.plan import Plan
     from wellcond.lab.runs.metric import Metric
     from wellcond.lab.tasks.base import Evaluation, SeedData
 
 # The most images of the loader's batches: as many as keep the device busy.
-LOADED = 256
+_LOADED = 256
 
 
-def counted(batches: Iterable[Any], progress: StepProgress) -> Iterator[Any]:
-    """Yield batches, and show how many have been passed over."""
-    for batch in batches:
-        yield batch
-        progress.advance("passing over training images")
+@dataclass(frozen=True)
+class Opened:
+    """Trained networks, and the images to pass over and to evaluate on.
+
+    Attributes:
+        plan: The data, and how the networks are built.
+        models: One for each checkpoint, on the device.
+        data: The seed's images.
+        device: Where they are.
+        loaded: Images that are loaded at once.
+    """
+
+    plan: Plan
+    models: list[nn.Module]
+    data: SeedData
+    device: torch.device
+    loaded: int
 
 
-def evaluate(
+def opened(arguments: argparse.Namespace, command: str, checkpoints: Sequence[str], m: int | None = None) -> Opened:
+    """Open what a command works on.
+
+    Args:
+        arguments: The options, with those of the data, ``model``, ``seed`` and ``out``.
+        command: What the command is called.
+        checkpoints: Files of the networks' state dicts.
+        m: Images behind one set of statistics; None for all of them together.
+
+    Raises:
+        LabError: If a file, the network or the data is not what it must be.
+    """
+    from wellcond.lab.hardware.machine import training_device
+    from wellcond.lab.networks.weights import check_weights
+    from wellcond.lab.plan import make_plan
+
+    check_seed(arguments.seed)
+    for checkpoint in checkpoints:
+        if not is_there(checkpoint):
+            raise LabError(f"there is no checkpoint {checkpoint}")
+        check_weights("checkpoint", checkpoint)
+        if arguments.out.exists() and arguments.out.samefile(checkpoint):
+            raise LabError(f"--out {arguments.out}: would write over the checkpoint")
+    plan = make_plan(given_settings(arguments, methods=("SGDM",), weights=checkpoints[0], batch_size=m or _LOADED))
+    if plan.task.kind != "classification":
+        raise LabError(f"{command} is for classification, and {plan.settings.data} is for {plan.task.kind}")
+    device = training_device()
+    models = [plan.task.initial_model(plan.model, arguments.seed, each).to(device) for each in checkpoints]
+    # Whole batches of m that leave out as few of the images as can be.
+    images, whole = plan.task.train_images, m or 1
+    loaded = whole * max(1, images // -(-images // _LOADED) // whole)
+    spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
+    plan.task.check_files()
+    return Opened(plan, models, plan.task.for_seed(spec, device, rank=0, ranks=1), device, loaded)
+
+
+def calibrate_and_show(
+    found: Opened, make: Callable[[], nn.Module], out: Path, title: str, done: str, **options: Any
+) -> None:
+    """Calibrate a network, show it before and after, and write its state dict.
+
+    Args:
+        found: What it is calibrated on.
+        make: Returns the network.
+        out: The file.
+        title: What is shown above the scores; how many images were passed over is added.
+        done: What is done to the network, as a participle.
+        **options: As `wellcond.calibrate` takes them.
+
+    Raises:
+        LabError: If it cannot be done.
+    """
+    import wellcond
+    from wellcond.lab.tasks.base import ROLES
+    from wellcond.nn import conversion_report
+
+    plan, batches = found.plan, found.data.batches()
+    progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
+
+    def counted() -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            progress.advance("passing over training images")
+
+    with interruptible(), progress:
+        progress.expect(len(batches) + 2 * len(ROLES))
+        try:
+            model = make()
+            before = _evaluate(model, found.data, found.device, progress)
+            wellcond.calibrate(model, counted(), **options)
+        except (TypeError, ValueError) as error:
+            raise LabError(f"{plan.model} cannot be {done}: {error}") from error
+        after = _evaluate(model, found.data, found.device, progress)
+        _save(model, out)
+    most = len(batches) * found.loaded
+    said = re.search(r"(\d+) sample", conversion_report(model).data)
+    m = options.get("batch_size")
+    passed = f"from {min(int(said[1]), most) if said else most} training images" + (f" in batches of {m}" if m else "")
+    _show(f"{title} {passed}", plan.task.metric, before, after)
+    Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(
     model: nn.Module, data: SeedData, device: torch.device, progress: StepProgress
 ) -> list[tuple[Evaluation, float]]:
     """Return the network's evaluation on the images of each role, with the seconds that an image took."""
@@ -49,7 +152,7 @@ def evaluate(
     return found
 
 
-def save(model: nn.Module, file: Path) -> None:
+def _save(model: nn.Module, file: Path) -> None:
     """Write the state dict by way of a file beside it, so that what is there is always whole."""
     import torch
 
@@ -57,7 +160,7 @@ def save(model: nn.Module, file: Path) -> None:
         torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, part)
 
 
-def show(
+def _show(
     title: str, metric: Metric, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
 ) -> None:
     """Print both evaluations beside each other."""

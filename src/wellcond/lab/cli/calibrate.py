@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-import wellcond
-from wellcond.lab.cli.before_after import LOADED, counted, evaluate, save, show
-from wellcond.lab.cli.options import add_data_options, given_settings
+from wellcond.lab.cli.before_after import calibrate_and_show, opened
+from wellcond.lab.cli.options import add_data_options
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
-from wellcond.lab.given_paths import is_there
-from wellcond.lab.hardware.interrupts import interruptible
-from wellcond.lab.runs.settings import check_seed, check_whole
-from wellcond.lab.training.progress import StepProgress
+from wellcond.lab.runs.settings import check_whole
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _DESCRIPTION = """\
 Take a trained network's normalization statistics anew, in one pass over training images, and show how well it does
@@ -116,59 +108,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If a file, the network, the data or a number is not what it must be.
     """
-    from wellcond.lab.hardware.machine import training_device
-    from wellcond.lab.networks.weights import check_weights
-    from wellcond.lab.plan import make_plan
-    from wellcond.lab.tasks.base import ROLES
-
-    m, out = arguments.group, arguments.out
+    m = arguments.group
     if m is None and arguments.what != "bn":
         raise LabError(f"--what {arguments.what} needs --batch-size: it asks how batches of that size differ")
     if m is not None and m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
-    options = pass_options(arguments)
-    check_seed(arguments.seed)
-    if not is_there(arguments.checkpoint):
-        raise LabError(f"there is no checkpoint {arguments.checkpoint}")
-    check_weights("checkpoint", arguments.checkpoint)
-    if out.exists() and out.samefile(arguments.checkpoint):
-        raise LabError(f"--out {out}: would write over the checkpoint")
-    settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoint, batch_size=m or LOADED)
-    plan = make_plan(settings)
-    if plan.task.kind != "classification":
-        raise LabError(f"calibrate is for classification, and {settings.data} is for {plan.task.kind}")
-    device = training_device()
-    model = plan.task.initial_model(plan.model, arguments.seed, settings.weights).to(device)
-    loaded = batch_of(plan.task.train_images, m)
-    spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
-    plan.task.check_files()
-    data = plan.task.for_seed(spec, device, rank=0, ranks=1)
-    batches = data.batches()
-    progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
-    with interruptible(), progress:
-        progress.expect(len(batches) + 2 * len(ROLES))
-        before = evaluate(model, data, device, progress)
-        try:
-            wellcond.calibrate(model, counted(batches, progress), batch_size=m, what=arguments.what, **options)
-        except ValueError as error:
-            raise LabError(f"{plan.model} cannot be calibrated: {error}") from error
-        after = evaluate(model, data, device, progress)
-        save(model, out)
-    passed = passed_over(model, len(batches) * loaded) + (f" in batches of {m}" if m else "")
-    show(f"{arguments.what} for {plan.model} on {plan.task.name}, {passed}", plan.task.metric, before, after)
-    Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
+    options = pass_options(arguments) | {"batch_size": m, "what": arguments.what}
+    found = opened(arguments, "calibrate", [arguments.checkpoint], m)
+    title = f"{arguments.what} for {found.plan.model} on {found.plan.task.name},"
+    calibrate_and_show(found, lambda: found.models[0], arguments.out, title, "calibrated", **options)
     return 0
-
-
-def batch_of(images: int, m: int | None) -> int:
-    """Return how many images to load at once: whole batches of m that leave out as few of the images as can be."""
-    whole = m or 1
-    return whole * max(1, images // -(-images // LOADED) // whole)
-
-
-def passed_over(model: nn.Module, most: int) -> str:
-    """Return how many images the calibration of a network went over."""
-    from wellcond.nn import conversion_report
-
-    said = re.search(r"(\d+) sample", conversion_report(model).data)
-    return f"from {min(int(said[1]), most) if said else most} training images"

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from wellcond.lab.cli.before_after import LOADED, counted, evaluate, save, show
-from wellcond.lab.cli.calibrate import add_pass_options, batch_of, pass_options, passed_over
-from wellcond.lab.cli.options import add_data_options, given_settings
+from wellcond.lab.cli.before_after import calibrate_and_show, opened
+from wellcond.lab.cli.calibrate import add_pass_options, pass_options
+from wellcond.lab.cli.options import add_data_options
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
-from wellcond.lab.given_paths import is_there
-from wellcond.lab.hardware.interrupts import interruptible
-from wellcond.lab.runs.settings import check_seed
-from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,47 +83,13 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     Raises:
         LabError: If a file, the network, the data or a number is not what it must be.
     """
-    import wellcond
-    from wellcond.lab.hardware.machine import training_device
-    from wellcond.lab.networks.weights import check_weights
-    from wellcond.lab.plan import make_plan
-    from wellcond.lab.tasks.base import ROLES
-
     _check(arguments)
     options = pass_options(arguments)
-    check_seed(arguments.seed)
-    for checkpoint in arguments.checkpoints:
-        if not is_there(checkpoint):
-            raise LabError(f"there is no checkpoint {checkpoint}")
-        check_weights("checkpoint", checkpoint)
-        if arguments.out.exists() and arguments.out.samefile(checkpoint):
-            raise LabError(f"--out {arguments.out}: would write over a checkpoint")
-    settings = given_settings(arguments, methods=("SGDM",), weights=arguments.checkpoints[0], batch_size=LOADED)
-    plan = make_plan(settings)
-    if plan.task.kind != "classification":
-        raise LabError(f"repair is for classification, and {settings.data} is for {plan.task.kind}")
-    device = training_device()
-    models = [plan.task.initial_model(plan.model, arguments.seed, each).to(device) for each in arguments.checkpoints]
-    loaded = batch_of(plan.task.train_images, None)
-    spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
-    plan.task.check_files()
-    data = plan.task.for_seed(spec, device, rank=0, ranks=1)
-    batches = data.batches()
-    progress = StepProgress(Console(stderr=True), f"repairing {plan.model}")
-    with interruptible(), progress:
-        progress.expect(len(batches) + 2 * len(ROLES))
-        try:
-            model = _changed(arguments, models, data)
-            before = evaluate(model, data, device, progress)
-            wellcond.calibrate(model, counted(batches, progress), **options)
-        except (TypeError, ValueError) as error:
-            raise LabError(f"{plan.model} cannot be repaired: {error}") from error
-        after = evaluate(model, data, device, progress)
-        save(model, arguments.out)
-    passed = passed_over(model, len(batches) * loaded)
-    title = f"{arguments.what}: {plan.model} on {plan.task.name}, new statistics {passed}"
-    show(title, plan.task.metric, before, after)
-    Console().print(f"\nWritten: {arguments.out}", highlight=False, soft_wrap=True)
+    found = opened(arguments, "repair", arguments.checkpoints)
+    title = f"{arguments.what}: {found.plan.model} on {found.plan.task.name}, new statistics"
+    calibrate_and_show(
+        found, lambda: _changed(arguments, found.models, found.data), arguments.out, title, "repaired", **options
+    )
     return 0
 
 

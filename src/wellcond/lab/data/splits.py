@@ -87,3 +87,19 @@ def draw_split(labels: Indices, train: int, validation: int, seed: int) -> Split
     rest = without(labels.size, held_out)
     chosen = stratified_draw(labels[rest], train, derived_seed("train", seed))
     return Split(train=rest[chosen], validation=held_out)
+
+
+def draw_apart(pool: Indices, train: int, validation: int, seed: int) -> Split:
+    """Draw one seed's training and validation images from a pool without classes.
+
+    Args:
+        pool: The images' numbers, [n].
+        train: How many train.
+        validation: How many validate; together at most n.
+        seed: The comparison's seed.
+
+    Returns:
+        Two disjoint sets of numbers, each ascending.
+    """
+    order = np.random.default_rng(derived_seed("validation", seed)).permutation(pool)
+    return Split(train=np.sort(order[validation : validation + train]), validation=np.sort(order[:validation]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from functools import cache
 from pathlib import Path
 
 import wellcond
+from wellcond.lab.source_text import code_of
 
 # Of wellcond, everything computes but what is named here; "lab" is taken apart below.
 _ELSEWHERE = ("__main__", "integrations", "lab")
@@ -59,38 +59,6 @@ def _digest(package: Path) -> str:
     for file in computing_files(package):
         digest.update(code_of(file.read_text(encoding="utf-8")))
     return digest.hexdigest()
-
-
-def code_of(source: str) -> bytes:
-    """Return a program without its docstrings and comments, for a digest.
-
-    Args:
-        source: The program's text.
-    """
-    return ast.dump(without_docstrings(source)).encode()
-
-
-def without_docstrings(source: str) -> ast.Module:
-    r"""Return the syntax tree of a program without the texts that only describe it.
-
-    >>> ast.unparse(without_docstrings('def f(x):\n    "Say it."\n    return x  # why'))
-    'def f(x):\n    return x'
-    """
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
-            statements = getattr(node, field, None)
-            if isinstance(statements, list):
-                setattr(node, field, [statement for statement in statements if not _is_text(statement)])
-    return tree
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
 
 
 def _computes(file: Path) -> bool:

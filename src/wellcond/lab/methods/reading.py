@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.importing import is_import_path, source_digest
+from wellcond.lab.importing import is_import_path
 from wellcond.lab.methods.grammar import SETTINGS, Formula, Part, Times, parse
 from wellcond.lab.methods.layers import LAYERS
 from wellcond.lab.methods.norms import NormSpec
@@ -111,7 +111,10 @@ class _Meaning:
             found = find()
         except (LabError, TypeError) as error:
             raise self.formula.error(part.position, error) from error
-        self.codes.append(source_digest(found) if is_import_path(part.word) else "")
+        if is_import_path(part.word):
+            from wellcond.lab.own_digest import source_digest  # it needs torch
+
+            self.codes.append(source_digest([found])[:16])
         return found
 
     def _changed(self, method: Method, part: Part) -> Method:

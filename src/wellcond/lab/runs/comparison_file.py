@@ -58,7 +58,11 @@ def write_comparison(settings: Settings, command: str) -> str:
             to the data is a comment.
         command: The command line that made it.
     """
-    lines = [f"# Repeats: {' '.join(command.split())}", f"# wellcond compare {FILE_NAME}", ""]
+    lines = [f"# Repeats: {' '.join(command.split())}"]
+    if settings.task_is_given:
+        lines += ["# The task was handed over as an object: give it to wellcond.lab.compare again, with these.", ""]
+    else:
+        lines += [f"# wellcond compare {FILE_NAME}", ""]
     tables = []
     for field in fields(Settings):
         value = getattr(settings, field.name)

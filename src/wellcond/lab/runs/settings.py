@@ -183,8 +183,6 @@ class Settings:
             self._check_positive(name)
         for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices", "trials"):
             self._check_positive(name)
-        if self.target is not None and self.task is None and not 0 < self.target <= 100:
-            raise LabError(f"--target must be a percentage above 0 and at most 100, got {self.target:g}")
         if self.target is not None and not math.isfinite(self.target):
             raise LabError(f"--target must be a finite number, got {self.target:g}")
         parse_schedule(self.schedule)

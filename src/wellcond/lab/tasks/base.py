@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from wellcond.lab.data.randomness import seeded
 from wellcond.lab.errors import DataError, naming_errors
 from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.own_digest import held, source_digest, state_digest
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import rows_of
 from wellcond.lab.tasks.check import check_task
 from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
-from wellcond.lab.tasks.own_digest import held, source_digest, state_digest
 from wellcond.lab.tasks.seed_data import EpochBatches, Epochs, SeedData, TaskSeed
 
 __all__ = [

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from wellcond.lab.errors import LabError, naming_errors
+from wellcond.lab.errors import LabError
+from wellcond.lab.importing import import_path
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.own import as_task, built, scored_by
 
@@ -17,43 +16,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-
-def imported(path: str, option: str = "--task") -> Any:
-    """Return what an import path names, also from the folder that the command runs in.
-
-    Args:
-        path: ``my_project.training:MyTask``, or ``training.py:MyTask``.
-        option: How errors call it.
-
-    Raises:
-        LabError: If there is no such module, it cannot be imported, or it has no such name.
-    """
-    module_name, colon, name = path.rpartition(":")
-    if not colon or not module_name or not name:
-        raise LabError(f"{option} must look like my_project.training:MyTask, got {path!r}")
-    folder = Path.cwd()
-    if module_name.endswith(".py"):
-        file = Path(module_name)
-        if not file.is_file():
-            raise LabError(f"{option} {path}: there is no file {module_name}")
-        folder, module_name = file.resolve().parent, file.stem
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    # The parents of what other processes import must be found there, too.
-    importlib.invalidate_caches()
-    try:
-        with naming_errors(f"{option} {path}: importing it"):
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise LabError(f"{option} {path}: there is no module {error.name!r} in {folder} or on Python's path") from None
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            known = [key for key, value in vars(module).items() if isinstance(value, type) and not key.startswith("_")]
-            raise LabError(f"{option} {path}: {module_name} has no {name}; its classes: {', '.join(known) or 'none'}")
-        found = getattr(found, part)
-    return found
 
 
 def parse_value(text: str) -> Any:
@@ -91,7 +53,7 @@ def open_own(
     Raises:
         LabError: If something of these cannot be used.
     """
-    found = imported(path)
+    found = import_path(path, "--task")
     given = {name: parse_value(text) for name, text in arguments}
     if data_module is not None or _is_lightning(found):
         from wellcond.lab.tasks.lightning_task import LightningTask  # Lightning takes seconds to import
@@ -100,7 +62,7 @@ def open_own(
             raise LabError(f"--data-module is for a LightningModule, and --task {path} is {_kind(found)}")
         data = None
         if data_module is not None:
-            source = imported(data_module, "--data-module")
+            source = import_path(data_module, "--data-module")
             values = {name: parse_value(text) for name, text in data_arguments}
             data = built(source, values, f"--data-module {data_module}", "--data-args") if callable(source) else source
         return LightningTask(partial(built, found, given, f"--task {path}"), data, score=score, source=found)

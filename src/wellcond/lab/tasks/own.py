@@ -44,17 +44,18 @@ class Adopted(Task):
 
     def fingerprint(self) -> str:
         """Return the object's own fingerprint, or a digest of its attributes."""
-        from wellcond.lab.tasks.own_digest import state_digest
+        from wellcond.lab.own_digest import state_digest
 
         own = getattr(self.given, "fingerprint", None)
         return str(own()) if callable(own) else state_digest(self.given)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"given": self.given}
+        return {"given": self.given, "metric": self.metric}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.given = state["given"]
         self._adopt()
+        vars(self)["metric"] = state["metric"]
 
 
 def as_task(given: Any, what: str = "task") -> Task:

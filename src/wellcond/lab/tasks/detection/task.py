@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.named_data import GET_COCO
-from wellcond.lab.data.splits import Indices, derived_seed
+from wellcond.lab.data.splits import Indices, derived_seed, draw_apart
 from wellcond.lab.data.streams import loading_processes
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
@@ -136,10 +136,8 @@ class DetectionTask(Task):
 
     def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> DetectionSeed:
         """Return one seed's images."""
-        order = np.random.default_rng(derived_seed("validation", spec.seed)).permutation(self.pool_ids)
-        held_out = np.sort(order[: spec.validation_images])
-        train = np.sort(order[spec.validation_images : spec.validation_images + spec.train_images])
-        return DetectionSeed(self, train, held_out, spec, device, rank, ranks)
+        drawn = draw_apart(self.pool_ids, spec.train_images, spec.validation_images, spec.seed)
+        return DetectionSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
 
 
 class DetectionSeed(SeedData):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from wellcond.lab.data.batches import share_of
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
-from wellcond.lab.data.splits import Indices, derived_seed, without
+from wellcond.lab.data.splits import Indices, derived_seed, draw_apart, without
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.given_paths import check_data
@@ -130,10 +130,8 @@ class SegmentationTask(Task):
 
     def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> SegmentationSeed:
         """Return one seed's images."""
-        order = np.random.default_rng(derived_seed("validation", spec.seed)).permutation(len(self.pool.pairs))
-        held_out = np.sort(order[: spec.validation_images])
-        train = np.sort(order[spec.validation_images : spec.validation_images + spec.train_images])
-        return SegmentationSeed(self, train, held_out, spec, device, rank, ranks)
+        drawn = draw_apart(np.arange(len(self.pool.pairs)), spec.train_images, spec.validation_images, spec.seed)
+        return SegmentationSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
 
 
 class SegmentationSeed(SeedData):

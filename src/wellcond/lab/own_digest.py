@@ -1,4 +1,4 @@
-"""What tells one task of a user's from another: the code of its modules, and what its object holds."""
+"""What tells one thing of a user's from another: the code of its modules, and what its object holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wellcond.lab.hardware.code_digest import code_of
+from wellcond.lab.source_text import code_of
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
