@@ -98,7 +98,9 @@ def _summarize_method(
         baseline=found.baseline,
         lr=lr,
         lr_edge=_edge(lr, [trial.lr for trial in found.trials]),
-        lr_grid=tuple(_grid_point(trial, runs, early, plan.chance) for trial, runs in found.trials.items()),
+        lr_grid=tuple(
+            _grid_point(trial, runs[: plan.trial_seeds], early, plan.chance) for trial, runs in found.trials.items()
+        ),
         scores={epoch: spread(_scores(found.runs, epoch, plan.chance)) for epoch in shown},
         epochs_to_target=fmean(reached) if reached else None,
         reached_target=len(reached),

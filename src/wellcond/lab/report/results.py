@@ -188,6 +188,8 @@ def _search(settings: Settings) -> dict[str, Any]:
         said["shares of the baseline's time"] = ", ".join(f"{share:g}" for share in settings.time_shares)
     if settings.sweeps:
         said["swept"] = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in settings.sweeps)
+    if settings.trial_seeds not in (None, settings.seeds):
+        said["seeds that choose"] = settings.trial_seeds
     if settings.search != "grid":
         said["search"] = settings.search
     return said

@@ -42,7 +42,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 # What a command says rather than a recipe, or what a recipe says for each method.
 _NOT_SETTINGS = {
     *("methods", "lrs", "jobs", "target"),
-    *("mode", "time_shares", "sweeps", "search", "trials"),
+    *("mode", "time_shares", "sweeps", "search", "trials", "trial_seeds"),
 }
 
 
