@@ -131,8 +131,8 @@ class Settings:
         sweeps: Options that are swept beside the lr, with their values.
         search: How trials are laid out, ``"grid"`` or ``"random"``.
         trials: Trials of each method in a random search; None: as many as the longest grid has.
-        trial_seeds: Seeds that every trial is trained with, and chosen by; with the others only the chosen trial of each
-            method is trained. None: all.
+        trial_seeds: Seeds that every trial is trained with, and chosen by; the others train only the chosen trial of
+            each method. None: all.
     """
 
     data: str = DIGITS
@@ -184,7 +184,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices", "trials", "trial_seeds"):
+        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices"):
+            self._check_positive(name)
+        for name in ("trials", "trial_seeds"):
             self._check_positive(name)
         if self.target is not None and not math.isfinite(self.target):
             raise LabError(f"--target must be a finite number, got {self.target:g}")
