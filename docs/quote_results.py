@@ -26,6 +26,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from effects import effects_table
+from peers import peers_table
 from reproductions import adopted, markdown, reproduction_tables, summary_table
 
 from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference
@@ -452,7 +453,8 @@ def quoted(page: str) -> str:
         elif "panels" in results:
             body = reproduction_tables(results)
         elif "methods" in results:
-            body = forms_table(results) if name.endswith("-forms") else comparison_table(results)
+            tables = {"-forms": forms_table, "-peers": peers_table}
+            body = next((make for end, make in tables.items() if name.endswith(end)), comparison_table)(results)
         elif "shapes" in results:
             body = layers_table(results)
         elif "figure" in results:

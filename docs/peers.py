@@ -1,0 +1,73 @@
+"""A comparison with what a user would pick instead, the best at equal wall time first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reproductions import markdown
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """Return one line a method, with the command and the machine that made it.
+
+    Args:
+        results: What a `wellcond compare` wrote, of methods with one baseline.
+    """
+    methods = results["methods"]
+    baseline = next(method for method in methods if method["baseline"] == method["name"])
+    epochs, metric = str(results["epochs"]), results.get("metric")
+    sign = 1 if metric is None or metric["higher_is_better"] else -1
+    digits = 1 if metric is None else 3
+    score = "test accuracy in %" if metric is None else f"test {metric['name']}"
+
+    def gain(method: dict[str, Any]) -> float:
+        return 0.0 if method is baseline else sign * _mean(method["equal_time"]["difference"])
+
+    rows = []
+    for method in sorted(methods, key=gain, reverse=True):
+        final = method["scores"][epochs]
+        cells = [method["name"], f"{final['mean']:.{digits}f} ± {final['std']:.{digits}f}"]
+        if method is baseline:
+            cells += ["", "", "", f"{method['milliseconds_per_step']:.1f} ms"]
+        else:
+            same_time = method["equal_time"]["difference"]
+            cells += [
+                _interval(method["final_difference"], digits),
+                _interval(same_time, digits),
+                _verdict(same_time, sign),
+                f"× {method['time_ratio']:.2f}",
+            ]
+        rows.append([*cells, f"{method['lr']:g}" + ("*" if method["lr_edge"] else "")])
+    name = baseline["name"]
+    heads = ["method", score, f"beside {name}", "at equal time", "by more than chance?", "time per step", "lr"]
+    edges = ["*: at an end of its grid; a better one may lie beyond."] if any(m["lr_edge"] for m in methods) else []
+    versions, machine = results["versions"], results["machine"]
+    made_by = f"wellcond {versions['wellcond']}, torch {versions['torch']}, {machine['processor']}, "
+    lines = [
+        f"{results['title']}; {results['seeds']} paired seeds; mean ± std, differences to {name} with a 95 % interval; "
+        f"at equal time, each method has {name}'s wall time and a whole schedule in it. "
+        f"{len(baseline['lr_grid'])} learning rates were tried for each, chosen on validation.",
+        "",
+        markdown(heads, rows),
+        "",
+        *edges,
+        *([""] if edges else []),
+        f"`{results['command']}` ({made_by}{machine['cores']} cores)",
+    ]
+    return "\n".join(lines)
+
+
+def _mean(difference: dict[str, Any]) -> float:
+    return float(difference["mean"])
+
+
+def _interval(difference: dict[str, Any], digits: int) -> str:
+    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _verdict(difference: dict[str, Any], sign: int) -> str:
+    low, high = sorted((sign * difference["low"], sign * difference["high"]))
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no"
