@@ -1,4 +1,4 @@
-"""Weight standardization and centralization: a layer's weight with zero mean for each output unit, and unit variance."""
+"""Weight centralization and standardization: each output unit's weights with zero mean, and with unit variance."""
 
 from __future__ import annotations
 

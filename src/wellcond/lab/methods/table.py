@@ -41,6 +41,11 @@ LISTED: tuple[tuple[str, str], ...] = (
         "SGDM's training, inference with a tenth of the image's own statistics (example weighing)",
     ),
     ("BRN = SGDM + norm=brn", "SGDM with Batch Renormalization"),
+    (
+        "MABN = SGDM + norm=mabn(window=16, warmup_steps=16, scale_after=50)",
+        "SGDM with Moving Average Batch Normalization of centralized weights: 16 batches' averages, also backward",
+    ),
+    ("CBN = SGDM + norm=cbn(window=8)", "SGDM with Cross-Iteration Batch Normalization over 8 batches"),
     ("PN = SGDM + norm=pn(momentum=0.01)", "SGDM with population normalization"),
     (
         "PN+gamma-decay = SGDM + norm=pn(momentum=0.01, gamma_decay=True)",

@@ -41,6 +41,8 @@ _BY_LAYERS = {
     "bsr": Style("#d55e00", "#ff7f2a", ">"),
     "evalnorm": Style("#c98500", "#e69f00", "X"),
     "brn": Style("#009e73", "#2fc79c", "p"),
+    "mabn": Style("#7a6a00", "#c9b93a", "X"),
+    "cbn": Style("#5b6abf", "#98a4ee", "v"),
     "pn": Style("#b8609a", "#dd8fc0", "h"),
     "gn": Style("#7a6a00", "#c9b93a", "*"),
     "sn": Style("#0072b2", "#4aa8e0", "D"),

@@ -1,4 +1,4 @@
-"""How the statistics of a layer's outputs follow its weight: derivatives, and the hook that hands over what they need."""
+"""How the statistics of a layer's outputs follow its weight: derivatives, and a hook that hands the inputs over."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Slopes(NamedTuple):
         Returns:
             Shapes [groups, inputs of a unit] and [C, inputs of a unit].
         """
-        count = torch.tensor(float(outputs.numel() // outputs.shape[1]), dtype=mean.dtype, device=mean.device)
+        count = torch.full((), outputs.numel() // outputs.shape[1], dtype=mean.dtype, device=mean.device)
         inputs = self.inputs[: len(outputs)].to(mean.dtype)
         with without_autocast(mean.device):
             centred = outputs.detach().to(mean.dtype) - over(mean, outputs)
