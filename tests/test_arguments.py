@@ -65,6 +65,7 @@ VALID: dict[Callable[..., Any], dict[str, Any]] = {
     W.sparsestmax: {"logits": lambda: torch.randn(3), "radius": 0.5},
     W.switch_logits: {"model": model},
     W.weight_centralize: {"module": lambda: nn.Linear(4, 2)},
+    W.weight_normalize: {"module": lambda: nn.Linear(4, 2)},
     W.weight_standardize: {"module": lambda: nn.Linear(4, 2)},
     wellcond.FeatureDescent: {},
     wellcond.FeatureWhitening: {},

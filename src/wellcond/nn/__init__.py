@@ -32,6 +32,7 @@ from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwi
 from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
 from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
 from wellcond.nn.standardize import weight_centralize, weight_standardize
+from wellcond.nn.weight_normalization import weight_normalize
 from wellcond.nn.whitened.deconvolution import NetworkDeconvolution2d
 from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
@@ -95,5 +96,6 @@ __all__ = [
     "sparsestmax",
     "switch_logits",
     "weight_centralize",
+    "weight_normalize",
     "weight_standardize",
 ]

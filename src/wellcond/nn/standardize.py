@@ -31,6 +31,11 @@ class WeightCentralization(nn.Module):
         # Not the layer itself, which would be a submodule of its own parametrization.
         self.settings = _settings(module)
 
+    @property
+    def leaves_a_mean(self) -> bool:
+        """Whether the units may have a mean after this step."""
+        return False
+
     def forward(self, weight: Tensor) -> Tensor:
         """Centralize.
 
@@ -121,7 +126,7 @@ def weight_standardize(module: _Module, name: str = "weight", eps: float = 1e-5)
     """
     if not is_finite_number(eps) or eps <= 0:
         raise ValueError(f"eps must be positive, got {shown(eps)}")
-    layout = _layout_for(module, name)
+    layout = layout_for(module, name)
     parametrize.register_parametrization(module, name, WeightStandardization(module, layout, eps))
     return module
 
@@ -149,7 +154,7 @@ def weight_centralize(module: _Module, name: str = "weight") -> _Module:
         >>> weight_centralize(nn.Linear(4, 2)).weight.mean(1).abs().max() < 1e-7
         tensor(True)
     """
-    layout = _layout_for(module, name)
+    layout = layout_for(module, name)
     parametrize.register_parametrization(module, name, WeightCentralization(module, layout))
     return module
 
@@ -157,13 +162,13 @@ def weight_centralize(module: _Module, name: str = "weight") -> _Module:
 def why_not_centralized(module: nn.Module, name: str = "weight") -> str | None:
     """Return why a layer's weight cannot be centralized; None if it can."""
     try:
-        _layout_for(module, name)
+        layout_for(module, name)
     except (TypeError, ValueError) as error:
         return str(error)
     return None
 
 
-def _layout_for(module: nn.Module, name: str) -> Layout:
+def layout_for(module: nn.Module, name: str) -> Layout:
     """Return the rule for a weight whose units have a mean to take out."""
     layout = layout_of(module)
     if layout is None:
@@ -173,7 +178,7 @@ def _layout_for(module: nn.Module, name: str) -> Layout:
         kind = parametrize.type_before_parametrizations(module).__name__
         raise ValueError(f"name must be one of the weights {weights} of {kind}, got {name!r}")
     for step in _steps(module, name):
-        if isinstance(step, WeightCentralization):
+        if isinstance(step, WeightCentralization) and not step.leaves_a_mean:
             done = "standardized" if isinstance(step, WeightStandardization) else "centralized"
             raise ValueError(f"{name} is {done} already")
     weight: Tensor = getattr(module, name)

@@ -83,6 +83,8 @@ LISTED: tuple[tuple[str, str], ...] = (
         "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
         "SGDM of layers that whiten their inputs and their outputs' gradients",
     ),
+    ("SGDM+WN = SGDM + layers=wn(centred=False)", "SGDM with weight normalization: lengths and directions of weights"),
+    ("SGDM+CWN = SGDM + layers=wn", "SGDM with centred weight normalization"),
     ("SGDM+WS = SGDM + layers=ws", "SGDM with weight standardization of convolutions"),
     (
         "SGDM+WS+GC = SGDM + GradientCentralization + layers=ws",

@@ -53,6 +53,7 @@ _BY_LAYERS = {
     "iternorm": Style("#009e73", "#2fc79c", "s"),
     "ln": Style("#5b6abf", "#98a4ee", "p"),
     "in": Style("#a0522d", "#d99a73", "h"),
+    "wn": Style("#a0522d", "#d99a73", "*"),
     "ws": Style("#7a6a00", "#c9b93a", "s"),
     "nd": Style("#6a51a3", "#a99be0", "v"),
     "dbn": Style("#b8609a", "#dd8fc0", "^"),

@@ -74,7 +74,7 @@ def _averages(norm: nn.Module) -> bool:
 
 
 def _is_centralized(module: nn.Module) -> bool:
-    return any(isinstance(step, WeightCentralization) for step in _steps(module))
+    return any(isinstance(step, WeightCentralization) and not step.leaves_a_mean for step in _steps(module))
 
 
 def _steps(module: nn.Module) -> list[nn.Module]:
