@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+import wellcond
 from wellcond.nn import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
@@ -331,3 +332,17 @@ def test_nothing_changes_if_another_kind_is_refused() -> None:
     assert not model[0]._forward_hooks
     with pytest.raises(ValueError, match="no CrossIterationBatchNorm1d, 2d or 3d that compensates"):
         connect_cross_iteration(model)
+
+
+@pytest.mark.parametrize("to", ["cbn", "mabn"])
+def test_calibration_replays_what_training_does(to: str) -> None:
+    """By layers of the same kind, fed by the layers before; nothing of it stays but running statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    convert_norm(model, to, window=2)
+    before = copy.deepcopy(model.state_dict())
+    data = [torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    wellcond.calibrate(model, data, batch_size=2, what="bn")
+    after = model.state_dict()
+    changed = {name.rpartition(".")[2] for name in after if not torch.equal(after[name], before[name])}
+    assert changed - {"num_batches_tracked"} == ({"running_mean", "running_var"} if to == "cbn" else {"running_var"})
