@@ -154,3 +154,24 @@ def test_features_of_trained_statistics_have_no_mean_any_more() -> None:
 def test_bad_options(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         MovingAverageBatchNorm1d(3, **{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("to", "options"), [("mabn", {"warmup_steps": 0}), ("cbn", {}), ("cbn", {"compensate": False})]
+)
+@pytest.mark.parametrize("window", [1, 2, 4, 7])
+def test_another_window_begins_empty(to: str, options: dict, window: int) -> None:
+    """A counter of what the old window held would count entries that the new one does not have."""
+    net = convert_norm(model(), to, window=4, **options)
+    for step in range(6):
+        net(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+    fresh = convert_norm(copy.deepcopy(net), "bn")
+    convert_norm(net, to, window=window, **options)
+    convert_norm(fresh, to, window=window, **options)
+    x = torch.randn(2, 3, 8, 8)
+    if window != 4:
+        torch.testing.assert_close(net(x), fresh(x))
+    else:
+        counts = [int(value) for name, value in net[1].named_buffers() if name.endswith("seen")]
+        # One that compensates is told of the layer before anew.
+        assert set(counts) == ({0} if (to, options) == ("cbn", {}) else {6})

@@ -14,7 +14,7 @@ from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.compensation import Handover, Slopes, moved_moments, slopes_of
 from wellcond.nn.norm.history import PastStatistics, before_update
 from wellcond.nn.norm.outline import Before, find_before
-from wellcond.nn.norm.window import filled, replace_oldest
+from wellcond.nn.norm.window import empty_where_missing, filled, replace_oldest
 from wellcond.numerics.moments import Moments, ghost_sizes, spread_samples
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
@@ -206,12 +206,8 @@ class CrossIterationBatchNorm(StatisticsNorm):
         return arguments | ({} if self.compensate else {"compensate": False})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A plain BatchNorm's checkpoint has no window: it is empty then.
         names = [name for name in (*_MOMENTS, *_SLOPES, "batches_seen") if self._buffers.get(name) is not None]
-        if prefix + "running_mean" in state_dict and not any(prefix + name in state_dict for name in names):
-            for name in names:
-                like = state_dict[prefix + "running_mean"]
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=like.device)
+        empty_where_missing(self, names, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wellcond.nn.functional.moving_average import normalize_by_square
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.history import PastStatistics
-from wellcond.nn.norm.window import replace_oldest
+from wellcond.nn.norm.window import empty_where_missing, replace_oldest
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.tracing import is_transformed
 
@@ -174,11 +174,7 @@ class MovingAverageBatchNorm(StatisticsNorm):
         return super().described() | {"window": self.window} | steps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A plain BatchNorm's checkpoint has no window: it is empty then.
-        if prefix + "running_var" in state_dict and not any(prefix + name in state_dict for name in _WINDOWS):
-            for name in _WINDOWS:
-                like = state_dict[prefix + "running_var"]
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name), device=like.device)
+        empty_where_missing(self, _WINDOWS, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

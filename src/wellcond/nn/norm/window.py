@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def replace_oldest(window: Tensor, batches: Tensor, newest: Tensor) -> None:
@@ -33,3 +36,20 @@ def filled(window: Tensor, batches: Tensor) -> Tensor:
     tensor([1., 1., 0.])
     """
     return (torch.arange(window.shape[1], device=window.device) < batches).to(window.dtype)
+
+
+def empty_where_missing(layer: nn.Module, names: Sequence[str], state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a checkpoint without all of a layer's windows and counters have empty ones, whole.
+
+    A plain batch normalization's has none; a layer that is made anew with another window keeps what fits, and a counter
+    alone would count entries that are not there.
+
+    Args:
+        layer: That has the buffers.
+        names: Of the windows and their counters.
+        state_dict: Completed in place.
+        prefix: Of the layer.
+    """
+    if prefix + "running_mean" in state_dict and not all(prefix + name in state_dict for name in names):
+        device = state_dict[prefix + "running_mean"].device
+        state_dict |= {prefix + name: torch.zeros_like(getattr(layer, name), device=device) for name in names}
