@@ -53,6 +53,7 @@ VALID: dict[Callable[..., Any], dict[str, Any]] = {
     W.MomentumScheduler: {"model": lambda: of_kind("mbn"), "total_epochs": 3},
     W.BatchRenormScheduler: {"model": lambda: of_kind("brn")},
     W.SparsityScheduler: {"model": lambda: of_kind("ssn"), "total_steps": 3},
+    W.connect_cross_iteration: {"model": lambda: of_kind("cbn")},
     W.connect_kalman: {"model": lambda: of_kind("kn")},
     W.convert_layers: {"model": model, "to": "wnn"},
     W.convert_norm: {"model": model, "to": "bsr"},
@@ -63,6 +64,8 @@ VALID: dict[Callable[..., Any], dict[str, Any]] = {
     W.ibn_b: {"model": torchvision_net},
     W.sparsestmax: {"logits": lambda: torch.randn(3), "radius": 0.5},
     W.switch_logits: {"model": model},
+    W.weight_centralize: {"module": lambda: nn.Linear(4, 2)},
+    W.weight_normalize: {"module": lambda: nn.Linear(4, 2)},
     W.weight_standardize: {"module": lambda: nn.Linear(4, 2)},
     wellcond.FeatureDescent: {},
     wellcond.FeatureWhitening: {},
@@ -83,7 +86,7 @@ NOT_CALLED = {"Attachment", "GradientTransform", "Layout", "WellcondWarning", "a
 NOT_CALLED |= {"SecondMoments", "second_moments"}
 CANDIDATES = [True, False, 1, 0, -1, 0.5, math.nan, math.inf, -math.inf, "no", None, [], {}, 10**30, 10**400, object()]
 # Integers and numbers that may be 0 or less.
-SMALL = {"padding", "warmup_steps", "seed", "lr", "weight_decay"}
+SMALL = {"padding", "warmup_steps", "scale_after", "burn_in", "seed", "lr", "weight_decay"}
 # Numbers that must be positive, or not negative, or at most 1.
 NOT_NEGATIVE = {"eps", "damping", "momentum", "base_inference_decay", "stats_decay", "instance_fraction", "d_max"}
 SHARES = {"momentum", "base_inference_decay", "stats_decay", "instance_fraction", "gain", "radius", "gradient_momentum"}

@@ -48,12 +48,14 @@ NORMS: dict[str, dict[str, Any]] = {
     "evalnorm": {},
     "ghost": {"group_size": 2},
     "brn": {},
+    "cbn": {},
+    "mabn": {},
     "pn": {},
     "ssn": {},
     "ln": {},
     "in": {},
 }
-ONE_WAY = ("gn", "ln", "in")
+ONE_WAY = ("gn", "ln", "in", "mabn")  # or what changes what the model computes
 LAYERS: dict[str, dict[str, Any]] = {"wnn": {}, "eigen": {}, "gwnn": {}, "nd": {}}
 ACTIONS = [*TRANSFORMS, *(f"norm {name}" for name in NORMS), *(f"layers {name}" for name in LAYERS)]
 

@@ -44,6 +44,17 @@ def as_momentum(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Ten
     return (x - mean) / (var + layer.eps) ** 0.5
 
 
+def as_cross_iteration(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Without the compensation, which needs a layer before."""
+    seen = int(state["batches_seen"])
+    past = list(range(min(seen, layer.window - 1))) if seen >= layer.burn_in else []
+    means, variances = [state["past_mean"][t] for t in past], [state["past_var"][t] for t in past]
+    joint = (mean + sum(means)) / (1 + len(past))
+    # Of all batches' values together; E[x²] − μ̄² would keep no digit of means far from zero.
+    parts = [var + (mean - joint) ** 2, *(v + (m - joint) ** 2 for m, v in zip(means, variances, strict=True))]
+    return (x - joint) / (sum(parts) / len(parts) + layer.eps) ** 0.5
+
+
 def as_renorm(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     own, running = (var + layer.eps) ** 0.5, (state["running_var"] + layer.eps) ** 0.5
     r = (own / running).detach().clamp(1 / layer.r_max, layer.r_max)
@@ -56,6 +67,42 @@ def as_population(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: T
     mean = (1 - share) * state["running_mean"] + share * mean
     var = (1 - share) * state["running_var"] + share * var
     return (x - mean) / (var + layer.eps) ** 0.5
+
+
+class ByMovingAverages(torch.autograd.Function):
+    """MABN of one group and channel, from the paper: its backward is no derivative, so autograd has to be told."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, root: Tensor, r: Tensor, past: Tensor | None) -> Tensor:
+        z = x / root
+        ctx.past = past
+        ctx.save_for_backward(z, root, r)
+        return r * z
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        z, root, r = ctx.saved_tensors
+        g = r * upstream
+        psi = (z * g).mean()
+        if ctx.past is not None:
+            psi = (psi + ctx.past.sum()) / (len(ctx.past) + 1)
+        return (g - z * psi) / root, None, None, None
+
+
+def as_moving_average(layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    root = (moving_square(layer, state, x.detach()) + layer.eps) ** 0.5
+    r = (root / (state["running_var"] + layer.eps) ** 0.5).clamp(0.2, 5.0)
+    if state["squares_seen"] < max(layer.scale_after, layer.warmup_steps):
+        r = torch.ones(())
+    full = state["products_seen"] >= max(layer.window - 1, layer.warmup_steps)
+    return ByMovingAverages.apply(x - state["running_mean"], root, r, state["past_products"] if full else None)
+
+
+def moving_square(layer: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    own = ((x - state["running_mean"]) ** 2).mean()
+    if state["squares_seen"] < max(layer.window - 1, layer.warmup_steps):
+        return own
+    return (own + state["past_squares"].sum()) / layer.window
 
 
 # What each layer evaluates an instance with, of the buffers, the instance's own mean and variance [N, C], and over how
@@ -85,6 +132,22 @@ def mixed_with_finite_rest(state: dict[str, Tensor], mean: Tensor, var: Tensor, 
     beta = state["var_mixture"]
     # (3.7): −(1 − β)²σ²/n, where the rest has n = hw(m − 1) values and β = 1/m.
     return f_mean, f_var - beta * (1 - beta) * state["running_var"] / elements
+
+
+# What a group of one channel adds to the running mean and variance, given as `Standardize` is.
+Tracked = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def batch_moments(
+    layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    return mean, var * x.numel() / max(x.numel() - 1, 1)
+
+
+def second_moment(
+    layer: nn.Module, state: dict[str, Tensor], x: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    return state["running_mean"], moving_square(layer, state, x)
 
 
 # The weight of a batch of so many samples in the running statistics; `state` counts the batches before it.
@@ -221,6 +284,7 @@ class Kind:
     standardize: Standardize = as_batch_norm
     estimates: Estimates = running
     factor: Factor = torch_factor
+    tracked: Tracked = batch_moments
     attributes: dict[str, float] = field(default_factory=dict)
     whole: Whole | None = None
     dims: tuple[int, ...] = (1, 2, 3)
@@ -243,6 +307,7 @@ class Kind:
 
 
 MOMENTUM = {"standardize": as_momentum, "factor": momentum_factor}
+MOVING: dict[str, Any] = {"standardize": as_moving_average, "tracked": second_moment}
 HALF = {"stat_momentum": 0.625}  # a float32 number
 WHITENING: dict[str, Any] = {"whole": whitening, "dims": (2,), "mixes_channels": True}
 SWITCHABLE: dict[str, Any] = {"whole": switching(shares), "mixes_channels": True}
@@ -264,6 +329,16 @@ KINDS: dict[str, Kind] = {
     "evalnorm": Kind("EvalNorm", estimates=mixed),
     "evalnorm fixed": Kind("EvalNorm", {"learn": False}, estimates=mixed_with_finite_rest),
     "evalnorm ghost": Kind("EvalNorm", {"group_size": 2}, estimates=mixed),
+    "moving average": Kind("MovingAverageBatchNorm", {"window": 3, "warmup_steps": 1, "scale_after": 2}, **MOVING),
+    "moving average alone": Kind("MovingAverageBatchNorm", {"window": 1}, **MOVING),
+    "moving average ghost": Kind("MovingAverageBatchNorm", {"window": 2, "group_size": 2, "warmup_steps": 0}, **MOVING),
+    "cross-iteration": Kind("CrossIterationBatchNorm", {"compensate": False, "window": 3}, as_cross_iteration),
+    "cross-iteration ghost": Kind(
+        "CrossIterationBatchNorm",
+        {"compensate": False, "window": 2, "burn_in": 2, "group_size": 2},
+        as_cross_iteration,
+    ),
+    "cross-iteration alone": Kind("CrossIterationBatchNorm", {"compensate": False, "window": 1}),
     "population": Kind("PopulationNorm", {"momentum": 0.3}, as_population, factor=population_factor),
     "instance-batch": Kind("InstanceBatchNorm", whole=splitting, dims=(2,)),
     "batch-instance ghost": Kind(
@@ -290,10 +365,12 @@ BATCH_NORMS = (
     "renorm closed",
     "evalnorm",
     "evalnorm fixed",
+    "cross-iteration alone",
     "decorrelated alone",
 )
 # Those whose running statistics move by `momentum`.
-WITH_MOMENTUM = tuple(name for name, kind in KINDS.items() if kind.factor is torch_factor)
+TRACKING = {name: kind for name, kind in KINDS.items() if kind.tracked is batch_moments}
+WITH_MOMENTUM = tuple(name for name, kind in TRACKING.items() if kind.factor is torch_factor)
 
 
 def with_dimensions(
@@ -344,8 +421,8 @@ def reference(kind: Kind, layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str
             mean = own.sum() / count
             var = ((own - mean) ** 2).sum() / count
             rows.append(kind.standardize(layer, state, own, mean, var))
-            means.append(mean.detach())
-            variances.append((var * count / max(count - 1, 1)).detach())
+            for found, value in zip((means, variances), kind.tracked(layer, state, own, mean, var), strict=True):
+                found.append(value.detach())
         columns.append(torch.cat(rows))
     y = torch.stack(columns, 1)
     if kind.whole is not None:
@@ -507,8 +584,9 @@ def test_mean_far_from_zero(kind: Kind, dims: int, dtype: torch.dtype) -> None:
     state = wide(dict(layer.named_buffers()))
     if kind.family not in (
         "MomentumBatchNorm",
+        "MovingAverageBatchNorm",
         "PopulationNorm",
-    ):  # whose running_var has much of 1 or of the mean left
+    ):  # whose running_var has much of 1 or of the mean left, or is no variance
         assert (state["running_var"] < 10).all()
     layer.eval()
     close(layer(x).double(), evaluated(kind, layer, x), tolerance)
@@ -909,7 +987,7 @@ def test_gradients_accumulate(kind: Kind) -> None:
     close(dict(other.named_buffers()), dict(layer.named_buffers()), 1e-14)
 
 
-@kinds
+@pytest.mark.parametrize("kind", TRACKING.values(), ids=TRACKING)
 def test_batch_norms_of_averaged_weights_are_updated(kind: Kind) -> None:
     """After weight averaging, torch's `update_bn` replaces running statistics by those of a pass over the data."""
     layer = trained(kind)
@@ -1123,7 +1201,9 @@ def pure(layer: nn.Module, training: bool) -> Callable[..., Tensor]:
 
 # r and d are constants to the gradient: differences see none of that where they are clipped.
 CLIPPED = Kind("BatchRenorm", {"r_max": 1.01, "d_max": 0.001}, as_renorm)
-DIFFERENTIABLE = {**{name: kind for name, kind in KINDS.items() if kind.family != "BatchRenorm"}, "renorm": CLIPPED}
+# And MABN's backward is no derivative.
+WITHOUT = ("BatchRenorm", "MovingAverageBatchNorm")
+DIFFERENTIABLE = {**{name: kind for name, kind in KINDS.items() if kind.family not in WITHOUT}, "renorm": CLIPPED}
 
 
 @pytest.mark.parametrize("kind", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
@@ -1148,6 +1228,8 @@ def test_first_and_second_derivatives(kind: Kind, training: bool, shape: tuple[i
 COMPILED = (
     *("momentum", "momentum ghost", "ghost", "bsr", "bsr inexact", "renorm", "evalnorm", "population"),
     *(
+        "cross-iteration",
+        "cross-iteration ghost",
         "switchable",
         "switchable ghost",
         "sparse",

@@ -11,6 +11,7 @@ from launch_ranks import serve
 from torch import Tensor, nn
 
 import wellcond.nn as wnn
+from wellcond.nn.norm.outline import Before
 
 CHANNELS, STEPS = 3, 4
 SIZES = {1: [7], 2: [5, 2]}  # samples of each rank, unequal
@@ -22,6 +23,8 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "evalnorm": lambda **options: wnn.EvalNorm2d(CHANNELS, **options),
     "evalnorm_fixed": lambda **options: wnn.EvalNorm2d(CHANNELS, learn=False, **options),
     "pn": lambda **options: wnn.PopulationNorm2d(CHANNELS, **options),
+    "mabn": lambda **options: wnn.MovingAverageBatchNorm2d(CHANNELS, window=2, warmup_steps=0, **options),
+    "cbn": lambda **options: Compensating(**options),
     "ibn": lambda **options: wnn.InstanceBatchNorm2d(CHANNELS, **options),
     "dbn": lambda **options: wnn.DecorrelatedBatchNorm2d(CHANNELS, **options),
     "iternorm": lambda **options: wnn.IterNorm2d(CHANNELS, **options),
@@ -35,6 +38,20 @@ def momentum_layer(**options: Any) -> nn.Module:
     layer = wnn.MomentumBatchNorm2d(CHANNELS, **options)
     layer.stat_momentum = 0.6
     return layer
+
+
+class Compensating(wnn.CrossIterationBatchNorm2d):
+    """With the layer before it inside, whose weights stay."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(CHANNELS, window=2, **options)
+        torch.manual_seed(0)
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64).requires_grad_(False)
+        self.before = (conv,)  # no part of it, or its gradients would be compared
+        self.connect("norm", Before("conv", conv))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.before[0](input))
 
 
 def part(step: int, seed: int, rank: int, world: int, *positions: int) -> Tensor:

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import wellcond
 from wellcond.nn import conversion_report, convert_norm
 
-KINDS = ("bn", "mbn", "bsr", "brn", "evalnorm", "pn")
+KINDS = ("bn", "mbn", "bsr", "brn", "cbn", "evalnorm", "pn")
 
 
 def filled(layer: nn.Module) -> nn.Module:

@@ -23,6 +23,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "brn": lambda: wnn.BatchRenorm2d(8),
     "evalnorm": lambda: wnn.EvalNorm2d(8),
     "evalnorm, fixed": lambda: wnn.EvalNorm2d(8, learn=False),
+    "mabn": lambda: wnn.MovingAverageBatchNorm2d(8, window=2, warmup_steps=0, scale_after=1),
+    "cbn": lambda: wnn.CrossIterationBatchNorm2d(8, compensate=False, group_size=2),
     "pn": lambda: wnn.PopulationNorm2d(8),
     "sn": lambda: wnn.SwitchableNorm2d(8),
     "sn in groups": lambda: wnn.SwitchableNorm2d(8, group_size=2),

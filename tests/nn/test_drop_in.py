@@ -24,6 +24,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "bsr equal weights": lambda *args, **options: W.BSRBatchNorm2d(*args, momentum=None, **options),
     "ghost": lambda *args, **options: W.GhostBatchNorm2d(*args, group_size=2, **options),
     "brn": W.BatchRenorm2d,
+    "mabn": lambda *args, **options: W.MovingAverageBatchNorm2d(*args, window=2, warmup_steps=0, **options),
+    "cbn": lambda *args, **options: W.CrossIterationBatchNorm2d(*args, compensate=False, **options),
     "evalnorm": W.EvalNorm2d,
     "pn": W.PopulationNorm2d,
     "sn": W.SwitchableNorm2d,
@@ -43,7 +45,7 @@ MAPS: dict[str, Callable[..., nn.Module]] = {
     "nd": lambda *args, **options: W.NetworkDeconvolution2d(*args, 1, **options),
 }
 # Those that evaluate as a batch normalization of their running statistics.
-FUSIBLE = {"bn", "mbn", "ghost", "brn", "pn", "kn"}
+FUSIBLE = {"bn", "mbn", "ghost", "brn", "mabn", "cbn", "pn", "kn"}
 every_norm = pytest.mark.parametrize("name", NORMS)
 every_layer = pytest.mark.parametrize("name", [*NORMS, *MAPS])
 
@@ -293,8 +295,9 @@ def test_without_a_bias(name: str) -> None:
     with_zero = make(name)
     with_zero.load_state_dict({**layer.state_dict(), "bias": torch.zeros(4)})
     torch.testing.assert_close(layer(batch(name)), with_zero.eval()(batch(name)))
-    if not name.startswith("bsr "):
-        back = W.convert_norm(W.convert_norm(layer, "bn"), name, **({"group_size": 2} if name == "ghost" else {}))
+    if not name.startswith("bsr ") and name != "mabn":  # which is refused where no layer comes before
+        options = {"ghost": {"group_size": 2}, "cbn": {"compensate": False}}.get(name, {})
+        back = W.convert_norm(W.convert_norm(layer, "bn"), name, **options)
         assert back.bias is None
         assert back.weight is not None
     assert make(name, affine=False, bias=False).weight is None

@@ -7,6 +7,12 @@ from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import ConversionReport, conversion_report
 from wellcond.nn.functional.sparse_simplex import sparsestmax
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.norm.cross_iteration import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+    connect_cross_iteration,
+)
 from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
 from wellcond.nn.norm.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.norm.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -15,12 +21,18 @@ from wellcond.nn.norm.iternorm import IterNorm2d
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 from wellcond.nn.norm.kalman.trace import connect_kalman
 from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from wellcond.nn.norm.moving_average import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d, gamma_decay
 from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
 from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d, switch_logits
 from wellcond.nn.schedule import BatchRenormScheduler, MomentumScheduler, SparsityScheduler
-from wellcond.nn.standardize import weight_standardize
+from wellcond.nn.standardize import weight_centralize, weight_standardize
+from wellcond.nn.weight_normalization import weight_normalize
 from wellcond.nn.whitened.deconvolution import NetworkDeconvolution2d
 from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
@@ -35,6 +47,9 @@ __all__ = [
     "BatchRenorm3d",
     "BatchRenormScheduler",
     "ConversionReport",
+    "CrossIterationBatchNorm1d",
+    "CrossIterationBatchNorm2d",
+    "CrossIterationBatchNorm3d",
     "DecorrelatedBatchNorm2d",
     "EigenConv2d",
     "EigenLinear",
@@ -53,6 +68,9 @@ __all__ = [
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
     "MomentumScheduler",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "NetworkDeconvolution2d",
     "PopulationNorm1d",
     "PopulationNorm2d",
@@ -66,6 +84,7 @@ __all__ = [
     "SwitchableNorm3d",
     "WhitenedConv2d",
     "WhitenedLinear",
+    "connect_cross_iteration",
     "connect_kalman",
     "conversion_report",
     "convert_layers",
@@ -76,5 +95,7 @@ __all__ = [
     "ibn_b",
     "sparsestmax",
     "switch_logits",
+    "weight_centralize",
+    "weight_normalize",
     "weight_standardize",
 ]

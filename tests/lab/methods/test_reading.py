@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wellcond.lab.errors import LabError
+from wellcond.lab.methods.clipping import Clipping
 from wellcond.lab.methods.grammar import Times, split_list
 from wellcond.lab.methods.layers import LAYERS
 from wellcond.lab.methods.method import METHODS, Refresh, baselines, method, select_methods, with_lrs
@@ -69,6 +70,7 @@ def _methods(draw):
         groups=tuple(draw(st.lists(group, max_size=2))),
         schedule=draw(st.sampled_from([None, "constant", "step:5,0.1"])),
         create_graph=draw(st.booleans()),
+        clipping=Clipping(*draw(st.tuples(*[st.none() | st.floats(1e-6, 1e6)] * 2))),
     )
 
 

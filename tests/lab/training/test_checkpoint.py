@@ -69,7 +69,7 @@ def test_a_run_goes_on_wherever_it_was_stopped(plan, spec, uninterrupted, tmp_pa
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["SGDM", "MBN", "SSN", "BRN", "Lookahead", "KN-fixed"])
+@pytest.mark.parametrize("name", ["SGDM", "MBN", "SSN", "BRN", "CBN", "MABN", "Lookahead", "KN-fixed"])
 def test_methods_with_schedules_and_state_go_on_between_epochs(plan, tmp_path, name):
     spec = plan.spec(METHODS[name], METHODS[name].lrs[0], seed=1)
     whole = measured(Runner(plan.task, CPU).run(spec))

@@ -13,6 +13,7 @@ import wellcond
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d
+from wellcond.nn.norm.cross_iteration import CrossIterationBatchNorm2d
 from wellcond.nn.norm.evalnorm import EvalNorm2d
 from wellcond.nn.norm.ghost import GhostBatchNorm2d
 from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
@@ -24,6 +25,7 @@ KINDS = {
     "mbn": (MomentumBatchNorm2d, {}),
     "bsr": (BSRBatchNorm2d, {}),
     "brn": (BatchRenorm2d, {}),
+    "cbn": (CrossIterationBatchNorm2d, {"compensate": False}),
     "evalnorm": (EvalNorm2d, {}),
     "pn": (PopulationNorm2d, {}),
 }
@@ -527,7 +529,7 @@ def test_refusals_name_the_layer_and_change_nothing(case):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ghost"])
 def test_layers_without_running_statistics(kind):
     with pytest.raises(TypeError, match="the model itself: BatchNorm2d has no running statistics"):
-        convert_norm(nn.BatchNorm2d(8, track_running_stats=False), kind)
+        convert_norm(nn.BatchNorm2d(8, track_running_stats=False), kind, **KINDS.get(kind, (None, {}))[1])
     ghost = convert_norm(nn.BatchNorm2d(8, track_running_stats=False), "ghost", group_size=2)
     assert ghost.running_mean is None
     assert convert_norm(ghost, "gn", num_groups=2).num_groups == 2

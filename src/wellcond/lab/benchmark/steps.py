@@ -95,7 +95,7 @@ class Workload(ABC):
 
     def timer(self, method: Method, refresh: Refresh) -> StepTimer:
         """Return what times the method's steps with these intervals."""
-        return StepTimer(*self.build(method, refresh), self.loss(), method.second_order)
+        return StepTimer(*self.build(method, refresh), self.loss(), method.second_order, method.clipping)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.methods.clipping import Clipping
 from wellcond.lab.methods.optimizers import needs_closure, take_step
 
 
@@ -35,6 +36,7 @@ class StepTimer:
         optimizer: Its optimizer.
         loss: From the network to the loss of a batch, always the same.
         second_order: Whether backward keeps its graph, for an optimizer that differentiates the gradient.
+        clipping: What gradients are limited to; it counts as a part of the optimizer's step.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class StepTimer:
         optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module], Tensor],
         second_order: bool = False,
+        clipping: Clipping | None = None,
     ) -> None:
         self.model, self.optimizer, self.loss, self.second_order = model, optimizer, loss, second_order
+        self.clipping = Clipping() if clipping is None else clipping
         self._is_cuda = next(model.parameters()).is_cuda
 
     def seconds(self) -> tuple[float, float]:
@@ -52,12 +56,13 @@ class StepTimer:
         if needs_closure(self.optimizer):
             # Its step goes forward and backward itself.
             start = self._now()
-            take_step(self.optimizer, lambda: self.loss(self.model), self.second_order)
+            take_step(self.optimizer, lambda: self.loss(self.model), self.second_order, self.clipping)
             return (self._now() - start,) * 2
         start = self._now()
         self.optimizer.zero_grad()
         self.loss(self.model).backward(create_graph=self.second_order)
         between = self._now()
+        self.clipping.apply(self.optimizer)
         self.optimizer.step()
         end = self._now()
         return end - start, end - between

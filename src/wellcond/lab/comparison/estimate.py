@@ -60,7 +60,7 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
 
             def train() -> None:
                 batch = next(batches)
-                take_step(optimizer, lambda: data.loss(model, batch), method.second_order)
+                take_step(optimizer, lambda: data.loss(model, batch), method.second_order, method.clipping)
 
             step = _timed(train, device)
             # In training mode: it is the one way to call a network that every task has.

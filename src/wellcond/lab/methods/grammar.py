@@ -2,7 +2,7 @@
 
     method   = [name "="] part {"+" part}
     part     = word ["(" [argument {"," argument}] ")"]  an optimizer or a method of the list; then transforms, groups
-             | setting "=" value                         norm=gn(num_groups=8), layers=ws, lrs=[0.1, 0.3], baseline=SGDM
+             | setting "=" value                         norm=gn(num_groups=8), layers=ws, lrs=[0.1, 0.3], clip_norm=1.0
     argument = option "=" literal | selector             selectors in group(norms, biases, weight_decay=0) alone
 
 Literals are Python's: numbers, texts in quotes, True, False, None, and lists of these; ``0.1x`` is a tenth of what the
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from wellcond.lab.errors import LabError, one_line, unknown_name
 
-SETTINGS = ("norm", "layers", "lrs", "schedule", "baseline", "create_graph")
+SETTINGS = ("norm", "layers", "lrs", "schedule", "baseline", "create_graph", "clip_norm", "clip_value")
 """What a method says beside its optimizer, transforms and groups."""
 
 _CALLED = ("norm", "layers")  # their values are written as calls

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 LAYERS = {
     "ws": "weight_standardize(every convolution)",
+    "wn": "weight_normalize(every convolution and linear layer)",
     "nd": "convert_layers(to='nd') in place of batch normalization",
     "wnn": "convert_layers(to='wnn')",
     "gwnn": "convert_layers(to='gwnn')",
@@ -37,6 +38,8 @@ def change_layers(model: nn.Module, kind: str, options: Mapping[str, Any]) -> nn
         return model
     if kind == "ws":
         return _standardize(model, **options)
+    if kind == "wn":
+        return _normalize(model, **options)
     if kind == "nd":
         return _deconvolve(model, **options)
     from wellcond.nn import convert_layers
@@ -53,6 +56,17 @@ def _standardize(model: nn.Module, **options: Any) -> nn.Module:
         # A unit with a single input would have nothing but zeros left.
         if isinstance(module, nn.Conv2d) and module.weight[0].numel() > 1:
             weight_standardize(module, **options)
+    return model
+
+
+def _normalize(model: nn.Module, **options: Any) -> nn.Module:
+    from torch import nn
+
+    from wellcond.nn import weight_normalize
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight[0].numel() > 1:
+            weight_normalize(module, **options)
     return model
 
 

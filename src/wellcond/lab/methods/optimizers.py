@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from wellcond.lab.methods.clipping import Clipping
+
 # What building adds itself, or what would change the meaning of a run.
 _OURS = ("self", "params", "model", "lr", "optimizer", "base_optimizer", "args", "kwargs", "maximize")
 # Torch has another of the first name, and these need more than parameters and an lr.
@@ -153,19 +155,24 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return closure is not None and closure.default is closure.empty
 
 
-def take_step(optimizer: Optimizer, loss: Callable[[], Tensor], create_graph: bool = False) -> None:
+def take_step(
+    optimizer: Optimizer, loss: Callable[[], Tensor], create_graph: bool = False, clipping: Clipping | None = None
+) -> None:
     """Make a training step as the optimizer takes it.
 
     Args:
         optimizer: The optimizer; one that has training and evaluation weights must have the former.
         loss: Returns the batch's loss, with its graph.
         create_graph: Whether backward keeps its graph.
+        clipping: What gradients are limited to; None for no limit.
     """
 
     def backward() -> Tensor:
         optimizer.zero_grad()
         value = loss()
         value.backward(create_graph=create_graph)
+        if clipping is not None:
+            clipping.apply(optimizer)
         return value
 
     if needs_closure(optimizer):

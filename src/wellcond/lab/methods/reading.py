@@ -197,7 +197,16 @@ class _Meaning:
             if not isinstance(part.value, bool):
                 raise self.formula.error(part.position, f"create_graph must be True or False, got {part.value!r}")
             return replace(method, create_graph=part.value)
+        if setting in ("clip_norm", "clip_value"):
+            clipping = replace(method.clipping, **{setting.removeprefix("clip_"): self._limit(part)})
+            return replace(method, clipping=clipping)
         return replace(method, baseline=str(part.value))
+
+    def _limit(self, part: Part) -> float:
+        value = part.value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self.formula.error(part.position, f"{part.setting} must be a positive number, got {value!r}")
+        return float(value)
 
     def _norm(self, part: Part) -> NormSpec:
         if self.check:
@@ -262,6 +271,9 @@ class _Meaning:
         more += [f"{kind} in place of batch normalization" for kind in [method.norm and method.norm.kind] if kind]
         more += [f"layers {kind}" for kind in [method.layers] if kind]
         more += ["parameter groups"] if method.groups else []
+        more += [
+            f"gradients of a {name.removeprefix('clip_')} up to {limit:g}" for name, limit in method.clipping.settings
+        ]
         return f"{method.optimizer} with {', '.join(more)}" if more else method.optimizer
 
     def _short(self) -> str:

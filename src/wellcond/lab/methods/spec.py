@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import wellcond
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.importing import import_path, is_import_path
+from wellcond.lab.methods.clipping import Clipping
 from wellcond.lab.methods.grammar import Times, write_call, write_name, write_value
 from wellcond.lab.methods.layers import change_layers
 from wellcond.lab.methods.norms import NormSpec, trained_norm
@@ -124,6 +125,7 @@ class Method:
         groups: Parameters that take options of their own.
         schedule: How its lr goes, in the form that `parse_schedule` reads; None: as the comparison says.
         create_graph: Whether the optimizer differentiates the gradient, where it is none of `SECOND_ORDER`.
+        clipping: What gradients are limited to between backward and step.
         code: Digest of the user's own code that the method imports, so that runs of other code are not taken for its.
     """
 
@@ -140,6 +142,7 @@ class Method:
     groups: tuple[GroupSpec, ...] = ()
     schedule: str | None = None
     create_graph: bool = False
+    clipping: Clipping = field(default_factory=Clipping)
     code: str = ""
 
     @property
@@ -155,7 +158,7 @@ class Method:
     @property
     def is_plain(self) -> bool:
         """Whether it is an optimizer alone."""
-        return not (self.transforms or self.norm or self.layers or self.groups)
+        return not (self.transforms or self.norm or self.layers or self.groups or self.clipping)
 
     def with_layers(self, model: torch.nn.Module, ghost_batch: int | None = None) -> torch.nn.Module:
         """Return the network with the layers that this method trains with.
@@ -187,6 +190,7 @@ class Method:
             parts.append(f"schedule={write_value(self.schedule)}")
         if self.create_graph:
             parts.append("create_graph=True")
+        parts += [f"{name}={write_value(limit)}" for name, limit in self.clipping.settings]
         return " + ".join(parts)
 
     def written(self) -> str:

@@ -41,6 +41,11 @@ LISTED: tuple[tuple[str, str], ...] = (
         "SGDM's training, inference with a tenth of the image's own statistics (example weighing)",
     ),
     ("BRN = SGDM + norm=brn", "SGDM with Batch Renormalization"),
+    (
+        "MABN = SGDM + norm=mabn(window=16, warmup_steps=16, scale_after=50)",
+        "SGDM with Moving Average Batch Normalization of centralized weights: 16 batches' averages, also backward",
+    ),
+    ("CBN = SGDM + norm=cbn(window=8)", "SGDM with Cross-Iteration Batch Normalization over 8 batches"),
     ("PN = SGDM + norm=pn(momentum=0.01)", "SGDM with population normalization"),
     (
         "PN+gamma-decay = SGDM + norm=pn(momentum=0.01, gamma_decay=True)",
@@ -78,6 +83,8 @@ LISTED: tuple[tuple[str, str], ...] = (
         "EigenNet = SGDM + layers=eigen(stats_every=10, refresh_every=100) + lrs=[0.001, 0.003, 0.01]",
         "SGDM of layers that whiten their inputs and their outputs' gradients",
     ),
+    ("SGDM+WN = SGDM + layers=wn(centred=False)", "SGDM with weight normalization: lengths and directions of weights"),
+    ("SGDM+CWN = SGDM + layers=wn", "SGDM with centred weight normalization"),
     ("SGDM+WS = SGDM + layers=ws", "SGDM with weight standardization of convolutions"),
     (
         "SGDM+WS+GC = SGDM + GradientCentralization + layers=ws",

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import wellcond
 from wellcond.lab.hardware.strategies import shard
@@ -74,6 +75,15 @@ class Training(pl.LightningModule):
     def backward(self, loss: Tensor) -> None:
         """Go backward; keep the graph for an optimizer that differentiates the gradient."""
         loss.backward(create_graph=self.spec.method.second_order)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Limit gradients as the method says; a loss scale has been divided out by then."""
+        self.spec.method.clipping.apply(optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the method's optimizer, its transforms attached, and the schedules of the lr and of the layers."""

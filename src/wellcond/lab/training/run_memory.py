@@ -55,6 +55,6 @@ class RunMemory:
                 return data.loss(model, batch)
 
         def step() -> None:
-            take_step(optimizer, loss, method.second_order)
+            take_step(optimizer, loss, method.second_order, method.clipping)
 
         return model, optimizer, step

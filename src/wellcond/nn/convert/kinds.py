@@ -10,9 +10,18 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from wellcond.nn.convert.centralized import centralize, decentralize, not_after_a_weight
 from wellcond.nn.convert.then_activation import Norm
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
+from wellcond.nn.norm.cross_iteration import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+    connect_compensating,
+    disconnect_cross_iteration,
+    not_after_a_layer,
+)
 from wellcond.nn.norm.decorrelated import DecorrelatedBatchNorm2d
 from wellcond.nn.norm.evalnorm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from wellcond.nn.norm.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -21,6 +30,11 @@ from wellcond.nn.norm.iternorm import IterNorm2d
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 from wellcond.nn.norm.kalman.trace import connect_kalman
 from wellcond.nn.norm.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from wellcond.nn.norm.moving_average import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
 from wellcond.nn.norm.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from wellcond.nn.norm.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from wellcond.nn.norm.sparse_switchable import SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d
@@ -36,18 +50,34 @@ class Kind:
         defaults: Arguments that torch's constructor requires or has another default for.
         fixed: Arguments that the kind itself decides; they are no options.
         connect: Called with a whole model that has such layers, after any conversion of it.
+        disconnect: Called with any model before that: layers that others were connected to may be other ones by now.
+        unsuited: From a model, its layers by name and the options to the reasons why some cannot be of the kind.
     """
 
     layers: tuple[Norm | None, Norm, Norm | None]
     defaults: Mapping[str, object] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
     connect: Callable[[nn.Module], object] | None = None
+    disconnect: Callable[[nn.Module], None] | None = None
+    unsuited: Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, Any]], Mapping[str, str]] | None = None
 
 
 KINDS: dict[str, Kind] = {
     "bn": Kind((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
     "ghost": Kind((GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)),
     "mbn": Kind((MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d)),
+    "mabn": Kind(
+        (MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d),
+        connect=centralize,
+        disconnect=decentralize,
+        unsuited=not_after_a_weight,
+    ),
+    "cbn": Kind(
+        (CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d),
+        connect=connect_compensating,
+        disconnect=disconnect_cross_iteration,
+        unsuited=not_after_a_layer,
+    ),
     "bsr": Kind((BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d)),
     "brn": Kind((BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)),
     "evalnorm": Kind((EvalNorm1d, EvalNorm2d, EvalNorm3d)),
@@ -88,10 +118,19 @@ def inherited(target: Norm) -> tuple[str, ...]:
     return target.inherited_arguments if issubclass(target, StatisticsNorm) else ("eps", "momentum")
 
 
+def disconnect(model: nn.Module) -> None:
+    """End the connections of layers that are of another kind by now."""
+    for kind in KINDS.values():
+        if kind.disconnect is not None:
+            kind.disconnect(model)
+
+
 def connect(model: nn.Module) -> None:
     """Connect the layers of a model whose kind needs to know which come before which."""
+    disconnect(model)
     for kind in KINDS.values():
-        if kind.connect is not None and any(isinstance(module, kind.layers[1]) for module in model.modules()):
+        layers = tuple(layer for layer in kind.layers if layer is not None)
+        if kind.connect is not None and any(isinstance(module, layers) for module in model.modules()):
             kind.connect(model)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, lookalikes, thawed
-from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, options_of
+from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, disconnect, options_of
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.nn.convert.single_values import RefuseSingleValues
 from wellcond.nn.convert.then_activation import Norm, fused_type, parts_of
@@ -47,6 +47,11 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     - ``"bn"``: `nn.BatchNorm*`, for deployment or to go back;
     - ``"ghost"``: `GhostBatchNorm*`; needs the option group_size;
     - ``"mbn"``: `MomentumBatchNorm*`; its history begins as the running statistics;
+    - ``"mabn"``: `MovingAverageBatchNorm*`, and the linear layer or convolution right before computes with centralized
+      weights (`weight_centralize`), so evaluation changes; going back makes these weights permanent. Layers with
+      nothing of the kind before them stay as they are, and the report says why;
+    - ``"cbn"``: `CrossIterationBatchNorm*`, connected by `connect_cross_iteration` with the linear layer or convolution
+      right before; others stay as they are, and the report says why, but with ``compensate=False``;
     - ``"bsr"``, ``"evalnorm"``: `BSRBatchNorm*`, `EvalNorm*`; evaluate as before until they have seen training batches;
     - ``"brn"``: `BatchRenorm*`;
     - ``"pn"``: `PopulationNorm*`, with its own default of momentum;
@@ -115,9 +120,14 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
     left: dict[str, str] = {}
     refused: dict[str, list[str]] = {}
     errors: type[Exception] = ValueError
-    for found in _find(model, where):
+    every = _find(model, where)
+    unsuited = _unsuited(model, every, to, options)
+    for found in every:
         if not any(found.selected):
             left[found.names[0]] = f"{type(found.layer).__name__}: not selected by `where`"
+            continue
+        if found.names[0] in unsuited:
+            left[found.names[0]] = f"{type(found.layer).__name__}: {unsuited[found.names[0]]}"
             continue
         try:
             change = _plan(found, to, options)
@@ -145,6 +155,7 @@ def convert_norm(model: nn.Module, to: str, where: Predicate | None = None, **op
         connect(model)
     except (TypeError, ValueError) as error:
         _apply(before)
+        disconnect(model)
         raise type(error)(
             f"convert_norm(to={to!r}) changed nothing, since the order of layers is not clear: {error}"
         ) from error
@@ -185,6 +196,22 @@ def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
     others = Counter(type(module).__name__ for module in model.modules() if is_other_norm(module))
     kinds = ", ".join(f"{count} {name}" for name, count in others.items()) or "none at all"
     raise ValueError(f"{type(model).__name__} has no batch normalization to convert; its normalizations are: {kinds}")
+
+
+def _unsuited(model: nn.Module, every: Iterable[_Found], to: str, options: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return why some of the selected layers cannot be of the kind, by name; raise if that is so of all."""
+    find = KINDS[to].unsuited
+    if find is None:
+        return {}
+    selected = {found.names[0]: found.layer for found in every if any(found.selected)}
+    try:
+        reasons = find(model, selected, options)
+    except TypeError as error:
+        raise TypeError(f"convert_norm(to={to!r}) changed nothing: {error}") from error
+    if len(reasons) == len(selected):
+        lines = [f"\n  {name!r} {why}" if name else f"\n  the model itself {why}" for name, why in reasons.items()]
+        raise ValueError(f"convert_norm(to={to!r}) can convert none of the selected layers:{''.join(lines)}")
+    return reasons
 
 
 # what becomes of one layer ------------------------------------------------------------------------------------------

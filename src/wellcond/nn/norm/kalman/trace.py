@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from wellcond.nn.norm.kalman.graph import (
     parts_of,
 )
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
+from wellcond.nn.norm.outline import trace_outline
 from wellcond.runtime.checks import checked
 
 _ADDITIONS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -242,34 +242,14 @@ class _Unknown(NamedTuple):
 _State = _Branch | _Unknown | None
 
 
-class _Tracer(fx.Tracer):
-    """Takes modules whole, but for those that have a layer inside."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is taken whole."""
-        if isinstance(m, KalmanBatchNorm2d):
-            return True
-        # Of a plain chain each link is seen by itself: its activations and pooling may be told from its convolutions.
-        is_chain = type(m).forward is nn.Sequential.forward
-        return not is_chain and not any(isinstance(each, KalmanBatchNorm2d) for each in m.modules())
-
-
 def _traced(model: nn.Module, names: Mapping[KalmanBatchNorm2d, str]) -> _Plan:
     if isinstance(model, KalmanBatchNorm2d):
         return _Plan({"": model})
-    # Options of a forward stay what they are by default, so that it may ask for them.
-    options = {
-        name: argument.default
-        for name, argument in inspect.signature(model.forward).parameters.items()
-        if argument.default is None or isinstance(argument.default, (bool, int, float, str))
-    }
-    try:
-        traced = _Tracer().trace(model, concrete_args=options)
-    except Exception as error:
-        raise TypeError(
-            f"the order of {type(model).__name__}'s layers cannot be told, since torch.fx cannot trace its forward: "
-            f"{error}. Name them: connect_kalman(model, predecessors={{layer: the layers before it}})"
-        ) from error
+    traced = trace_outline(
+        model,
+        lambda module: isinstance(module, KalmanBatchNorm2d),
+        "Name them: connect_kalman(model, predecessors={layer: the layers before it})",
+    )
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(
         names[layer]
