@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from wellcond.lab.tasks.base import EpochBatches
 
 _DESCRIPTION = """\
 Look at one network with every probe of wellcond.diagnostics: the spectra of its features, its gradients with and
@@ -120,7 +117,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         return found
 
     stream = data.batches()
-    batches = list(itertools.islice(_epochs(stream), arguments.batches))
+    batches = list(itertools.islice(stream.endless(), arguments.batches))
     training = None
     progress = StepProgress(Console(stderr=True), f"diagnosing {plan.model}")
     with interruptible(), progress:
@@ -128,7 +125,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         if arguments.steps:
             recorded = {"steps": arguments.steps, "lr": arguments.lr, "call": call, "told": progress.advance}
             try:
-                training = trained_briefly(model, _epochs(stream), loss, **recorded)
+                training = trained_briefly(model, stream.endless(), loss, **recorded)
             except ValueError as error:
                 raise LabError(f"--lr {arguments.lr:g}: {error}") from error
         found = diagnose(
@@ -157,12 +154,6 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         print(f" - {line}")
     print(f"\nWritten: {' '.join(str(file) for file in files)}")
     return 0
-
-
-def _epochs(batches: EpochBatches) -> Iterator[Any]:
-    """Yield batches of one epoch after another, without an end."""
-    while True:
-        yield from batches
 
 
 def _folder(out: str | None, name: str) -> Path:

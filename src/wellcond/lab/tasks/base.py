@@ -21,13 +21,11 @@ from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import rows_of
 from wellcond.lab.tasks.check import check_task
 from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
-from wellcond.lab.tasks.seed_data import EpochBatches, Epochs, SeedData, TaskSeed
+from wellcond.lab.tasks.seed_data import SeedData, TaskSeed
 
 __all__ = [
     "ROLES",
     "Defaults",
-    "EpochBatches",
-    "Epochs",
     "Evaluation",
     "Metric",
     "Role",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch, check_augmentation
 from wellcond.lab.data.decoding import check_images
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.fine_grained import FINE_GRAINED
 from wellcond.lab.data.image_files import FileData, find_class_folders, read_class_folders
 from wellcond.lab.data.load import draw_test
@@ -31,7 +32,7 @@ from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Role, SeedData, Task
 from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
 from wellcond.lab.tasks.counts import count_images
 
@@ -175,7 +176,7 @@ class FolderSeed(SeedData):
         self.task, self.drawn, self.spec, self.device = task, drawn, spec, device
         self.rank, self.ranks = rank, ranks
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[Batch]:
         """Return the training batches."""
         task, spec = self.task, self.spec
         view = training_view(task.data.crop, spec.augmentation, task.image_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.load import ImageData, load_data
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
@@ -19,7 +20,7 @@ from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Role, SeedData, Task
 from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
 from wellcond.lab.tasks.counts import checked_counts, count_images
 
@@ -149,7 +150,7 @@ class InMemorySeed(SeedData):
         self.split, self.spec, self.classes = split, spec, classes
         self.rank, self.ranks = rank, ranks
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[Batch]:
         """Return the training batches."""
         train, spec = self.split.train, self.spec
         return TrainingBatches(

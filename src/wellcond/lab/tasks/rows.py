@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.lab.data.batches import share_of
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Epochs, Evaluation, Role, SeedData
+from wellcond.lab.tasks.base import Evaluation, Role, SeedData
 from wellcond.lab.tasks.objectives import Objective
 
 
@@ -80,7 +81,7 @@ class RowsSeed(SeedData):
         self.training, self.held_out, self.objective, self.spec = training, held_out, objective, spec
         self.device, self.piece, self.rank, self.ranks = device, piece, rank, ranks
 
-    def batches(self) -> Epochs:
+    def batches(self) -> Epochs[Rows]:
         """Return the training batches, of whole batches alone."""
         return Epochs(self._epoch, self.spec.train_images // self.spec.batch_size)
 

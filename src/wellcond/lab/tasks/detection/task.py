@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart
 from wellcond.lab.data.streams import loading_processes
@@ -23,7 +24,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role, SeedData, Task
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
@@ -167,7 +168,7 @@ class DetectionSeed(SeedData):
         self.device, self.rank, self.ranks = device, rank, ranks
         self.masks = select_detector(spec.model).masks
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[DetectionBatch]:
         """Return the training batches."""
         pool, spec = self.task.pool, self.spec
         upright = np.array([pool.is_upright(number) for number in self.train.tolist()])

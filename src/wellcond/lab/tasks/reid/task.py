@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role, SeedData, Task
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
     FOLDERS,
@@ -180,7 +181,7 @@ class ReidSeed(SeedData):
             )
         self.labels = np.unique(split.train.identities, return_inverse=True)[1]
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[PersonBatch]:
         """Return the training batches."""
         spec = self.spec
         return EpochLoader(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from wellcond.lab.data.batches import share_of
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart, without
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError, unknown_name
@@ -23,7 +24,7 @@ from wellcond.lab.given_paths import check_data
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role, SeedData, Task
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.segmentation.formats import SegmentationFiles, find_segmentation
 from wellcond.lab.tasks.segmentation.networks import build_segmenter
@@ -160,7 +161,7 @@ class SegmentationSeed(SeedData):
         self.task, self.train, self.held_out, self.spec = task, train, held_out, spec
         self.device, self.rank, self.ranks = device, rank, ranks
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[SegmentationBatch]:
         """Return the training batches."""
         task, spec = self.task, self.spec
         share = share_of(spec.batch_size, self.rank, self.ranks)
