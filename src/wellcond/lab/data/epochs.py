@@ -15,8 +15,8 @@ class Epochs(Generic[T]):
         epoch: Number of the next epoch, from 0. An iteration that is begun raises it by one.
 
     Args:
-        begin: From an epoch's number, and how many of its batches to leave out, to the rest of them. They are a function
-            of the seed, these two, and nothing else.
+        begin: From an epoch's number, and how many of its batches to leave out, to the rest of them: a function of
+            the seed and these two alone.
         length: Batches of an epoch.
 
     Example:
