@@ -1,4 +1,4 @@
-"""Tasks that are opened without a method: the same network and batches as a comparison's, and the words of their data."""
+"""Tasks that are opened without a method: the same network and batches as in a comparison, and its words."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_too_large_a_batch_is_told_in_the_datas_word(settings):
 def test_the_list_says_which_methods_a_text_is_compared_with(capsys):
     assert main(["list", "data"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "by default" in line]
-    assert len(lines) == 1 and "GPT" in lines[0] and lines[0].endswith(", ".join(TEXT_METHODS))
+    assert len(lines) == 1
+    assert "GPT" in lines[0]
+    assert lines[0].endswith(", ".join(TEXT_METHODS))
 
 
 OWN = """

@@ -1,4 +1,4 @@
-"""Batches that keep their place: whatever is left out, those that come are those of an epoch that was not interrupted."""
+"""Batches that keep their place: those that come after a stop are those of an epoch that was not interrupted."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.locks import NAME, locked
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import EpochRecord, RunRecord, RunSpec, RunStore
+from wellcond.lab.runs.settings import Settings
 
 SPEC = RunSpec(METHODS["SGDM"], 0.1, 0, 20, 5, 25, "convnet", 32, None, "none", 320, 32, "data", "here", 2)
 EPOCHS = (
@@ -210,8 +211,10 @@ def test_what_was_swept_is_in_the_name_and_nowhere_else(
     tmp_path_factory: pytest.TempPathFactory, swept: tuple[tuple[str, object], ...]
 ) -> None:
     store, other = RunStore(tmp_path_factory.mktemp("runs")), replace(SPEC, swept=swept)
-    assert other.key() == SPEC.key() and other == SPEC
-    assert all(name in other.name for name, _ in swept) and swept[0][0] in store.path(other).name
+    assert other.key() == SPEC.key()
+    assert other == SPEC
+    assert all(name in other.name for name, _ in swept)
+    assert swept[0][0] in store.path(other).name
     # The one is the other's run, whichever was kept first.
     store.save(other, RECORD)
     assert store.load(SPEC) == RECORD
