@@ -15,7 +15,7 @@ from wellcond.lab.comparison.compare import Comparison, run_comparison
 from wellcond.lab.comparison.summary import Summary
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
-from wellcond.lab.methods.method import DEFAULT_METHODS, Method
+from wellcond.lab.methods.method import Method
 from wellcond.lab.plan import Plan, make_plan, output_folder
 from wellcond.lab.report.results import Results, collect_results, write_results
 from wellcond.lab.report.terminal import print_summary
@@ -117,7 +117,7 @@ class Result:
 
 def compare(
     task: Any,
-    methods: Sequence[str | Method] = DEFAULT_METHODS,
+    methods: Sequence[str | Method] | None = None,
     *,
     seeds: int = 5,
     epochs: int | None = None,
@@ -136,7 +136,7 @@ def compare(
     Args:
         task: A `Task`, an object with its four methods, a class of either, an import path such as
             ``"my_project.training:MyTask"``, or what ``--data`` takes, such as ``"digits"``.
-        methods: Names of methods as `wellcond list methods` shows them, or methods.
+        methods: Names of methods as `wellcond list methods` shows them, or methods; None: the task's default methods.
         seeds: How many paired seeds.
         epochs: Epochs of a run; None: the task's.
         lrs: Learning rates to try: one list for all methods, or by optimizer, as ``{"SGD": [0.03, 0.1]}``; None: the
@@ -175,7 +175,7 @@ def compare(
 
 def _plan(
     task: Any,
-    methods: Sequence[str | Method],
+    methods: Sequence[str | Method] | None,
     seeds: int,
     epochs: int | None,
     lrs: Mapping[str, Sequence[float]] | Sequence[float] | None,
@@ -185,8 +185,10 @@ def _plan(
 ) -> Plan:
     if isinstance(methods, str):
         raise LabError(f"methods must be a list of names, got the text {methods!r}")
-    more = {method.name: method for method in methods if isinstance(method, Method)}
-    names = tuple(method.name if isinstance(method, Method) else method for method in methods)
+    more = {method.name: method for method in methods or () if isinstance(method, Method)}
+    names = (
+        None if methods is None else tuple(method.name if isinstance(method, Method) else method for method in methods)
+    )
     given: Task | None = None
     source: dict[str, Any] = {"score": score}
     if isinstance(task, str):

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from wellcond.lab.errors import LabError, naming_errors
+from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import environment, training_device
 from wellcond.lab.methods.method import Method, Refresh, baselines, given_grids, select_methods, with_lrs
 from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.networks.weights import check_weights, digest_of
+from wellcond.lab.networks.weights import digest_of
+from wellcond.lab.opened_task import opened_task
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
-from wellcond.lab.tasks.open import open_task
 from wellcond.lab.trials import RUN_OPTIONS, Trial, make_trials
 
 
@@ -29,7 +29,7 @@ class Plan:
     """A comparison, ready to run.
 
     Attributes:
-        settings: What was asked for.
+        settings: What was asked for, with the methods that are compared.
         task: The data and what one does with it.
         methods: What is compared.
         baselines: From a method's name to its baseline's.
@@ -95,7 +95,7 @@ class Plan:
     def row(self, trial: Trial, steps: int | None = None) -> tuple[RunSpec, ...]:
         """Return a trial's runs, one a seed, of all epochs unless it says how many steps."""
         specs = [self.spec(trial.method, trial.lr, seed, steps) for seed in range(self.settings.seeds)]
-        options = trial.run_options
+        options = trial.run_options | {"swept": trial.swept}
         if "ghost_batch" in options and not trial.method.has_batch_statistics:
             options["ghost_batch"] = None
         if steps is None and "batch_size" in options:
@@ -141,27 +141,13 @@ def make_plan(
     Raises:
         LabError: If a name is unknown, the data cannot be read, or the numbers do not fit together.
     """
-    if settings.weights is not None:
-        check_weights("--weights", settings.weights)
-    methods = select_methods(settings.methods, more)
-    methods = with_lrs(methods, dict(settings.lrs) | given_grids(lrs, methods))
-    task = task or open_task(settings)
-    # Before anything of a user's task is used: what it keeps of its work must not change what it is known by.
-    digest = task.digest
-    with naming_errors(f"{task.name}"):
-        defaults = task.defaults
-        task.metric  # noqa: B018
-    model = settings.model or defaults.model
-    batch_size = settings.batch_size or defaults.batch_size
-    if batch_size > task.train_images:
-        raise LabError(
-            f"--batch-size must be at most the number of training images ({task.train_images}), got {batch_size}"
-        )
-    if batch_size < defaults.smallest_batch:
-        raise LabError(
-            f"--batch-size must be at least {defaults.smallest_batch}, because the networks use batch normalization, "
-            f"got {batch_size}"
-        )
+    # What is named is read before any data is: to find a name misspelt must not take a minute.
+    methods = None if settings.methods is None else _methods(settings.methods, settings, lrs, more)
+    opened = opened_task(settings, task)
+    task, defaults, model, batch_size = opened.task, opened.defaults, opened.model, opened.batch_size
+    if methods is None:
+        settings = replace(settings, methods=defaults.methods)
+        methods = _methods(defaults.methods, settings, lrs, more)
     _check_ghost_batch(settings, batch_size)
     _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
     epochs = settings.epochs or defaults.epochs
@@ -196,7 +182,7 @@ def make_plan(
             augmentation=task.augmentation,
             train_images=task.train_images,
             validation_images=task.validation_images,
-            data=digest,
+            data=opened.digest,
             # Of the first rank's machine: all have to agree on what is kept.
             environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
@@ -214,6 +200,16 @@ def make_plan(
     )
     _check_trials(plan)
     return plan
+
+
+def _methods(
+    names: Sequence[str],
+    settings: Settings,
+    lrs: Mapping[str, Sequence[float]] | Sequence[float] | None,
+    more: Mapping[str, Method] | None,
+) -> tuple[Method, ...]:
+    methods = select_methods(names, more)
+    return with_lrs(methods, dict(settings.lrs) | given_grids(lrs, methods))
 
 
 def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
@@ -363,7 +359,7 @@ def _check_trials(plan: Plan) -> None:
         spec = row[0]
         if spec.batch_size > task.train_images:
             raise LabError(
-                f"--sweep batch_size must be at most the number of training images ({task.train_images}), got "
+                f"--sweep batch_size must be at most the number of training {task.samples} ({task.train_images}), got "
                 f"{spec.batch_size}"
             )
         if spec.ghost_batch is not None and spec.ghost_batch > spec.batch_size:

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from wellcond.__main__ import main
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
+from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.locks import NAME, locked
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import EpochRecord, RunRecord, RunSpec, RunStore
+from wellcond.lab.runs.settings import Settings
 
 SPEC = RunSpec(METHODS["SGDM"], 0.1, 0, 20, 5, 25, "convnet", 32, None, "none", 320, 32, "data", "here", 2)
 EPOCHS = (
@@ -192,3 +194,36 @@ def test_a_lock_file_of_anything_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("[1, 2")
     with locked(tmp_path):
         pass
+
+
+SWEPT = st.lists(
+    st.tuples(
+        st.sampled_from(["damping", "weight_decay", "nesterov", "norm.group_size"]),
+        st.one_of(st.floats(1e-6, 1e3), st.booleans(), st.none(), st.text("ab/ .", min_size=1, max_size=300)),
+    ),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+
+
+@given(swept=SWEPT)
+def test_what_was_swept_is_in_the_name_and_nowhere_else(
+    tmp_path_factory: pytest.TempPathFactory, swept: tuple[tuple[str, object], ...]
+) -> None:
+    store, other = RunStore(tmp_path_factory.mktemp("runs")), replace(SPEC, swept=swept)
+    assert other.key() == SPEC.key()
+    assert other == SPEC
+    assert all(name in other.name for name, _ in swept)
+    assert swept[0][0] in store.path(other).name
+    # The one is the other's run, whichever was kept first.
+    store.save(other, RECORD)
+    assert store.load(SPEC) == RECORD
+    store.save(SPEC, RECORD)
+    assert len(list(store.folder.iterdir())) == 1
+
+
+def test_trials_of_a_sweep_have_names_that_tell_them_apart(tmp_path: Path) -> None:
+    plan = make_plan(Settings(methods=("W-SGDM",), sweeps=(("damping", (0.01, 0.1)), ("batch_size", (16, 32)))))
+    names = {RunStore(tmp_path).path(spec).name.rpartition("-")[0] for spec in plan.specs()}
+    assert len(names) == len(plan.specs())
+    assert any("damping0.01-batch_size16-seed0" in name for name in names)

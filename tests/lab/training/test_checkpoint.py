@@ -13,6 +13,7 @@ import torch
 from stopped_runs import COMPARED, compare, stop_after, uncounted
 
 from wellcond.lab.comparison.summing_up import summarize
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan
@@ -195,28 +196,17 @@ def test_seconds_between_checkpoints_are_checked(value):
 
 
 def test_a_budget_ends_where_the_run_does():
-    class Epochs:
-        epoch = first = 0
-
-        def __len__(self):
-            return 4
-
-        def resume_at(self, epoch, batch):
-            self.epoch, self.first = epoch, batch
-
-        def __iter__(self):
-            epoch, first = self.epoch, self.first
-            self.epoch, self.first = epoch + 1, 0
-            yield from (4 * epoch + batch for batch in range(first, 4))
+    def epochs():
+        return Epochs(lambda epoch, first: (4 * epoch + batch for batch in range(first, 4)), 4)
 
     def steps(budget):
         return [list(budget) for _ in range(budget.epochs)]
 
-    assert steps(Budget(Epochs(), 10)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    budget = Budget(Epochs(), 10)
+    assert steps(Budget(epochs(), 10)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    budget = Budget(epochs(), 10)
     budget.resume_at(5)
     assert [list(budget), list(budget)] == [[5, 6, 7], [8, 9]]
-    budget = Budget(Epochs(), 7)
+    budget = Budget(epochs(), 7)
     budget.resume_at(6)
     assert list(budget) == [6]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from wellcond.lab.plan import Plan
+    from wellcond.lab.opened_task import OpenedTask
     from wellcond.lab.runs.metric import Metric
     from wellcond.lab.tasks.base import Evaluation, SeedData
 
@@ -36,14 +36,14 @@ class Opened:
     """Trained networks, and the images to pass over and to evaluate on.
 
     Attributes:
-        plan: The data, and how the networks are built.
+        work: The data, and how the networks are built.
         models: One for each checkpoint, on the device.
         data: The seed's images.
         device: Where they are.
         loaded: Images that are loaded at once.
     """
 
-    plan: Plan
+    work: OpenedTask
     models: list[nn.Module]
     data: SeedData
     device: torch.device
@@ -64,7 +64,7 @@ def opened(arguments: argparse.Namespace, command: str, checkpoints: Sequence[st
     """
     from wellcond.lab.hardware.machine import training_device
     from wellcond.lab.networks.weights import check_weights
-    from wellcond.lab.plan import make_plan
+    from wellcond.lab.opened_task import opened_task
 
     check_seed(arguments.seed)
     for checkpoint in checkpoints:
@@ -73,17 +73,15 @@ def opened(arguments: argparse.Namespace, command: str, checkpoints: Sequence[st
         check_weights("checkpoint", checkpoint)
         if arguments.out.exists() and arguments.out.samefile(checkpoint):
             raise LabError(f"--out {arguments.out}: would write over the checkpoint")
-    plan = make_plan(given_settings(arguments, methods=("SGDM",), weights=checkpoints[0], batch_size=m or _LOADED))
-    if plan.task.kind != "classification":
-        raise LabError(f"{command} is for classification, and {plan.settings.data} is for {plan.task.kind}")
+    work = opened_task(given_settings(arguments, weights=checkpoints[0], batch_size=m or _LOADED))
+    if work.task.kind != "classification":
+        raise LabError(f"{command} is for classification, and {work.settings.data} is for {work.task.kind}")
     device = training_device()
-    models = [plan.task.initial_model(plan.model, arguments.seed, each).to(device) for each in checkpoints]
+    models = [work.network(arguments.seed, each).to(device) for each in checkpoints]
     # Whole batches of m that leave out as few of the images as can be.
-    images, whole = plan.task.train_images, m or 1
+    images, whole = work.task.train_images, m or 1
     loaded = whole * max(1, images // -(-images // _LOADED) // whole)
-    spec = replace(plan.spec(plan.methods[0], plan.methods[0].lrs[0], arguments.seed), batch_size=loaded)
-    plan.task.check_files()
-    return Opened(plan, models, plan.task.for_seed(spec, device, rank=0, ranks=1), device, loaded)
+    return Opened(work, models, work.data(arguments.seed, device, loaded), device, loaded)
 
 
 def calibrate_and_show(
@@ -106,8 +104,8 @@ def calibrate_and_show(
     from wellcond.lab.tasks.base import ROLES
     from wellcond.nn import conversion_report
 
-    plan, batches = found.plan, found.data.batches()
-    progress = StepProgress(Console(stderr=True), f"calibrating {plan.model}")
+    work, batches = found.work, found.data.batches()
+    progress = StepProgress(Console(stderr=True), f"calibrating {work.model}")
 
     def counted() -> Iterator[Any]:
         for batch in batches:
@@ -121,14 +119,14 @@ def calibrate_and_show(
             before = _evaluate(model, found.data, found.device, progress)
             wellcond.calibrate(model, counted(), **options)
         except (TypeError, ValueError) as error:
-            raise LabError(f"{plan.model} cannot be {done}: {error}") from error
+            raise LabError(f"{work.model} cannot be {done}: {error}") from error
         after = _evaluate(model, found.data, found.device, progress)
         _save(model, out)
     most = len(batches) * found.loaded
     said = re.search(r"(\d+) sample", conversion_report(model).data)
     m = options.get("batch_size")
     passed = f"from {min(int(said[1]), most) if said else most} training images" + (f" in batches of {m}" if m else "")
-    _show(f"{title} {passed}", plan.task.metric, before, after)
+    _show(f"{title} {passed}", work.task.metric, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
 
 

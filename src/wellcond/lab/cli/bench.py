@@ -56,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_method_options(parser, _METHODS)
+    add_method_options(parser, ",".join(_METHODS))
     parser.add_argument("--model", metavar="NAME", help=f"the network (default: {_MODEL})")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"images of a batch (default: {_SIZE})")
     parser.add_argument("--image-size", type=int, metavar="N", help=f"their height and width (default: {_SIZE})")
@@ -124,7 +124,7 @@ def _workload(arguments: argparse.Namespace, refresh: Refresh, device: torch.dev
     from wellcond.lab.benchmark.steps import NoiseWorkload, TaskWorkload
     from wellcond.lab.tasks.open import open_task
 
-    settings = given_settings(arguments, methods=("SGDM",))
+    settings = given_settings(arguments)
     if settings.task is not None:
         task = open_task(settings)
         task.check(device)

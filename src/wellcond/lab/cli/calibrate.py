@@ -115,6 +115,6 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
     options = pass_options(arguments) | {"batch_size": m, "what": arguments.what}
     found = opened(arguments, "calibrate", [arguments.checkpoint], m)
-    title = f"{arguments.what} for {found.plan.model} on {found.plan.task.name},"
+    title = f"{arguments.what} for {found.work.model} on {found.work.task.name},"
     calibrate_and_show(found, lambda: found.models[0], arguments.out, title, "calibrated", **options)
     return 0

@@ -22,7 +22,7 @@ from wellcond.lab.cli.options import (
 )
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.cli.processes import in_processes
-from wellcond.lab.methods.method import DEFAULT_METHODS, parse_lrs
+from wellcond.lab.methods.method import DEFAULT_METHODS, TEXT_METHODS, parse_lrs
 from wellcond.lab.runs.comparison_file import read_comparison
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
@@ -78,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "them); options go before it",
     )
     what = parser.add_argument_group("what is compared")
-    add_method_options(what, DEFAULT_METHODS)
+    add_method_options(what, f"{','.join(DEFAULT_METHODS)}; of a text {','.join(TEXT_METHODS)}; or what the task names")
     what.add_argument(
         "--lrs",
         action="append",
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     # What the command line says goes before the file.
     more = {name: value for name, value in file.items() if name not in arguments}
     more |= {
-        "methods": file.get("methods", DEFAULT_METHODS) if methods is None else methods,
+        "methods": file.get("methods") if methods is None else methods,
         "lrs": tuple((dict(file.get("lrs", ())) | dict(grids)).items()),
     }
     if "sweeps" in arguments:

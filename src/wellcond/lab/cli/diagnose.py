@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from wellcond.lab.cli.options import given_settings
+from wellcond.lab.cli.options import add_task_options, given_settings
 from wellcond.lab.cli.paths import OutputFolder
 from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
 from wellcond.lab.errors import LabError
@@ -22,8 +21,6 @@ from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from wellcond.lab.tasks.base import EpochBatches
 
 _DESCRIPTION = """\
 Look at one network with every probe of wellcond.diagnostics: the spectra of its features, its gradients with and
@@ -37,7 +34,9 @@ examples:
   wellcond diagnose resnet8 cifar10/ --steps 200
       after 200 steps of training, over which gradients are recorded
   wellcond diagnose resnet18 cifar10/ --checkpoint trained.pt --batch-size 2
-      a trained network, at the batch size that its statistics are taken over on a device"""
+      a trained network, at the batch size that its statistics are taken over on a device
+  wellcond diagnose --task my_project.training:MyTask --steps 200
+      your own network, batches and loss"""
 
 
 # They are all in memory at once.
@@ -59,6 +58,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "data", nargs="?", default=DIGITS, metavar="DATA", help="what --data of `compare` takes (default: %(default)s)"
     )
+    add_task_options(parser)
     parser.add_argument("--checkpoint", metavar="FILE", help="state dict of the network (default: drawn from the seed)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, images and order (default: 0)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images of a batch (default: by data)")
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     from wellcond.lab.diagnosis.page import write_diagnosis
     from wellcond.lab.hardware.machine import training_device
     from wellcond.lab.networks.weights import check_weights
-    from wellcond.lab.plan import make_plan
+    from wellcond.lab.opened_task import opened_task
 
     for name, least, most in (("batches", 2, _MOST_BATCHES), ("steps", 0, MOST)):
         check_whole(name, getattr(arguments, name), least, most)
@@ -103,14 +103,12 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         raise LabError(f"--lr must be {'finite' if arguments.lr > 0 else 'positive'}, got {arguments.lr:g}")
     if arguments.checkpoint is not None:
         check_weights("--checkpoint", arguments.checkpoint)
-    plan = make_plan(given_settings(arguments, methods=("SGDM",), seeds=1))
-    folder = _folder(arguments.out, f"{plan.model}-{plan.task.name}")
+    opened = opened_task(given_settings(arguments))
+    task = opened.task
+    folder = _folder(arguments.out, f"{opened.model}-{task.name}")
     device = training_device()
-    method = plan.methods[0]
-    spec = plan.spec(method, method.lrs[0], arguments.seed)
-    model = plan.task.initial_model(plan.model, arguments.seed, arguments.checkpoint).to(device)
-    plan.task.check_files()
-    data = plan.task.for_seed(spec, device, rank=0, ranks=1)
+    model = opened.network(arguments.seed, arguments.checkpoint).to(device)
+    data = opened.data(arguments.seed, device)
 
     def call(network: nn.Module, batch: Any) -> Tensor:
         return data.loss(network, batch)
@@ -120,28 +118,28 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         return found
 
     stream = data.batches()
-    batches = list(itertools.islice(_epochs(stream), arguments.batches))
+    batches = list(itertools.islice(stream.endless(), arguments.batches))
     training = None
-    progress = StepProgress(Console(stderr=True), f"diagnosing {plan.model}")
+    progress = StepProgress(Console(stderr=True), f"diagnosing {opened.model}")
     with interruptible(), progress:
         progress.expect(arguments.steps + len(PROBES))
         if arguments.steps:
             recorded = {"steps": arguments.steps, "lr": arguments.lr, "call": call, "told": progress.advance}
             try:
-                training = trained_briefly(model, _epochs(stream), loss, **recorded)
+                training = trained_briefly(model, stream.endless(), loss, **recorded)
             except ValueError as error:
                 raise LabError(f"--lr {arguments.lr:g}: {error}") from error
         found = diagnose(
-            model, batches, loss, batch_size=plan.batch_size, call=call, training=training, told=progress.advance
+            model, batches, loss, batch_size=opened.batch_size, call=call, training=training, told=progress.advance
         )
     settings = {
-        "model": plan.model,
-        "data": plan.settings.data,
+        "model": opened.model,
+        "data": opened.settings.task or opened.settings.data,
         "checkpoint": arguments.checkpoint,
-        **plan.task.describe(),
-        "batch_size": plan.batch_size,
+        **task.describe(),
+        "batch_size": opened.batch_size,
         "batches": len(batches),
-        "augmentation": plan.task.augmentation,
+        "augmentation": task.augmentation,
         "seed": arguments.seed,
         "steps_of_training": arguments.steps,
         "lr": arguments.lr if arguments.steps else None,
@@ -149,7 +147,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     state = f"after {arguments.steps} steps of SGD at lr {arguments.lr:g}" if arguments.steps else "as it is"
     if not arguments.steps and arguments.checkpoint is None:
         state = "as it is initialized"
-    title = f"{plan.model} {state}, on {len(batches)} batches of {plan.batch_size} of {plan.task.name}"
+    title = f"{opened.model} {state}, on {len(batches)} batches of {opened.batch_size} of {task.name}"
     folder.mkdir(parents=True, exist_ok=True)
     files = write_diagnosis(found, folder, title=title, settings=settings, command=command_line)
     print(title)
@@ -157,12 +155,6 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         print(f" - {line}")
     print(f"\nWritten: {' '.join(str(file) for file in files)}")
     return 0
-
-
-def _epochs(batches: EpochBatches) -> Iterator[Any]:
-    """Yield batches of one epoch after another, without an end."""
-    while True:
-        yield from batches
 
 
 def _folder(out: str | None, name: str) -> Path:

@@ -10,7 +10,7 @@ from wellcond.lab.networks.gpt_specs import GPTS
 from wellcond.lab.networks.mlp_specs import MLPS
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.tasks.detection.networks import DETECTORS
-from wellcond.lab.tasks.open import LAYOUTS
+from wellcond.lab.tasks.open import LAYOUTS, Layout
 from wellcond.lab.tasks.reid.specs import REID_NETWORKS
 from wellcond.lab.tasks.segmentation.specs import SEGMENTERS
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         ],
         "data": [
             (DIGITS, "scikit-learn's bundled digits: 1,797 images of 8x8 in 10 classes"),
-            *((layout.name, layout.description) for layout in LAYOUTS),
+            *((layout.name, f"{layout.description}{_methods(layout)}") for layout in LAYOUTS),
         ],
         "recipes": [(recipe.name, f"{recipe.title} ({recipe.source})") for recipe in bundled_recipes()],
     }
@@ -61,3 +61,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
             between = "\n      " if kind == "methods" else " " * (2 + width - len(name))
             print(f"  {name}{between}{description}")
     return 0
+
+
+def _methods(layout: Layout) -> str:
+    """Return what is compared on data by default, where it is other than on most."""
+    return "" if layout.methods == DEFAULT_METHODS else f"; by default {', '.join(layout.methods)}"

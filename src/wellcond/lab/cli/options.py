@@ -15,7 +15,7 @@ from wellcond.lab.runs.settings import ACCELERATORS, MODES, PRECISIONS, STRATEGI
 _DEFAULTS = Settings()
 
 
-def add_method_options(group: argparse._ActionsContainer, default: tuple[str, ...]) -> None:
+def add_method_options(group: argparse._ActionsContainer, default: str) -> None:
     """Add what names the methods.
 
     Args:
@@ -27,7 +27,7 @@ def add_method_options(group: argparse._ActionsContainer, default: tuple[str, ..
         default=None,
         metavar="A,B,...",
         help=f"methods, separated by commas: names of `wellcond list methods`, or methods as they are written "
-        f"(default: {','.join(default)})",
+        f"(default: {default})",
     )
     group.add_argument(
         "--method",
@@ -71,20 +71,24 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="of a table: classification or regression (default: by whether the target is of words or few integers)",
     )
     data.add_argument(
-        "--train-images", type=int, metavar="N", help="images that train (default: 1000 for digits, else all)"
+        "--train-images",
+        type=int,
+        metavar="N",
+        help="images (rows of a table, blocks of a text in an epoch) that train (default: digits 1000, texts 512, else "
+        "all)",
     )
     data.add_argument(
         "--val-images",
         dest="validation_images",
         type=int,
         metavar="N",
-        help="images that choose the lr (default: a tenth; digits: 398)",
+        help="images, rows or blocks that choose the lr (default: a tenth; digits: 398)",
     )
     data.add_argument(
         "--test-images",
         type=int,
         metavar="N",
-        help="images that measure (default: a fifth, or the test file; digits: 399)",
+        help="images, rows or blocks that measure (default: a fifth, of a text a tenth, or the test file; digits: 399)",
     )
     data.add_argument(
         "--image-size",
@@ -153,7 +157,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(MODELS)}, torchvision:NAME, timm:NAME (default: convnet for digits, else resnet8)",
+        help=f"{', '.join(MODELS)}, torchvision:NAME, timm:NAME (default: by data, convnet for digits)",
     )
     model.add_argument(
         "--weights",
@@ -166,9 +170,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add what a run consists of, whatever the method."""
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: 6 for digits, else 8)")
+    training.add_argument("--epochs", type=int, metavar="N", help="epochs of a run (default: by data)")
     training.add_argument(
-        "--batch-size", type=int, metavar="N", help="images of a batch (default: 32 for digits, else 64)"
+        "--batch-size", type=int, metavar="N", help="images, rows or blocks of a batch (default: by data)"
     )
     training.add_argument(
         "--ghost-batch",

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     _check(arguments)
     options = pass_options(arguments)
     found = opened(arguments, "repair", arguments.checkpoints)
-    title = f"{arguments.what}: {found.plan.model} on {found.plan.task.name}, new statistics"
+    title = f"{arguments.what}: {found.work.model} on {found.work.task.name}, new statistics"
     calibrate_and_show(
         found, lambda: _changed(arguments, found.models, found.data), arguments.out, title, "repaired", **options
     )

@@ -195,7 +195,7 @@ def _content(plan: Plan, spec: RunSpec, record: RunRecord, command_line: str) ->
     return {
         "command": command_line,
         "task": {"kind": plan.task.kind, "score": plan.task.metric.name, **plan.task.describe()},
-        "run": asdict(spec),
+        "run": spec.content(),
         "processes": launched().size,
         "strategy": plan.settings.strategy,
         "versions": versions(),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -12,7 +11,6 @@ from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
-from wellcond.lab.tasks.base import EpochBatches
 
 _STEPS = 3
 
@@ -56,7 +54,7 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
             model = method.with_layers(network, spec.ghost_batch).to(device)
             optimizer, handle = method.build(model, spec.lr, plan.refresh)
             data = task.for_seed(spec, device, rank=0, ranks=1)
-            batches = _endless(data.batches())
+            batches = data.batches().endless()
 
             def train() -> None:
                 batch = next(batches)
@@ -72,11 +70,6 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
         torch.set_num_threads(threads)
     evaluated = plan.epochs * (plan.task.validation_images + plan.task.test_images)
     return spec.steps * step + evaluated * image
-
-
-def _endless(batches: EpochBatches) -> Iterator[Any]:
-    while True:
-        yield from batches
 
 
 def _timed(act: Callable[[], object], device: torch.device) -> float:

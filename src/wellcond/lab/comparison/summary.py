@@ -208,13 +208,14 @@ class Summary:
         target: The test score to which epochs are counted.
         chance: What a diverged run counts as, such as the score of guessing.
         jobs: Runs at the same time.
-        ghost_batch: Images of the groups that batch statistics were taken over in training; None for the whole batch.
+        ghost_batch: Samples of the groups that batch statistics were taken over in training; None for the whole batch.
         methods: In the order of the comparison.
         machines: What executed the runs: one, or several of a cluster.
         metric: What the score is: its unit, and which direction is better.
         mode: What trials were chosen for: ``"final"`` scores, or the fewest epochs to the ``"target"``.
         sweeps: The options that were swept beside the lr, with their values.
         chosen_on: The split that chooses the lr: ``"validation"``, or ``"test"`` where the task has no other.
+        samples: What a row of a batch is, in the plural.
     """
 
     score: str
@@ -233,6 +234,12 @@ class Summary:
     mode: str = "final"
     sweeps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     chosen_on: str = "validation"
+    samples: str = "images"
+
+    @property
+    def sample(self) -> str:
+        """One of the samples."""
+        return self.samples.removesuffix("s")
 
     @property
     def points(self) -> str:

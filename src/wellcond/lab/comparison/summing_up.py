@@ -53,6 +53,7 @@ def summarize(comparison: Comparison) -> Summary:
         mode=plan.settings.mode,
         sweeps=dict(plan.settings.sweeps),
         chosen_on="validation" if "validation" in plan.task.splits else "test",
+        samples=plan.task.samples,
     )
     whole: Summary = rounded(summary)
     return whole

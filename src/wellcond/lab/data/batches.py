@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.named_data import AUGMENTATIONS
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.errors import unknown_name
@@ -126,7 +127,7 @@ def share_of(batch_size: int, rank: int, ranks: int) -> slice:
     return slice(batch_size * rank // ranks, batch_size * (rank + 1) // ranks)
 
 
-class TrainingBatches:
+class TrainingBatches(Epochs[Batch]):
     """One epoch of shuffled, augmented batches each time it is iterated over; an incomplete last batch is left out.
 
     Args:
@@ -155,22 +156,10 @@ class TrainingBatches:
         self.images, self.labels, self.moments = images, labels, moments
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.share = share_of(batch_size, rank, ranks)
-        self.epoch = 0
-        self._first_batch = 0
+        super().__init__(self._epoch, len(labels) // batch_size)
 
-    def __len__(self) -> int:
-        return len(self.labels) // self.batch_size
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch."""
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"batch must be between 0 and {len(self)}, got {batch}")
-        self.epoch, self._first_batch = epoch, batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(derived_seed(f"order of epoch {self.epoch}", self.seed))
-        first, self._first_batch = self._first_batch, 0
-        self.epoch += 1
+    def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(derived_seed(f"order of epoch {epoch}", self.seed))
         order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         mean, std = self.moments
         height, width = self.images.shape[2:]

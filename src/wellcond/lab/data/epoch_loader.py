@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from wellcond.lab.data.decoding import told
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ class Samples(Protocol):
         """Return a sample; a function of the key alone."""
 
 
-class EpochLoader(Generic[T]):
+class EpochLoader(Epochs[T]):
     """One epoch of batches each time it is iterated over.
 
     Args:
@@ -56,23 +57,11 @@ class EpochLoader(Generic[T]):
         to_batch: Callable[[list[Any], int, int], T],
         workers: int = 0,
     ) -> None:
-        self.samples, self.epoch_order, self.length, self.seed = samples, epoch_order, length, seed
+        self.samples, self.epoch_order, self.seed = samples, epoch_order, seed
         self.share, self.to_batch, self.workers = share, to_batch, workers
-        self.epoch = 0
-        self._first_batch = 0
+        super().__init__(self._epoch, length)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch."""
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"batch must be between 0 and {len(self)}, got {batch}")
-        self.epoch, self._first_batch = epoch, batch
-
-    def __iter__(self) -> Iterator[T]:
-        epoch, first = self.epoch, self._first_batch
-        self.epoch, self._first_batch = epoch + 1, 0
+    def _epoch(self, epoch: int, first: int) -> Iterator[T]:
         keys = list(self._keys(epoch, first))
         for number, samples in enumerate(read_samples(self.samples, keys, self.workers), start=first):
             yield self.to_batch(samples, epoch, number)

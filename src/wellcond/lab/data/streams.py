@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wellcond.lab.data.batches import Batch, share_of
 from wellcond.lab.data.decoding import told
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.data.views import TrainingViews
 
@@ -46,7 +47,7 @@ def normalized(images: Tensor, device: torch.device) -> Tensor:
     return (images.to(device, non_blocking=True).float() - mean) / std
 
 
-class StreamedBatches:
+class StreamedBatches(Epochs[Batch]):
     """One epoch of shuffled, augmented batches each time it is iterated over; an incomplete last batch is left out.
 
     Order and views are a function of the seed, the epoch and the image, whatever the number of processes.
@@ -74,26 +75,14 @@ class StreamedBatches:
         ranks: int = 1,
     ) -> None:
         self.device = device
-        self.epoch = 0
-        self._first_batch = 0
         self._sampler = _EpochSampler(
             torch.from_numpy(positions), batch_size, views.seed, share_of(batch_size, rank, ranks)
         )
         self._loader = _loader(views, self._sampler, image_size, device, workers, persistent=True)
+        super().__init__(self._epoch, len(self._sampler))
 
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch."""
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"batch must be between 0 and {len(self)}, got {batch}")
-        self.epoch, self._first_batch = epoch, batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._sampler.epoch, self._sampler.first = self.epoch, self._first_batch
-        self._first_batch = 0
-        self.epoch += 1
+    def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
+        self._sampler.epoch, self._sampler.first = epoch, first
         for images, labels in told(self._loader):
             yield normalized(images, self.device), labels.to(self.device, non_blocking=True)
 

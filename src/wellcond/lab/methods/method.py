@@ -16,6 +16,7 @@ from wellcond.lab.methods.table import LISTED
 __all__ = [
     "DEFAULT_METHODS",
     "METHODS",
+    "TEXT_METHODS",
     "Method",
     "Refresh",
     "TransformSpec",
@@ -41,6 +42,10 @@ METHODS = _listed()
 """Every method of the list by its name, in the order in which reports list them."""
 
 DEFAULT_METHODS = ("SGDM", "SGDM+GC", "W-SGDM", "FSGD", "AdamW", "AdamW+GC", "W-Adam", "FAdam")
+"""What is compared where neither the user nor the task names methods."""
+
+TEXT_METHODS = ("AdamW", "AdamW+GC", "W-Adam")
+"""What is compared on texts: nobody trains a transformer by SGD, and what takes minutes is tried."""
 
 
 def method(text: str, name: str | None = None, lrs: Sequence[float] | None = None) -> Method:

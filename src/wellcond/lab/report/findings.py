@@ -8,6 +8,7 @@ from wellcond.lab.comparison.statistics import Difference
 from wellcond.lab.comparison.summary import LEVEL, MethodSummary, Summary, ToTarget
 from wellcond.lab.report.formats import (
     number_text,
+    one,
     probability_text,
     score_digits,
     score_text,
@@ -222,7 +223,7 @@ def _in_evaluation(summary: Summary) -> list[str]:
             if method.evaluation_ratio is not None
         ]
         if ratios:
-            lines.append(f"Evaluating an image takes {_join(ratios)} as long as with {baseline}.")
+            lines.append(f"Evaluating {one(summary.sample)} takes {_join(ratios)} as long as with {baseline}.")
     return lines
 
 

@@ -22,6 +22,15 @@ def quantity_text(name: str, metric: Metric) -> str:
     return name if not metric.unit or metric.unit in name else f"{name} in {metric.unit}"
 
 
+def one(noun: str) -> str:
+    """Return a noun with its article.
+
+    >>> one("image"), one("row")
+    ('an image', 'a row')
+    """
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+
+
 def number_text(value: float, digits: int) -> str:
     """Return a number with so many digits after the point; three digits in all of a large one.
 

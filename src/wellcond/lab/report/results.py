@@ -21,6 +21,7 @@ from wellcond.lab.runs.comparison_file import FILE_NAME, write_comparison
 from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
 from wellcond.lab.runs.records import RunRecord, RunSpec
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.tasks.base import Task
 
 FORMAT = 2
 """The version of results.json's layout."""
@@ -155,10 +156,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "task": plan.task.kind,
         "samples": plan.task.samples,
         **plan.task.describe(),
-        "train_images": plan.task.train_images,
-        "validation_images": plan.task.validation_images,
-        "test_images": plan.task.test_images,
-        "augmentation": plan.task.augmentation,
+        **_numbers(plan.task),
         "model": plan.model,
         "methods": [method.name for method in plan.methods],
         "seeds": plan.settings.seeds,
@@ -179,6 +177,14 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         **_processes(plan.settings),
     }
+
+
+def _numbers(task: Task) -> dict[str, Any]:
+    """Return how many samples the task has, in its own word for them, and what they go through."""
+    parts = {"train": task.train_images, "validation": task.validation_images, "test": task.test_images}
+    # A task of one's own need not count what it holds out, and augments by itself.
+    counts = {f"{part}_{task.samples}": count for part, count in parts.items() if count}
+    return counts | ({"augmentation": task.augmentation} if task.augmentation else {})
 
 
 def _search(settings: Settings) -> dict[str, Any]:

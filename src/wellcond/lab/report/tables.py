@@ -14,6 +14,7 @@ from wellcond.lab.report.formats import (
     lr_text,
     memory_text,
     number_text,
+    one,
     probability_text,
     quantity_text,
     ratio_text,
@@ -71,7 +72,7 @@ class Columns:
             f"epochs to {target_score(summary)}",
             _plain(lambda method: target_text(method, summary)),
         )
-        self.evaluation: Column = ("time/image", _plain(lambda method: ratio_text(method.evaluation_ratio)))
+        self.evaluation: Column = (f"time/{summary.sample}", _plain(lambda method: ratio_text(method.evaluation_ratio)))
         self.time: Column = ("time/step", _plain(time_text))
         self.equal_difference: Column = (
             "difference at equal time",
@@ -127,7 +128,9 @@ def _scores(summary: Summary) -> Table:
     edge = any(method.lr_edge or method.edges for method in summary.methods)
     star = "; * at the edge of its grid" if edge else ""
     evaluation = (
-        ", and the time to evaluate an image as a ratio to the baseline's" if summary.compares_evaluation else ""
+        f", and the time to evaluate {one(summary.sample)} as a ratio to the baseline's"
+        if summary.compares_evaluation
+        else ""
     )
     return _table(
         summary,

@@ -55,7 +55,7 @@ def write_comparison(settings: Settings, command: str) -> str:
 
     Args:
         settings: The comparison's. What has its default is written, too: a later version may have another. What is left
-            to the data is a comment.
+            open is a comment.
         command: The command line that made it.
     """
     lines = [f"# Repeats: {' '.join(command.split())}"]
@@ -67,7 +67,7 @@ def write_comparison(settings: Settings, command: str) -> str:
     for field in fields(Settings):
         value = getattr(settings, field.name)
         if value is None:
-            lines.append(f"# {field.name} is left to the data")
+            lines.append(f"# {field.name} is left open")
         elif value and _is_pairs(value):
             tables += ["", f"[{field.name}]", *(f"{_text(key)} = {_written(item)}" for key, item in value)]
         else:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from wellcond.lab.methods.method import Method
     from wellcond.lab.runs.memory import Memory
 
+# Of a file's name; with its digest and ending it stays below the 255 bytes that file systems take.
+_LONGEST = 200
+
 Coverage: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
@@ -54,6 +57,8 @@ class RunSpec:
         probe: What is measured of the trained network; None for nothing.
         weights: File of the weights that the run begins with; None draws them.
         weights_digest: Digest of that file.
+        swept: What a sweep has set, as pairs of an option's name and its value: a part of the name, which other fields
+            hold already.
         environment: The machine, the versions and the sharing of cores that the seconds were measured with.
     """
 
@@ -82,15 +87,28 @@ class RunSpec:
     probe: str | None = None
     weights: str | None = None
     weights_digest: str | None = None
+    # The same run whether a sweep or the method itself sets an option.
+    swept: tuple[tuple[str, object], ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
         """A readable name that no two runs of one comparison share."""
-        return f"{self.method.name} lr {self.lr:g} seed {self.seed} ({self.steps} steps)"
+        swept = "".join(f" {name} {_brief(value)}" for name, value in self.swept)
+        return f"{self.method.name} lr {self.lr:g}{swept} seed {self.seed} ({self.steps} steps)"
 
     def key(self) -> str:
-        """Return the digest of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Return the digest of all fields that determine the result."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """Return all fields that determine the result."""
+        found = asdict(self)
+        del found["swept"]
+        return found
+
+
+def _brief(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -243,14 +261,21 @@ class RunStore:
 
     def path(self, spec: RunSpec) -> Path:
         """Return the file of a run: readable, and different for everything that determines its result."""
-        readable = re.sub(
-            r"[^A-Za-z0-9.+-]+", "-", f"{spec.method.name}-lr{spec.lr:g}-seed{spec.seed}-{spec.steps}steps"
-        )
-        return self.folder / f"{readable}-{spec.key()[:8]}.json"
+        return self._file(spec, ".json")
 
     def checkpoint(self, spec: RunSpec) -> Path:
         """Return the file that a run is kept in while it is not finished."""
-        return self.path(spec).with_suffix(".ckpt")
+        return self._file(spec, ".ckpt")
+
+    def _file(self, spec: RunSpec, ending: str) -> Path:
+        swept = "".join(f"-{name}{_brief(value)}" for name, value in spec.swept)
+        readable = f"{spec.method.name}-lr{spec.lr:g}{swept}-seed{spec.seed}-{spec.steps}steps"
+        digest = spec.key()[:8]
+        path = self.folder / f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', readable)[:_LONGEST]}-{digest}{ending}"
+        if path.exists():
+            return path
+        # Another comparison that has this run may sweep other options, and so call it otherwise.
+        return next(iter(sorted(self.folder.glob(f"*-{digest}{ending}"))), path)
 
     def load(self, spec: RunSpec) -> RunRecord | None:
         """Return the kept record of a run; None if it is not there, or, with a note, if it is none of this run."""
@@ -284,7 +309,7 @@ class RunStore:
 
     def save(self, spec: RunSpec, record: RunRecord) -> None:
         """Keep a finished run. The file appears complete or not at all, whenever the process is killed."""
-        content = {"key": spec.key(), "spec": asdict(spec), "result": asdict(record)}
+        content = {"key": spec.key(), "spec": spec.content(), "result": asdict(record)}
         write_atomically(self.path(spec), json.dumps(content, indent=1))
         self.checkpoint(spec).unlink(missing_ok=True)
         partial(self.checkpoint(spec)).unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.methods.method import DEFAULT_METHODS
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
@@ -40,7 +39,7 @@ MOST = 1_000_000
 _MOST_COUNTED = 10**9
 # What built-in data leave open and a task of one's own does not.
 _OF_DATA = (
-    *("model", "weights", "train_images", "validation_images", "test_images", "image_size", "augmentation"),
+    *("model", "train_images", "validation_images", "test_images", "image_size", "augmentation"),
     *("batch_size", "label_smoothing", "probe"),
 )
 _LIMITS = {"seeds": 1000, "image_size": 4096}
@@ -94,7 +93,7 @@ class Settings:
         data_args: What that is built with.
         score: Which of the task's scores counts, such as ``"val_acc:max"``.
         task_is_given: Whether the task is an object that was handed over, which `task` only names.
-        methods: Names in `METHODS`, or methods as they are written.
+        methods: Names in `METHODS`, or methods as they are written; None: those that the task names.
         model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         lrs: lr grids by optimizer, where they are not the methods' own.
         seeds: How many paired seeds.
@@ -136,7 +135,7 @@ class Settings:
     """
 
     data: str = DIGITS
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] | None = None
     model: str | None = None
     lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
     seeds: int = 5

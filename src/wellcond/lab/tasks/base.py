@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,20 +15,21 @@ from torch import Tensor, nn
 from wellcond.lab.data.randomness import seeded
 from wellcond.lab.errors import DataError, naming_errors
 from wellcond.lab.hardware.machine import training_device
+from wellcond.lab.methods.method import DEFAULT_METHODS
+from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.own_digest import held, source_digest, state_digest
 from wellcond.lab.runs.metric import Metric
-from wellcond.lab.runs.records import RunSpec
+from wellcond.lab.runs.settings import MOST
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import rows_of
 from wellcond.lab.tasks.check import check_task
 from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
-from wellcond.lab.tasks.seed_data import EpochBatches, Epochs, SeedData, TaskSeed
+from wellcond.lab.tasks.seed_data import SeedData, TaskSeed
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 __all__ = [
     "ROLES",
     "Defaults",
-    "EpochBatches",
-    "Epochs",
     "Evaluation",
     "Metric",
     "Role",
@@ -47,6 +49,7 @@ class Defaults:
         batch_size: Samples of a batch.
         target: Score, in the metric's unit, to count the epochs to; None: the first baseline's final score decides.
         smallest_batch: The least batch size that can train; 2 where batch statistics are taken over images.
+        methods: Methods by name, or as they are written.
     """
 
     model: str
@@ -54,6 +57,7 @@ class Defaults:
     batch_size: int
     target: float | None = None
     smallest_batch: int = 2
+    methods: tuple[str, ...] = DEFAULT_METHODS
 
 
 class Task:
@@ -75,6 +79,8 @@ class Task:
             split, then, and the report says so.
         samples: What one row of a batch is, in the plural, for the report.
         target: Score to count the epochs to; None: what the first baseline reaches decides.
+        default_methods: What is compared where no methods are named: names of `wellcond list methods`, or methods as
+            they are written.
 
     Example:
         A network on random numbers, complete:
@@ -113,6 +119,7 @@ class Task:
     splits: tuple[Role, ...] = ROLES
     samples: str = "samples"
     target: float | None = None
+    default_methods: tuple[str, ...] = DEFAULT_METHODS
 
     # What you write ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +249,10 @@ class Task:
             try:
                 return len(batches)  # type: ignore[arg-type]
             except TypeError:
-                return sum(1 for _ in batches)
+                counted = sum(1 for _ in islice(batches, MOST + 1))
+        if counted > MOST:
+            raise DataError(f"batches(seed, epoch) gives more than {MOST} batches: an epoch must end")
+        return counted
 
     def steps_with(self, batch_size: int) -> int:
         """Return the batches of an epoch, where a comparison may ask for another batch size."""
@@ -267,7 +277,7 @@ class Task:
     @cached_property
     def defaults(self) -> Defaults:
         """What is used where nothing else is asked for."""
-        return Defaults(self.model_name, self.epochs, self.batch_size, self.target, smallest_batch=1)
+        return Defaults(self.model_name, self.epochs, self.batch_size, self.target, 1, tuple(self.default_methods))
 
     @cached_property
     def digest(self) -> str:
@@ -304,7 +314,8 @@ class Task:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes that another process needs, without what this one has worked out."""
-        return held(self)
+        # Another metric than the class's may have been asked for.
+        return held(self) | ({"metric": self.metric} if "metric" in vars(self) else {})
 
     def check_files(self) -> None:
         """Look at every file that runs will read, before the first of them begins.
@@ -325,13 +336,16 @@ class Task:
             LabError: If the task has no such network, or it does not fit the data or the weights.
         """
         with seeded("weights", seed):
-            return self.model(seed)
+            network = self.model(seed)
+        if weights is not None:
+            load_weights(network, self.name, weights)
+        return network
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> SeedData:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> SeedData:
         """Return one seed's data.
 
         Args:
-            spec: The run.
+            spec: The run, or what of it the data are made from.
             device: Where the batches go.
             rank: Which process of the run this is.
             ranks: How many processes the run has.

@@ -1,8 +1,10 @@
-"""What a classifier scores: accuracy and cross-entropy over the batches of all ranks."""
+"""Classification of images, wherever they lie: what it learns, and what it scores over the batches of all ranks."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -10,10 +12,76 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch
+from wellcond.lab.data.image_files import FileData
+from wellcond.lab.data.load import ImageData
+from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Evaluation
+from wellcond.lab.tasks.base import Defaults, Evaluation, Role
+from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
 
 _TOP = 5
+
+
+class ImageClassification(DataTask):
+    """Classification of labelled images.
+
+    Args:
+        data: The data set, its test images set apart.
+        train_images: Images that train in each seed.
+        validation_images: Images that choose the lr in each seed.
+        augmentation: One of `AUGMENTATIONS`.
+        defaults: What suits the data.
+    """
+
+    kind = "classification"
+    samples = "images"
+    metric = ACCURACY
+
+    def __init__(
+        self,
+        data: ImageData | FileData,
+        train_images: int,
+        validation_images: int,
+        augmentation: str,
+        defaults: Defaults,
+    ) -> None:
+        self.name = data.name
+        self.classes, self.test_images = len(data.pool.classes), len(data.test.labels)
+        self.train_images, self.validation_images = train_images, validation_images
+        self.augmentation, self.defaults = augmentation, defaults
+
+    @cached_property
+    def chance(self) -> float:
+        """The accuracy of guessing, in percent."""
+        return 100.0 / self.classes
+
+
+class ClassifiedSeed(DrawnSeed):
+    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
+
+    Attributes:
+        classes: How many there are to tell apart.
+    """
+
+    classes: int
+
+    @abstractmethod
+    def held_out(self, role: Role) -> tuple[Iterable[Batch], int]:
+        """Return this rank's share of each batch of a role, perhaps none of one, and how many images all ranks have."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the batch's mean cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
+
+    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return how many of a batch's images are right."""
+        return batch_accuracy(output, batch[1])
+
+    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
+        """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
+        batches, count = self.held_out(role)
+        return evaluate_classifier(model, batches, count, self.classes, self.device, self.ranks, stopwatch)
 
 
 def evaluate_classifier(

@@ -6,12 +6,13 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 
 
-def count_images(settings: Settings, pool: int) -> tuple[int, int]:
+def count_images(settings: Settings, pool: int, samples: str = "images") -> tuple[int, int]:
     """Return how many images of the pool train and how many validate.
 
     Args:
         settings: What was asked for.
         pool: How many images do not test.
+        samples: What is counted, in the plural.
 
     Returns:
         The two numbers; where nothing was asked for a tenth validates, at most 5,000 and no more than half as many as
@@ -22,10 +23,10 @@ def count_images(settings: Settings, pool: int) -> tuple[int, int]:
     """
     train, validation = settings.train_images, settings.validation_images
     validation = validation or max(1, min(pool // 10, 5000, (train or pool) // 2))
-    return checked_counts(train or pool - validation, validation, pool)
+    return checked_counts(train or pool - validation, validation, pool, samples)
 
 
-def checked_counts(train: int, validation: int, pool: int) -> tuple[int, int]:
+def checked_counts(train: int, validation: int, pool: int, samples: str = "images") -> tuple[int, int]:
     """Return the numbers of images that train and that validate.
 
     Raises:
@@ -33,7 +34,7 @@ def checked_counts(train: int, validation: int, pool: int) -> tuple[int, int]:
     """
     if train < 1 or validation < 1 or train + validation > pool:
         raise LabError(
-            f"--train-images {train}: there are {pool} images besides the test images, "
+            f"--train-images {train}: there are {pool} {samples} besides the test {samples}, "
             f"and {max(1, validation)} of them validate"
         )
     return train, validation

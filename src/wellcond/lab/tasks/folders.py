@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from wellcond.lab.data.batches import Batch, check_augmentation
 from wellcond.lab.data.decoding import check_images
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.fine_grained import FINE_GRAINED
 from wellcond.lab.data.image_files import FileData, find_class_folders, read_class_folders
 from wellcond.lab.data.load import draw_test
@@ -27,13 +28,11 @@ from wellcond.lab.data.views import (
 )
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks import registry as models
-from wellcond.lab.runs.metric import ACCURACY
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
-from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
-from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
+from wellcond.lab.tasks.base import Defaults, Role
+from wellcond.lab.tasks.classification import ClassifiedSeed, ImageClassification
 from wellcond.lab.tasks.counts import count_images
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _IMAGE_SIZE = 224
 # From so many images on, the sources' own network, epochs and batch size.
@@ -42,7 +41,7 @@ _LARGE_DEFAULTS = Defaults(model="torchvision:resnet50", epochs=100, batch_size=
 _DEFAULTS = Defaults(model="torchvision:resnet18", epochs=30, batch_size=32)
 
 
-class FolderTask(Task):
+class FolderTask(ImageClassification):
     """Classification of labelled image files, cut to one size on the way.
 
     Args:
@@ -54,11 +53,6 @@ class FolderTask(Task):
         workers: Processes that decode; 0 decodes in the one that trains.
     """
 
-    kind = "classification"
-    samples = "images"
-    metric = ACCURACY
-    is_rehearsed = False
-
     def __init__(
         self,
         data: FileData,
@@ -68,33 +62,8 @@ class FolderTask(Task):
         image_size: int = _IMAGE_SIZE,
         workers: int = 0,
     ) -> None:
-        self.data = data
-        self.train_images = train_images
-        self.validation_images = validation_images
-        self.augmentation = augmentation
-        self.image_size = image_size
-        self.workers = workers
-        self.defaults = default_of(data)
-
-    @cached_property
-    def name(self) -> str:
-        """What the data is called."""
-        return self.data.name
-
-    @cached_property
-    def chance(self) -> float:
-        """The accuracy of guessing, in percent."""
-        return 100.0 / self.classes
-
-    @property
-    def classes(self) -> int:
-        """How many classes there are to tell apart."""
-        return len(self.data.pool.classes)
-
-    @cached_property
-    def test_images(self) -> int:
-        """Images that measure."""
-        return len(self.data.test.labels)
+        super().__init__(data, train_images, validation_images, augmentation, default_of(data))
+        self.data, self.image_size, self.workers = data, image_size, workers
 
     @cached_property
     def pool(self) -> Pictures:
@@ -105,10 +74,6 @@ class FolderTask(Task):
     def test(self) -> Pictures:
         """The images that measure, decoded once if they fit into memory."""
         return Pictures(self.data.test)
-
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the images' names, sizes in bytes and classes, and of how they are cut."""
@@ -146,36 +111,36 @@ class FolderTask(Task):
         for part in (self.data.pool, self.data.test):
             check_images([part.path(position) for position in range(len(part.labels))])
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         models.select_model(model, self.image_size)
         return models.initial_model(model, 3, self.classes, derived_seed("weights", seed), weights)
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> FolderSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> FolderSeed:
         """Return one seed's images."""
         drawn = draw_split(self.data.pool.labels, spec.train_images, spec.validation_images, spec.seed)
         return FolderSeed(self, drawn, spec, device, rank, ranks)
 
 
-class FolderSeed(SeedData):
-    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
+class FolderSeed(ClassifiedSeed):
+    """One seed's images.
 
     Args:
         task: The data.
         drawn: Which images train and which validate.
-        spec: The run.
+        spec: What of the run they are made from.
         device: Where the batches go.
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
 
     def __init__(
-        self, task: FolderTask, drawn: Split, spec: RunSpec, device: torch.device, rank: int, ranks: int
+        self, task: FolderTask, drawn: Split, spec: SeedSpec, device: torch.device, rank: int, ranks: int
     ) -> None:
-        self.task, self.drawn, self.spec, self.device = task, drawn, spec, device
-        self.rank, self.ranks = rank, ranks
+        super().__init__(spec, device, rank, ranks)
+        self.task, self.drawn, self.classes = task, drawn, task.classes
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[Batch]:
         """Return the training batches."""
         task, spec = self.task, self.spec
         view = training_view(task.data.crop, spec.augmentation, task.image_size)
@@ -190,17 +155,8 @@ class FolderSeed(SeedData):
             self.ranks,
         )
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the batch's mean cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
-
-    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return how many of a batch's images are right."""
-        return batch_accuracy(output, batch[1])
-
-    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
-        """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
+    def held_out(self, role: Role) -> tuple[Iterable[Batch], int]:
+        """Return the images of a role."""
         task = self.task
         pictures = task.pool if role == "validation" else task.test
         positions = self.drawn.validation if role == "validation" else torch.arange(task.test_images).numpy()
@@ -214,7 +170,7 @@ class FolderSeed(SeedData):
             self.rank,
             self.ranks,
         )
-        return evaluate_classifier(model, batches, len(positions), task.classes, self.device, self.ranks, stopwatch)
+        return batches, len(positions)
 
 
 def default_of(data: FileData) -> Defaults:

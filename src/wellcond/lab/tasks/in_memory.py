@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wellcond.lab.data.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.load import ImageData, load_data
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
 from wellcond.lab.networks import registry as models
-from wellcond.lab.runs.metric import ACCURACY
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
-from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Role, SeedData, Task
-from wellcond.lab.tasks.classification import batch_accuracy, evaluate_classifier
+from wellcond.lab.tasks.base import Defaults, Role
+from wellcond.lab.tasks.classification import ClassifiedSeed, ImageClassification
 from wellcond.lab.tasks.counts import checked_counts, count_images
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
 _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
@@ -45,7 +44,7 @@ class Split:
     moments: tuple[Tensor, Tensor]
 
 
-class InMemoryTask(Task):
+class InMemoryTask(ImageClassification):
     """Classification of labelled images that are all of one size.
 
     Args:
@@ -56,46 +55,14 @@ class InMemoryTask(Task):
         defaults: What suits the data.
     """
 
-    kind = "classification"
-    samples = "images"
-    metric = ACCURACY
-    is_rehearsed = False
-
     def __init__(
         self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
     ) -> None:
+        super().__init__(data, train_images, validation_images, augmentation, defaults)
         self.data = data
-        self.train_images = train_images
-        self.validation_images = validation_images
-        self.augmentation = augmentation
-        self.defaults = defaults
         # Runs come seed by seed, so the last seed's images are nearly always those that are needed.
         self._split = lru_cache(maxsize=1)(self._draw)
         self._test = lru_cache(maxsize=1)(self._test_on)
-
-    @cached_property
-    def name(self) -> str:
-        """What the data is called."""
-        return self.data.name
-
-    @cached_property
-    def chance(self) -> float:
-        """The accuracy of guessing, in percent."""
-        return 100.0 / self.classes
-
-    @property
-    def classes(self) -> int:
-        """How many classes there are to tell apart."""
-        return len(self.data.pool.classes)
-
-    @cached_property
-    def test_images(self) -> int:
-        """Images that measure."""
-        return len(self.data.test.labels)
-
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of every pixel and label, and of which images test."""
@@ -106,18 +73,15 @@ class InMemoryTask(Task):
         height, width = self.data.size
         return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
 
-    def check_files(self) -> None:
-        """Do nothing: all has been read."""
-
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         models.select_model(model, min(self.data.size), self.data.channels)
         return models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed), weights)
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
         """Return one seed's images on a device."""
         split = self._split(spec.seed, spec.train_images, spec.validation_images, device)
-        return InMemorySeed(split, spec, self.classes, rank, ranks)
+        return InMemorySeed(split, self.classes, spec, device, rank, ranks)
 
     def _draw(self, seed: int, train: int, validation: int, device: torch.device) -> Split:
         pool = self.data.pool
@@ -134,22 +98,23 @@ class InMemoryTask(Task):
         return Part(test.images.to(device), torch.from_numpy(test.labels).to(device))
 
 
-class InMemorySeed(SeedData):
-    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
+class InMemorySeed(ClassifiedSeed):
+    """One seed's images on the device.
 
     Args:
         split: The images.
-        spec: The run.
         classes: How many classes there are.
+        spec: What of the run they are made from.
+        device: Where they are.
         rank: Which process of the run this is.
         ranks: How many processes the run has.
     """
 
-    def __init__(self, split: Split, spec: RunSpec, classes: int, rank: int, ranks: int) -> None:
-        self.split, self.spec, self.classes = split, spec, classes
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, split: Split, classes: int, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> None:
+        super().__init__(spec, device, rank, ranks)
+        self.split, self.classes = split, classes
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[Batch]:
         """Return the training batches."""
         train, spec = self.split.train, self.spec
         return TrainingBatches(
@@ -163,22 +128,11 @@ class InMemorySeed(SeedData):
             self.ranks,
         )
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the batch's mean cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(model(images), labels, label_smoothing=self.spec.label_smoothing)
-
-    def train_score(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return how many of a batch's images are right."""
-        return batch_accuracy(output, batch[1])
-
-    def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
-        """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
+    def held_out(self, role: Role) -> tuple[Iterable[Batch], int]:
+        """Return the images of a role."""
         part = self.split.validation if role == "validation" else self.split.test
         batches = evaluation_batches(part.images, part.labels, self.split.moments, self.rank, self.ranks)
-        return evaluate_classifier(
-            model, batches, len(part.labels), self.classes, part.labels.device, self.ranks, stopwatch
-        )
+        return batches, len(part.labels)
 
 
 def open_in_memory(settings: Settings) -> InMemoryTask:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from wellcond.lab.data.named_data import DIGITS, GET_COCO, GET_REID
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_data
+from wellcond.lab.methods.method import DEFAULT_METHODS, TEXT_METHODS
 
 if TYPE_CHECKING:
     from wellcond.lab.runs.settings import Settings
@@ -27,6 +28,7 @@ class Layout:
         is_here: Whether a path that exists has this layout.
         open: From the settings to the task.
         takes: Options of data that other data does not have.
+        methods: What is compared on it where no methods are named.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Layout:
     is_here: Callable[[Path], bool]
     open: Callable[[Settings], Task]
     takes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = DEFAULT_METHODS
 
 
 # What finds and opens is imported when it is asked: `wellcond list` only names the layouts, and torchvision's detectors
@@ -146,6 +149,7 @@ LAYOUTS = (
         "language modelling: a small GPT predicts the next character (byte, if it is not UTF-8); the last tenth tests",
         _is_text,
         _open_text,
+        methods=TEXT_METHODS,
     ),
     Layout(
         "FILE.csv, .tsv, .npy, or .parquet without images",

@@ -23,7 +23,7 @@ class Adopted(Task):
     """
 
     _OPTIONAL = (
-        *("metric", "score", "higher_is_better", "epochs", "splits", "samples", "target", "name"),
+        *("metric", "score", "higher_is_better", "epochs", "splits", "samples", "target", "default_methods", "name"),
         *("stop", "describe", "train_score"),
     )
 

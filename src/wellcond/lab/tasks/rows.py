@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.lab.data.batches import share_of
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Epochs, Evaluation, Role, SeedData
+from wellcond.lab.tasks.base import Evaluation, Role
+from wellcond.lab.tasks.given_data import DrawnSeed
 from wellcond.lab.tasks.objectives import Objective
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 
 class Rows(NamedTuple):
@@ -52,7 +54,7 @@ class FixedRows:
         return Rows(self.rows.inputs[positions], self.rows.targets[positions])
 
 
-class RowsSeed(SeedData):
+class RowsSeed(DrawnSeed):
     """One seed's rows on one rank's device.
 
     Args:
@@ -71,16 +73,16 @@ class RowsSeed(SeedData):
         training: TrainingRows,
         held_out: Mapping[Role, Rows],
         objective: Objective,
-        spec: RunSpec,
+        spec: SeedSpec,
         device: torch.device,
         piece: int,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.training, self.held_out, self.objective, self.spec = training, held_out, objective, spec
-        self.device, self.piece, self.rank, self.ranks = device, piece, rank, ranks
+        super().__init__(spec, device, rank, ranks)
+        self.training, self.held_out, self.objective, self.piece = training, held_out, objective, piece
 
-    def batches(self) -> Epochs:
+    def batches(self) -> Epochs[Rows]:
         """Return the training batches, of whole batches alone."""
         return Epochs(self._epoch, self.spec.train_images // self.spec.batch_size)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.randomness import Strand, seeded
 from wellcond.lab.errors import DataError
 from wellcond.lab.runs.metric import Metric
@@ -24,29 +25,6 @@ LOSS = "loss"
 """What scores call the loss of evaluation, if they give one."""
 
 
-class EpochBatches(Protocol):
-    """One epoch of batches on the device each time it is iterated over.
-
-    Attributes:
-        epoch: Number of the next epoch, from 0. Order and augmentation are a function of the seed, the epoch and the
-            position alone. An iteration that is begun raises it by one.
-    """
-
-    epoch: int
-
-    def __len__(self) -> int:
-        """Return the batches of a whole epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Begin the next epoch."""
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch, exactly as if it had not been interrupted.
-
-        The iteration yields ``len(self) - batch`` batches; those after it are whole epochs again.
-        """
-
-
 class SeedData(Protocol):
     """One seed's data on one rank's device.
 
@@ -56,7 +34,7 @@ class SeedData(Protocol):
 
     roles: tuple[Role, ...] = ROLES
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[Any]:
         """Return the training batches from the first epoch on: this rank's share of each global batch."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -91,34 +69,6 @@ class SeedData(Protocol):
             role: The samples.
             stopwatch: Runs in forward passes only.
         """
-
-
-class Epochs:
-    """One epoch of batches each time it is iterated over; keeps the place.
-
-    Args:
-        begin: From an epoch's number and how many of its batches to leave out to the rest of them.
-        length: Batches of an epoch.
-    """
-
-    def __init__(self, begin: Callable[[int, int], Iterator[Any]], length: int) -> None:
-        self.begin, self.length = begin, length
-        self.epoch = 0
-        self._first = 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration be of this epoch, and begin at this batch."""
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"batch must be between 0 and {len(self)}, got {batch}")
-        self.epoch, self._first = epoch, batch
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, first = self.epoch, self._first
-        self.epoch, self._first = epoch + 1, 0
-        yield from self.begin(epoch, first)
 
 
 class Scored(Protocol):
@@ -172,7 +122,7 @@ class TaskSeed(SeedData):
         self.rank, self.ranks = rank, ranks
         self.roles = tuple(role for role in ROLES if role in task.splits)
 
-    def batches(self) -> Epochs:
+    def batches(self) -> Epochs[Any]:
         """Return the training batches."""
         return Epochs(self.epoch_batches, self.task.steps_per_epoch)
 

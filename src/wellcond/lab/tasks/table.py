@@ -22,12 +22,13 @@ from wellcond.lab.given_paths import short_name
 from wellcond.lab.networks.mlp import Mlp, select_mlp
 from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.runs.metric import Metric
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
-from wellcond.lab.tasks.base import Defaults, Role, Task
+from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.counts import count_images
+from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import Classification, Objective, Regression
 from wellcond.lab.tasks.rows import FixedRows, Rows, RowsSeed
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _logger = logging.getLogger(__name__)
 # Chosen once: every comparison on the same data tests on the same rows.
@@ -38,7 +39,7 @@ _PIECE = 4096
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 400, 2, 40
 
 
-class TableTask(Task):
+class TableTask(DataTask):
     """Rows of numbers and categories, of which a class or a number is to be told.
 
     Args:
@@ -51,7 +52,6 @@ class TableTask(Task):
     """
 
     samples = "rows"
-    is_rehearsed = False
 
     def __init__(
         self, table: Table, test: Indices, train_images: int, validation_images: int, augmentation: str, model: str
@@ -79,10 +79,6 @@ class TableTask(Task):
         """The score of guessing: of the mean, where a number is to be told."""
         return self.metric.worst if self.metric.worst is not None else 100.0 / len(self.table.target.classes)
 
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
-
     def fingerprint(self) -> str:
         """Return a digest of every number, category and target, and of which rows test."""
         return f"{self.table.fingerprint()}-{self.kind}-{derived_seed(repr(self.test.tolist()), 0)}"
@@ -100,17 +96,15 @@ class TableTask(Task):
             **table.notes,
         }
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         spec, layout = select_mlp(model), layout_of(self.table)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed("weights", seed))
-            network = Mlp(spec, layout.numbers, layout.sizes, max(1, len(self.table.target.classes)))
+        network = Mlp(spec, layout.numbers, layout.sizes, max(1, len(self.table.target.classes)))
         if weights is not None:
             load_weights(network, model, weights)
         return network
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> RowsSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> RowsSeed:
         """Return one seed's rows on a device."""
         drawn, encoded = self._split(spec.seed, spec.train_images, spec.validation_images)
         held_out: dict[Role, Rows] = {
@@ -180,7 +174,7 @@ def _open(settings: Settings, model: str) -> TableTask:
     for about, note in table.notes.items():
         _logger.warning("--data %s: %s: %s", path, about, note)
     test = _draw_test(settings, table)
-    train, validation = count_images(settings, len(table) - len(test))
+    train, validation = count_images(settings, len(table) - len(test), TableTask.samples)
     return TableTask(table, test, train, validation, augmentation, model)
 
 

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.data.text import Text, read_text
 from wellcond.lab.errors import LabError
+from wellcond.lab.methods.method import TEXT_METHODS
 from wellcond.lab.networks.gpt import Gpt, select_gpt
 from wellcond.lab.networks.gpt_specs import GPTS
 from wellcond.lab.networks.weights import load_weights
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
-from wellcond.lab.tasks.base import Defaults, Role, Task
+from wellcond.lab.tasks.base import Defaults, Role
+from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import NextToken
 from wellcond.lab.tasks.rows import Rows, RowsSeed
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _logger = logging.getLogger(__name__)
 # A run of minutes on two cores: a text of any length is seen in part in each epoch, and as a whole over them.
@@ -34,7 +36,7 @@ _MOST_LOGITS = 2**24
 _FOR_IMAGES = {"--image-size": "image_size", "--augment": "augmentation", "--ghost-batch": "ghost_batch"}
 
 
-class TextTask(Task):
+class TextTask(DataTask):
     """A text, the first part of which trains, the next validates and the last tests.
 
     A sample is a block of characters, whose next ones are to be predicted; those of training begin anywhere.
@@ -50,7 +52,6 @@ class TextTask(Task):
 
     kind = "language modelling"
     samples = "blocks"
-    is_rehearsed = False
     augmentation = "none"
 
     def __init__(
@@ -60,17 +61,13 @@ class TextTask(Task):
         self.train_images, self.validation_images, self.test_images = train_images, validation_images, test_images
         self.objective = NextToken(len(text.vocabulary), text.level)
         self.metric = self.objective.metric
-        self.defaults = Defaults(next(iter(GPTS)), _EPOCHS, batch_size, smallest_batch=1)
+        self.defaults = Defaults(next(iter(GPTS)), _EPOCHS, batch_size, smallest_batch=1, methods=TEXT_METHODS)
         self._on = lru_cache(maxsize=1)(self._on_device)
 
     @cached_property
     def name(self) -> str:
         """What the text is called."""
         return self.text.name
-
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the file, and of how it is read and parted."""
@@ -91,21 +88,19 @@ class TextTask(Task):
         """Tokens of the first part, which trains."""
         return len(self.text.tokens) - _held_out_tokens(self.block, self.validation_images, self.test_images)
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         spec = select_gpt(model)
         if spec.block != self.block:
             raise LabError(
                 f"model {model} sees blocks of {spec.block}, and the text is cut into blocks of {self.block}"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed("weights", seed))
-            network = Gpt(spec, len(self.text.vocabulary))
+        network = Gpt(spec, len(self.text.vocabulary))
         if weights is not None:
             load_weights(network, model, weights)
         return network
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> RowsSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> RowsSeed:
         """Return the text on a device: parts are the same for every seed, order and beginnings are not."""
         training, held_out = self._on(device)
         rows = TextRows(training, self.block, spec.seed)

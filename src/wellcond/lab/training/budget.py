@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from wellcond.lab.tasks.base import EpochBatches
+from wellcond.lab.data.epochs import Epochs
 
 
 class Budget:
@@ -17,7 +17,7 @@ class Budget:
         steps: Steps of the run.
     """
 
-    def __init__(self, batches: EpochBatches, steps: int) -> None:
+    def __init__(self, batches: Epochs[Any], steps: int) -> None:
         self.batches, self.steps = batches, steps
         self._skipped = 0
 

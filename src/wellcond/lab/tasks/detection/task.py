@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart
 from wellcond.lab.data.streams import loading_processes
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
+from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.seed_spec import SeedSpec
 
 AUGMENTATIONS = ("none", "flip")
 # The source's network, schedule of 12 epochs and batch; from so many images on.
@@ -49,7 +51,7 @@ class DetectionBatch(NamedTuple):
     chance: int
 
 
-class DetectionTask(Task):
+class DetectionTask(DataTask):
     """Detection of objects: the images of ``train`` train and validate, those of ``val`` only measure.
 
     Args:
@@ -67,7 +69,6 @@ class DetectionTask(Task):
     kind = "detection"
     samples = "images"
     metric = Metric("AP", worst=0.0)
-    is_rehearsed = False
 
     def __init__(
         self,
@@ -93,10 +94,6 @@ class DetectionTask(Task):
         """Images that measure."""
         return len(self.test_ids)
 
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
-
     def fingerprint(self) -> str:
         """Return a digest of the annotations, of which images measure, and of their size in the network."""
         parts = (self.pool.fingerprint(), self.test.fingerprint(), self.test_ids.tolist(), self.image_size)
@@ -120,8 +117,8 @@ class DetectionTask(Task):
         """
         check_images(self.pool.files(self.pool_ids) + self.test.files(self.test_ids))
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the detector that a run begins with, leaving torch's global generator as it was.
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the detector that a run begins with.
 
         Args:
             model: A name in `DETECTORS`.
@@ -130,17 +127,15 @@ class DetectionTask(Task):
         """
         spec = select_detector(model)
         size = spec.image_size if self.image_size is None else self.image_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed("weights", seed))
-            return build_detector(spec, len(self.pool.classes), size, weights)
+        return build_detector(spec, len(self.pool.classes), size, weights)
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> DetectionSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> DetectionSeed:
         """Return one seed's images."""
         drawn = draw_apart(self.pool_ids, spec.train_images, spec.validation_images, spec.seed)
         return DetectionSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
 
 
-class DetectionSeed(SeedData):
+class DetectionSeed(DrawnSeed):
     """One seed's images: the sum of the detector's losses in training, average precision in evaluation.
 
     Args:
@@ -158,16 +153,16 @@ class DetectionSeed(SeedData):
         task: DetectionTask,
         train: Indices,
         held_out: Indices,
-        spec: RunSpec,
+        spec: SeedSpec,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.task, self.train, self.held_out, self.spec = task, train, held_out, spec
-        self.device, self.rank, self.ranks = device, rank, ranks
+        super().__init__(spec, device, rank, ranks)
+        self.task, self.train, self.held_out = task, train, held_out
         self.masks = select_detector(spec.model).masks
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[DetectionBatch]:
         """Return the training batches."""
         pool, spec = self.task.pool, self.spec
         upright = np.array([pool.is_upright(number) for number in self.train.tolist()])

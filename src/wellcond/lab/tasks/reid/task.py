@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
     FOLDERS,
@@ -35,6 +36,7 @@ from wellcond.lab.tasks.reid.images import (
 from wellcond.lab.tasks.reid.networks import build_reid, reid_loss
 from wellcond.lab.tasks.reid.scores import guessing_precision, search_scores
 from wellcond.lab.tasks.reid.specs import select_reid
+from wellcond.lab.tasks.seed_spec import SeedSpec
 from wellcond.runtime.models import unwrapped
 from wellcond.runtime.ranks import Ranks
 
@@ -54,7 +56,7 @@ class PersonBatch(NamedTuple):
     labels: Tensor
 
 
-class ReidTask(Task):
+class ReidTask(DataTask):
     """Re-identification: some identities of the training images validate, one's own in each seed.
 
     Args:
@@ -71,7 +73,6 @@ class ReidTask(Task):
     kind = "re-identification"
     samples = "images"
     metric = Metric("mAP")
-    is_rehearsed = False
 
     def __init__(
         self,
@@ -106,10 +107,6 @@ class ReidTask(Task):
         )
         return guessing_precision(query, gallery)
 
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
-
     def fingerprint(self) -> str:
         """Return a digest of the images' names and sizes in bytes, of which measure, and of their height."""
         parts = [part.fingerprint() for part in (self.pool, self.test.query, self.test.gallery)]
@@ -133,15 +130,13 @@ class ReidTask(Task):
         """
         check_images([*self.pool.files, *self.test.query.files, *self.test.gallery.files])
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         spec = select_reid(model)
         classes = len(np.unique(self.split(seed).train.identities))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed("weights", seed))
-            return build_reid(spec, classes, weights)
+        return build_reid(spec, classes, weights)
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> ReidSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> ReidSeed:
         """Return one seed's images.
 
         Raises:
@@ -153,7 +148,7 @@ class ReidTask(Task):
         return draw_persons(self.pool, self.train_images, self.validation_images, seed)
 
 
-class ReidSeed(SeedData):
+class ReidSeed(DrawnSeed):
     """One seed's images: identity, triplet and center loss in training, mAP of a search in evaluation.
 
     Args:
@@ -166,10 +161,10 @@ class ReidSeed(SeedData):
     """
 
     def __init__(
-        self, task: ReidTask, split: PersonSplit, spec: RunSpec, device: torch.device, rank: int = 0, ranks: int = 1
+        self, task: ReidTask, split: PersonSplit, spec: SeedSpec, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.task, self.split, self.spec = task, split, spec
-        self.device, self.rank, self.ranks = device, rank, ranks
+        super().__init__(spec, device, rank, ranks)
+        self.task, self.split = task, split
         self.group = Ranks(ranks > 1)
         self.persons = spec.batch_size // IMAGES_EACH
         check_batch(spec.batch_size, split)
@@ -180,7 +175,7 @@ class ReidSeed(SeedData):
             )
         self.labels = np.unique(split.train.identities, return_inverse=True)[1]
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[PersonBatch]:
         """Return the training batches."""
         spec = self.spec
         return EpochLoader(

@@ -16,15 +16,17 @@ from torch.nn import functional as F
 from wellcond.lab.data.batches import share_of
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart, without
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.given_paths import check_data
-from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
-from wellcond.lab.tasks.base import Defaults, EpochBatches, Evaluation, Metric, Role, SeedData, Task
+from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
+from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.seed_spec import SeedSpec
 from wellcond.lab.tasks.segmentation.formats import SegmentationFiles, find_segmentation
 from wellcond.lab.tasks.segmentation.networks import build_segmenter
 from wellcond.lab.tasks.segmentation.scores import IGNORED, confusion, mean_iou
@@ -45,7 +47,7 @@ class SegmentationBatch(NamedTuple):
     labels: Tensor
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DataTask):
     """The class of every pixel: some images train and validate, others, perhaps of another place, only measure.
 
     Args:
@@ -62,7 +64,6 @@ class SegmentationTask(Task):
 
     kind = "segmentation"
     samples = "images"
-    is_rehearsed = False
     metric = Metric("mIoU", worst=0.0)
 
     def __init__(
@@ -87,10 +88,6 @@ class SegmentationTask(Task):
     def classes(self) -> int:
         """How many classes there are to tell apart."""
         return len(self.pool.classes)
-
-    def steps_with(self, batch_size: int) -> int:
-        """Return the whole batches of an epoch."""
-        return self.train_images // batch_size
 
     def fingerprint(self) -> str:
         """Return a digest of the files' names and sizes, and of what images are brought to."""
@@ -121,20 +118,18 @@ class SegmentationTask(Task):
             check_pairs(part)
             check_images([file for pair in part.pairs for file in (pair.image, pair.labels)])
 
-    def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with, leaving torch's global generator as it was."""
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
         spec = select_segmenter(model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed("weights", seed))
-            return build_segmenter(spec, self.classes, weights)
+        return build_segmenter(spec, self.classes, weights)
 
-    def for_seed(self, spec: RunSpec, device: torch.device, rank: int, ranks: int) -> SegmentationSeed:
+    def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> SegmentationSeed:
         """Return one seed's images."""
         drawn = draw_apart(np.arange(len(self.pool.pairs)), spec.train_images, spec.validation_images, spec.seed)
         return SegmentationSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
 
 
-class SegmentationSeed(SeedData):
+class SegmentationSeed(DrawnSeed):
     """One seed's images: the cross-entropy of pixels in training, mIoU in evaluation.
 
     Args:
@@ -152,15 +147,15 @@ class SegmentationSeed(SeedData):
         task: SegmentationTask,
         train: Indices,
         held_out: Indices,
-        spec: RunSpec,
+        spec: SeedSpec,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.task, self.train, self.held_out, self.spec = task, train, held_out, spec
-        self.device, self.rank, self.ranks = device, rank, ranks
+        super().__init__(spec, device, rank, ranks)
+        self.task, self.train, self.held_out = task, train, held_out
 
-    def batches(self) -> EpochBatches:
+    def batches(self) -> Epochs[SegmentationBatch]:
         """Return the training batches."""
         task, spec = self.task, self.spec
         share = share_of(spec.batch_size, self.rank, self.ranks)
