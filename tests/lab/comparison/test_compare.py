@@ -321,7 +321,9 @@ def test_fewer_seeds_can_choose_the_trials(tmp_path, capsys):
     progress = RunProgress(Console(stderr=True), quiet=True)
     comparison = run_comparison(plan, store, progress)
     for found in comparison.methods.values():
-        chosen_alone = compared(replace(plan, settings=replace(settings, seeds=1, trial_seeds=None)), comparison.records)
+        chosen_alone = compared(
+            replace(plan, settings=replace(settings, seeds=1, trial_seeds=None)), comparison.records
+        )
         assert found.chosen == chosen_alone.methods[found.method.name].chosen
         assert {len(runs) for trial, runs in found.trials.items() if trial != found.chosen} == {1}
         assert [run.epochs[-1].steps for run in found.runs] == [8] * 3

@@ -31,8 +31,8 @@ class MethodRuns:
     Attributes:
         method: The method.
         baseline: The name of what its gains and costs are measured against; its own for a baseline.
-        trials: Its grid, with the runs of each trial, one a seed; of those that were not chosen, only those of the seeds
-            that choose.
+        trials: Its grid, with the runs of each trial, one a seed; of those that were not chosen, only those of the
+            seeds that choose.
         chosen: The trial that validation chose.
         time_ratio: Its time per step over the baseline's; None where no pair of runs has times.
         evaluation_ratio: Its time to evaluate an image over the baseline's; None where no pair has times.

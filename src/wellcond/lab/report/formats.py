@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.comparison.summary import MethodSummary, Summary, ToTarget
 from wellcond.lab.runs.metric import ACCURACY, Metric
@@ -113,8 +115,13 @@ def lr_text(method: MethodSummary) -> str:
     >>> lr_text(Method(lr=0.1, lr_edge="lowest", swept={"damping": 0.01}, edges={}))
     '0.1*, damping 0.01'
     """
-    parts = [f"{method.lr:g}{'*' if method.lr_edge else ''}"]
-    parts += [f"{name} {value}{'*' if name in method.edges else ''}" for name, value in method.swept.items()]
+    return chosen_text(method.lr, method.lr_edge, method.swept, method.edges)
+
+
+def chosen_text(lr: float, lr_edge: str | None, swept: Mapping[str, object], edges: Collection[str]) -> str:
+    """Return a trial's lr and swept options, each marked with a star where it is at the edge of its grid."""
+    parts = [f"{lr:g}{'*' if lr_edge else ''}"]
+    parts += [f"{name} {value}{'*' if name in edges else ''}" for name, value in swept.items()]
     return ", ".join(parts)
 
 
