@@ -11,7 +11,6 @@ from rich.console import Console
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.report.charts import curves
 from wellcond.lab.report.formats import (
-    NOTHING,
     bytes_text,
     chosen_text,
     difference_text,
@@ -21,7 +20,7 @@ from wellcond.lab.report.formats import (
     spread_text,
 )
 from wellcond.lab.report.page import drawn, page_environment
-from wellcond.lab.report.table import Cell, Row, Table
+from wellcond.lab.report.table import NOTHING, Cell, Row, Table
 from wellcond.lab.report.tables import grid_tables
 from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
