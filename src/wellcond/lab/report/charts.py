@@ -89,9 +89,8 @@ SHARE_STYLES = {
 """How the shares of the normalizers that are switched between are drawn."""
 
 
-def all_styles() -> list[Style]:
-    """Return every style that a chart may use."""
-    return [BASELINE, *_BY_TECHNIQUE.values(), *_BY_LAYERS.values(), *SHARE_STYLES.values()]
+STYLES = (BASELINE, *_BY_TECHNIQUE.values(), *_BY_LAYERS.values(), *SHARE_STYLES.values())
+"""Every style that a chart may use."""
 
 
 def method_style(method: MethodSummary, place: int = 0) -> Style:
@@ -252,7 +251,9 @@ def _curve(summary: Summary, method: MethodSummary, axis: Axis, quantity: Quanti
     seconds = tuple(median(curve.seconds[index] for curve in method.curves) for index in range(length))
     x = seconds if axis == "seconds" else tuple(float(index + 1) for index in range(length))
     is_score = quantity.endswith("score")
-    lowest, highest = summary.metric.span if is_score else (0.0, math.inf)
+    percentage = summary.metric.is_percentage
+    lowest = -math.inf if is_score and not percentage else 0.0
+    highest = 100.0 if is_score and percentage else math.inf
     return Series(
         name=method.name,
         style=style,

@@ -54,14 +54,14 @@ def _compares_evaluation(summary: Summary) -> bool:
 
 
 def _scores(summary: Summary) -> Table:
+    evaluation = (
+        ", and the time to evaluate an image as a ratio to the baseline's" if _compares_evaluation(summary) else ""
+    )
     columns = Columns(summary)
     deviation = f", mean ± standard deviation over {summary.seeds} seeds" if summary.seeds > 1 else ", one seed"
     name = quantity_text(summary.score, summary.metric)
     edge = any(method.lr_edge or method.edges for method in summary.methods)
     star = "; * at the edge of its grid" if edge else ""
-    evaluation = (
-        ", and the time to evaluate an image as a ratio to the baseline's" if _compares_evaluation(summary) else ""
-    )
     return _table(
         summary,
         f"{summary.score[0].upper()}{summary.score[1:]}",
