@@ -64,11 +64,6 @@ class Plan:
         """Steps of a run of all epochs."""
         return self.epochs * self.steps_per_epoch
 
-    @property
-    def chance(self) -> float:
-        """The score of guessing, in percent: what a diverged run counts as."""
-        return self.task.chance
-
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
         return replace(

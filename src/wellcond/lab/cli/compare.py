@@ -27,7 +27,6 @@ from wellcond.lab.runs.comparison_file import read_comparison
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import ENGINES, Settings
-from wellcond.lab.training.progress import RunProgress
 from wellcond.lab.trials import parse_sweep
 
 _DESCRIPTION = """\
@@ -164,9 +163,8 @@ def _compare(arguments: argparse.Namespace, settings: Settings, command_line: st
 
     plan = make_plan(settings)
     folder = output_folder(plan, arguments.out)
-    progress = RunProgress(Console(stderr=True), quiet=arguments.quiet or not first)
     with locked(folder, here=first):
-        with keeping_runs(progress, folder):
+        with keeping_runs(folder, quiet=arguments.quiet or not first) as progress:
             comparison = run_comparison(plan, RunStore(folder / "runs"), progress)
         if not first:
             return 0

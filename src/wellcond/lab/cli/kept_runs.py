@@ -1,10 +1,12 @@
-"""What becomes of the finished runs when a command ends early."""
+"""Shows the progress of a command's runs, and says where the finished ones are kept when it ends early."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rich.console import Console
 
 from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import CommandEndedError
@@ -13,19 +15,23 @@ from wellcond.lab.training.progress import RunProgress
 
 
 @contextmanager
-def keeping_runs(progress: RunProgress, folder: Path) -> Iterator[None]:
+def keeping_runs(folder: Path, quiet: bool) -> Iterator[RunProgress]:
     """Show the progress of the block's runs, and say where they are kept if it is interrupted or one of them fails.
 
     Args:
-        progress: Counts the runs.
         folder: Where they are kept.
+        quiet: Whether no progress is shown.
+
+    Yields:
+        What counts the runs.
 
     Raises:
         CommandEndedError: If the block is interrupted or a run fails.
     """
+    progress = RunProgress(Console(stderr=True), quiet=quiet)
     try:
         with interruptible(), progress:
-            yield
+            yield progress
     except Interrupted as ended:
         raise CommandEndedError(
             f"{ended}; {progress.done} finished runs are kept in {folder}; the same command continues.", ended.code

@@ -16,7 +16,6 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import Scale
-from wellcond.lab.training.progress import RunProgress
 
 _DESCRIPTION = """\
 Run a table or figure of a source as a recipe says, and show its figures beside those measured: mean and standard
@@ -105,9 +104,8 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     default = f"reproduce-{recipe.name.replace(' ', '-')}-{scale}"
     out = arguments.out if arguments.out is not None else Path("runs") / default
     folder = writable_folder(Path(out))
-    progress = RunProgress(Console(stderr=True), quiet=arguments.quiet)
     with locked(folder):
-        with keeping_runs(progress, folder):
+        with keeping_runs(folder, arguments.quiet) as progress:
             results = reproduce(recipe, panels, settings, RunStore(folder / "runs"), progress)
         reproduction = collect(recipe, scale, paths, command_line, results)
         files = write_reproduction(reproduction, folder)

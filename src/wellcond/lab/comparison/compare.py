@@ -33,6 +33,7 @@ class MethodRuns:
         baseline: The name of what its gains and costs are measured against; its own for a baseline.
         trials: Its grid, with the runs of each trial, one a seed; of those not chosen, only of the seeds that choose.
         chosen: The trial that validation chose.
+        runs: Its runs, in the order of the seeds.
         time_ratio: Its time per step over the baseline's; None where no pair of runs has times.
         evaluation_ratio: Its time to evaluate an image over the baseline's; None where no pair has times.
         memory_ratio: Its peak memory over the baseline's; None where no pair has it.
@@ -43,20 +44,11 @@ class MethodRuns:
     baseline: str
     trials: dict[Trial, tuple[RunRecord, ...]]
     chosen: Trial
+    runs: tuple[RunRecord, ...]
     time_ratio: float | None
     evaluation_ratio: float | None
     memory_ratio: float | None
     timed: dict[float, TimedRuns] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> tuple[RunRecord, ...]:
-        """The runs of the chosen trial, in the order of the seeds."""
-        return self.trials[self.chosen]
-
-    @property
-    def all_runs(self) -> list[RunRecord]:
-        """The runs of every trial."""
-        return [run for runs in self.trials.values() for run in runs]
 
 
 @dataclass(frozen=True)
@@ -152,6 +144,7 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
             baseline=baseline,
             trials=mine,
             chosen=chosen[method.name],
+            runs=mine[chosen[method.name]],
             time_ratio=paired_ratio(pairs, lambda run: run.seconds_per_step),
             evaluation_ratio=paired_ratio(pairs, lambda run: run.evaluation_seconds),
             memory_ratio=paired_ratio(pairs, lambda run: None if run.memory is None else run.memory.peak),

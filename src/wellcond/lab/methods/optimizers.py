@@ -85,10 +85,10 @@ def find_optimizer(name: str) -> Callable[..., Any]:
     """
     import torch
 
-    if is_import_path(name):
-        kind = import_path(name)
-    elif name not in _PEERS_FIRST and hasattr(torch.optim, name):
+    if name not in _PEERS_FIRST and hasattr(torch.optim, name):
         kind = getattr(torch.optim, name)
+    elif is_import_path(name):
+        kind = import_path(name)
     else:
         # Only now: it takes seconds to import.
         kind = getattr(_peers(name), name, None)

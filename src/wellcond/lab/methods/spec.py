@@ -61,7 +61,9 @@ def find_transform(name: str) -> type[wellcond.GradientTransform]:
         LabError: If the path cannot be imported.
         TypeError: If it is no transform.
     """
-    kind = import_path(name) if is_import_path(name) else getattr(wellcond, name, None)
+    kind = getattr(wellcond, name, None)
+    if kind is None and is_import_path(name):
+        kind = import_path(name)
     if not (isinstance(kind, type) and issubclass(kind, wellcond.GradientTransform)):
         raise TypeError(f"{name} is no wellcond.GradientTransform")
     return kind

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup, escape
 
-from wellcond.lab.report.charts import Bars, Chart, Series
-from wellcond.lab.report.styles import Style, all_styles
+from wellcond.lab.report.charts import STYLES, Bars, Chart, Series, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +50,7 @@ _LOOK: dict[Any, Any] = {
 
 def colours() -> dict[str, Style]:
     """Return the style of each colour's variable, which a page's style sheet has to set."""
-    return {_variable(style.light): style for style in all_styles()}
+    return {_variable(style.light): style for style in STYLES}
 
 
 def _variable(colour: str) -> str:

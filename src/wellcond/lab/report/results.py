@@ -1,4 +1,4 @@
-"""Writes what a comparison found to its folder: JSON, curves, the epochs of every run, and the report."""
+"""Writes what a comparison found to its folder: numbers, curves, the epochs of every run, the report."""
 
 from __future__ import annotations
 
@@ -100,9 +100,6 @@ def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder
     report, numbers, epochs = (folder / name for name in ("report.html", "results.json", "epochs.csv"))
     pictures: dict[Axis, Path] = {"epochs": folder / "curves-epochs.png", "seconds": folder / "curves-seconds.png"}
     note = f"mean over {summary.seeds} seeds, band: ± 1 standard deviation" if summary.seeds > 1 else ""
-    for axis, picture in pictures.items():
-        with replacing(picture) as file:
-            draw_png(curves(summary, axis), file, note)
     write_atomically(numbers, results_json(results))
     write_atomically(folder / FILE_NAME, results.file)
     write_atomically(
@@ -117,6 +114,9 @@ def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder
             results.file,
         ),
     )
+    for axis, picture in pictures.items():
+        with replacing(picture) as file:
+            draw_png(curves(summary, axis), file, note)
     write_atomically(epochs, to_csv(_epochs(records), _RUN))
     return [report, *pictures.values(), numbers, epochs, folder / FILE_NAME]
 

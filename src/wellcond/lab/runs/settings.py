@@ -13,7 +13,7 @@ from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
-from wellcond.lab.trials import Search, Sweep
+from wellcond.lab.trials import Search, Sweep, check_sweep
 
 Scale = Literal["smoke", "small", "full"]
 """How much a recipe trains."""
@@ -204,6 +204,8 @@ class Settings:
             raise LabError(f"--time-fractions must be above 0 and at most 1, got {_listed(self.time_shares)}")
         if len(set(self.time_shares)) < len(self.time_shares):
             raise LabError(f"--time-fractions must name each fraction once, got {_listed(self.time_shares)}")
+        for sweep in self.sweeps:
+            check_sweep(*sweep)
         if self.trials is not None and self.search != "random":
             raise LabError("--trials is for --search random; a grid has all combinations")
         if self.trial_seeds is not None and self.trial_seeds > self.seeds:
