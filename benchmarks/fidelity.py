@@ -1,10 +1,13 @@
-"""How close each form of the second moment comes to the whole one: the cosine of their preconditioned gradients.
+r"""How close each form of the second moment comes to the whole one: the cosine of their preconditioned gradients.
 
     python benchmarks/fidelity.py --data cifar10-jpeg-train.parquet --json docs/results/fidelity.json
+    python benchmarks/fidelity.py --data cifar10-jpeg-train.parquet --model resnet18 --image-size 32 --batch 32 \
+        --steps 100 --layers 6 --seeds 1 --json docs/results/fidelity-resnet18.json
 
 A network is trained with SGD and momentum. Then every form sees the same further batches at the same weights, and
 preconditions the last one's gradient; its cosine to that of the whole second moment is a mean over the 3 × 3
-convolutions of 100 inputs or more. What a form keeps of these layers is given beside the numbers that they have.
+convolutions of 100 inputs or more, or some of them (``--layers``: wide ones take minutes to factorize whole). What a
+form keeps of these layers is given beside the numbers that they have.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from wellcond.lab.networks.registry import MODELS, initial_model
 POWERS = {"1/2": FeatureWhitening, "1": FeatureDescent}
 FORMS: dict[str, dict[str, Any] | None] = {
     "plain gradient": None,
+    "auto": {},
     "kronecker": {"second_moment": "kronecker"},
     "blocks": {"second_moment": "blocks"},
     "blocks, rank 8": {"second_moment": "blocks", "rank": 8},
@@ -49,65 +53,80 @@ def train(model: nn.Module, batches: Sequence[Batch], lr: float) -> None:
         optimizer.step()
 
 
-def measured_layers(model: nn.Module) -> list[str]:
-    """Return the names of the 3 × 3 convolutions of 100 inputs or more: narrower ones are whole in every form."""
-    return [
+def measured_layers(model: nn.Module, most: int | None = None) -> list[str]:
+    """Return the names of the 3 × 3 convolutions of 100 inputs or more: narrower ones are whole in every form.
+
+    Args:
+        model: The network.
+        most: How many of them, evenly spaced from the first to the last; None: all.
+    """
+    found = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.weight[0].numel() >= 100
     ]
+    if most is None or most >= len(found):
+        return found
+    return [found[round(index * (len(found) - 1) / max(most - 1, 1))] for index in range(most)]
 
 
-def preconditioned(
-    model: nn.Module, batches: Sequence[Batch], transform: wellcond.GradientTransform | None
-) -> tuple[dict[str, Tensor], float]:
-    """Return the last batch's gradients as the transform leaves them, and what it keeps for one number of a weight."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    if transform is not None:
-        wellcond.attach(optimizer, model, transform)
-    for images, labels in batches:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    weights = {name: model.get_submodule(name).weight for name in measured_layers(model)}
-    kept = sum(
-        value.numel()
-        for weight in weights.values()
-        for key, value in optimizer.state.get(weight, {}).items()
-        if str(key).startswith("wellcond_") and isinstance(value, Tensor)
-    )
-    return {name: weight.grad for name, weight in weights.items()}, kept / sum(w.numel() for w in weights.values())
-
-
-def fidelity(model: nn.Module, batches: Sequence[Batch], power: type) -> dict[str, dict[str, Any]]:
-    """Compare the forms of one power.
+def fidelity(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compare the forms, at both powers.
 
     Args:
         model: A trained network; left as it is.
-        batches: What each form sees, one step a batch.
-        power: `FeatureWhitening` or `FeatureDescent`.
+        batches: What all forms see, one step a batch.
+        layers: The names of the layers that are compared.
 
     Returns:
-        By form: the cosine by layer, and what is kept.
+        By power and form: the cosine by layer, and what is kept for one number of the weights.
     """
-    found = {
-        name: preconditioned(
-            model, batches, None if options is None else power(stats_every=1, solve_every=1, **options)
-        )
-        for name, options in FORMS.items()
-    }
-    dense, _ = found["dense"]
+    model = copy.deepcopy(model)
+    weights = {name: model.get_submodule(name).weight for name in layers}
+    # Each form has an optimizer of its own, which moves nothing: all see one forward pass and get one gradient.
+    optimizers: dict[tuple[str, str], torch.optim.Optimizer] = {}
+    for power, transform in POWERS.items():
+        for form, options in FORMS.items():
+            optimizer = optimizers[power, form] = torch.optim.SGD(model.parameters(), lr=0.0)
+            if options is not None:
+                # Sketches follow step by step; what is known of the whole one before the last step does not matter.
+                every = max(1, len(batches) - 1) if form == "dense" else 1
+                options = {"stats_every": 1, "solve_every": every, "solve_warmup": False, **options}
+                wellcond.attach(optimizer, model, transform(where=lambda name, _: name in layers, **options))
+    changed: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for images, labels in batches:
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        for key, optimizer in optimizers.items():
+            for name, parameter in model.named_parameters():
+                parameter.grad.copy_(gradients[name])
+            optimizer.step()
+            changed[key] = {name: weight.grad.double() for name, weight in weights.items()}
     return {
-        name: {
-            "cosine": {
-                layer: float(F.cosine_similarity(gradient.double().flatten(), dense[layer].double().flatten(), dim=0))
-                for layer, gradient in gradients.items()
-            },
-            "kept": kept,
+        power: {
+            form: {
+                "cosine": {
+                    name: float(F.cosine_similarity(gradient.flatten(), changed[power, "dense"][name].flatten(), dim=0))
+                    for name, gradient in changed[power, form].items()
+                },
+                "kept": _kept(optimizers[power, form], list(weights.values())),
+            }
+            for form in FORMS
         }
-        for name, (gradients, kept) in found.items()
+        for power in POWERS
     }
+
+
+def _kept(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> float:
+    """Return how many numbers a transform keeps for one of the weights."""
+    kept = sum(
+        value.numel()
+        for weight in weights
+        for key, value in optimizer.state.get(weight, {}).items()
+        if str(key).startswith("wellcond_") and isinstance(value, Tensor)
+    )
+    return kept / sum(weight.numel() for weight in weights)
 
 
 def main() -> None:
@@ -120,6 +139,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--observed", type=int, default=8, help="batches that the second moments are taken from")
     parser.add_argument("--lr", type=float, default=0.06)
+    parser.add_argument("--layers", type=int, help="how many layers, evenly spaced (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
@@ -133,8 +153,9 @@ def main() -> None:
         batches = list(islice(chain.from_iterable(repeat(epochs)), options.steps + options.observed))
         model = initial_model(options.model, data.channels, len(data.pool.classes), seed)
         train(model, batches[: options.steps], options.lr)
-        for power, transform in POWERS.items():
-            for name, row in fidelity(model, batches[options.steps :], transform).items():
+        layers = measured_layers(model, options.layers)
+        for power, rows in fidelity(model, batches[options.steps :], layers).items():
+            for name, row in rows.items():
                 results[name]["kept"] = row["kept"]
                 for layer, cosine in row["cosine"].items():
                     results[name]["cosine"][power].setdefault(layer, []).append(cosine)

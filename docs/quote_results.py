@@ -109,24 +109,39 @@ def step_table(results: dict[str, Any]) -> str:
 
 def cost_table(results: dict[str, Any]) -> str:
     """Return a benchmark of preconditioners as a Markdown table with the command and the machine that made it."""
-    heads = ["", "ordinary step, median (quartiles)", "product, each step", "statistics, once in 50"]
-    heads += ["solve, once in 500", "by these, amortised", "state / parameters", "peak"]
-    rows = []
-    for name, row in results["results"].items():
+    rows = results["results"]
+    peak = all("peak_mb" in row for row in rows.values())
+    bare = any("of_bare_product" in row for row in rows.values())
+    heads = ["", "ordinary step, median (quartiles)", "product, each step"]
+    heads += ["product / bare G T"] * bare
+    heads += ["statistics, once in 50", "solve, once in 500", "by these, amortised", "state / parameters"]
+    heads += ["peak"] * peak
+    lines = []
+    for name, row in rows.items():
+        amortised = f"× {row['amortised_ratio']:.3f}"
+        if "amortised_lower_quartile" in row:
+            amortised += f" ({row['amortised_lower_quartile']:.3f} to {row['amortised_upper_quartile']:.3f})"
         cells = [
             name,
             f"× {row['ratio']:.3f} ({row['lower_quartile']:.3f} to {row['upper_quartile']:.3f})",
-            f"{row['product_ms']:.0f} ms",
-            f"{row['statistics_ms']:.0f} ms",
-            f"{row['solve_ms'] / 1e3:.2f} s",
-            f"× {row['amortised_ratio']:.3f}",
+            _milliseconds(row["product_ms"]),
+            *[f"× {row['of_bare_product']:.2f}" if "of_bare_product" in row else ""] * bare,
+            _milliseconds(row["statistics_ms"]),
+            f"{row['solve_ms'] / 1e3:.2f} s" if row["solve_ms"] >= 5 else _milliseconds(row["solve_ms"]),
+            amortised,
             f"{row['state_share']:.2f}",
-            f"{row['peak_mb']:+.0f} MB",
+            *[f"{row.get('peak_mb', 0.0):+.0f} MB"] * peak,
         ]
-        rows.append(cells)
-    steps = [row["sgdm_ms"] for row in results["results"].values()]
-    base = f"SGDM's step: {min(steps):.0f} to {max(steps):.0f} ms beside the variants."
-    return "\n".join([markdown(heads, rows), "", base, "", _made_by(results)])
+        lines.append(cells)
+    steps = [row["sgdm_ms"] for row in rows.values()]
+    low, high = (_milliseconds(step).removesuffix(" ms") for step in (min(steps), max(steps)))
+    clock = " on the processor's clock" if results.get("clock") == "processor" else ""
+    base = f"SGDM's step{clock}: {low} to {high} ms beside the variants."
+    return "\n".join([markdown(heads, lines), "", base, "", _made_by(results)])
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if abs(value) >= 10 else f"{value:.2f} ms"
 
 
 def fidelity_table(results: dict[str, Any]) -> str:
@@ -143,7 +158,8 @@ def fidelity_table(results: dict[str, Any]) -> str:
     run, layers = results["fidelity"], len(next(iter(results["results"].values()))["cosine"][powers[0]])
     size = f"{run['image_size']}x{run['image_size']}"
     trained = f"{results['model']} after {run['steps']} steps of batch {results['batch']}"
-    averaged = f"mean over {layers} 3 × 3 convolutions and {run['seeds']} seeds"
+    seeds = f"{run['seeds']} seed{'' if run['seeds'] == 1 else 's'}"
+    averaged = f"mean over {layers} 3 × 3 convolutions and {seeds}"
     lines = [
         markdown(heads, rows),
         "",

@@ -131,7 +131,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], str, list[Any]]]:
             annotation = str(parameter.annotation)
             parts = re.split(r" \| (?![^\[]*\])", annotation.strip("'"))
             wrong = [value for value in CANDIDATES if all(admitted(name, part, value) is False for part in parts)]
-            if function.__module__ == optim.__name__:  # Torch's own errors say "learning rate" and "epsilon".
+            if function.__module__.startswith(optim.__name__):  # Torch's own errors say "learning rate" and "epsilon".
                 wrong = [value for value in wrong if value != -1]
             if wrong:
                 found[f"{function.__name__}-{name}"] = (function, name, wrong)

@@ -51,6 +51,41 @@ def test_the_benchmark_of_fidelity_compares_every_form_with_the_dense_one(
     assert str(tmp_path) not in file.read_text()
 
 
+def test_the_benchmark_of_linear_heads_on_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timing", "measured"):
+        loaded(name, monkeypatch)
+    heads = loaded("linear_head", monkeypatch)
+    few = "--train-images 60 --val-images 40 --filters 2 --cells 2 --epochs 2 --batch 20 --seeds 2 --rates 3"
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["x", *few.split(), "--json", str(file)])
+    heads.main()
+    found = json.loads(file.read_text())
+    results = found["results"]
+    assert results.keys() == {*heads.METHODS, heads.LBFGS, heads.SCIKIT}
+    assert all(len(results[name]) == 3 for name in heads.METHODS)
+    runs = [run for rates in results.values() for own in rates.values() for run in own]
+    assert len(runs) == 2 * (3 * len(heads.METHODS) + 2)
+    assert all(run["excess"] > -1e-4 and 0 <= run["test"] <= 100 for run in runs)  # nothing is below the minimum
+    assert all(run["excess"] < 0.01 and 0 < run["epochs"] < 1000 for run in results[heads.LBFGS][""])
+    assert all(run["excess"] < 0.01 and 0 < run["epochs"] < 1000 for run in results[heads.SCIKIT][""])
+    (table,) = found["tables"]
+    assert all(len(row) == len(table["heads"]) for row in table["rows"])
+
+
+def test_a_minimum_is_where_the_gradient_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timing", "measured"):
+        loaded(name, monkeypatch)
+    heads = loaded("linear_head", monkeypatch)
+    torch.manual_seed(0)
+    rows = torch.randn(40, 6), torch.randint(3, (40,))
+    problem = heads.Problem(rows, rows, rows, 3, 1e-2)
+    weight = problem.head().double().weight
+    heads.lbfgs(problem, weight, max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-16)
+    (gradient,) = torch.autograd.grad(problem.whole_loss(weight), weight)
+    assert gradient.abs().max() < 1e-8
+    assert heads.minimum(problem) == pytest.approx(problem.whole_loss(weight).item(), rel=1e-12)
+
+
 def test_the_benchmark_of_tasks_in_a_row_writes_what_tables_quote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wellcond.layouts import Layout, register_layout
     from wellcond.moments.collection import SecondMoments
     from wellcond.transforms import (
+        Attachment,
         FeatureDescent,
         FeatureWhitening,
         GradientCentralization,
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
         NormClipping,
         Orthogonalize,
         ZScore,
+        attach,
     )
-    from wellcond.transforms.attachment import Attachment, attach
     from wellcond.transforms.base import GradientTransform, WellcondWarning
 
 __all__ = [

@@ -13,7 +13,7 @@ from cells import attach, cell
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from wellcond.transforms.attachment import attachments
+from wellcond.transforms import attachments
 
 AREA = "Frameworks"
 SAME = "weights after 3 steps against a plain loop on gradients changed by hand"

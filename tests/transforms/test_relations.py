@@ -55,3 +55,49 @@ def test_damping_by_the_mean_is_gptqs_percdamp() -> None:
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
     ours = symmetric_power(x.T @ x, -1.0, 0.01, damping_mode="mean")
     torch.testing.assert_close(ours / 2, torch.linalg.inv(damped))
+
+
+def test_the_feature_regularizer_is_coupled_decay_at_another_rate() -> None:
+    """Thesis 5.14, 5.15: min_W ‖X Wᵀ − (X W₀ᵀ − η N Δ)‖² + λ ‖X Wᵀ‖², with its factors 1/(1 + λ) and λ/η."""
+    eta, strength = 0.7, 0.3
+    torch.manual_seed(0)
+    model = nn.Linear(IN, OUT, bias=False).double()
+    start = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=eta / (1 + strength), weight_decay=strength / eta)
+    wellcond.attach(optimizer, model, FeatureDescent(damping=1e-13, norm="none"))
+    x = torch.randn(N, IN, dtype=torch.float64)
+    outputs = model(x)
+    outputs.retain_grad()
+    outputs.sin().mean().backward()
+    optimizer.step()
+    assert outputs.grad is not None
+    targets = x @ start.T - eta * N * outputs.grad
+    inputs = torch.cat([x, strength**0.5 * x])
+    solution = torch.linalg.lstsq(inputs, torch.cat([targets, torch.zeros_like(targets)])).solution.T
+    torch.testing.assert_close(model.weight.detach(), solution, rtol=1e-9, atol=1e-9)
+
+
+def test_a_penalty_in_the_loss_is_decay_inside_the_preconditioner() -> None:
+    """(G + λW) (M + εI)^(−p), in the norm of G + λW, and nothing is added behind it."""
+    strength = 0.2
+    for transform, exponent, damping_mode in (
+        (wellcond.FeatureDescent(damping=DAMPING), -1.0, "absolute"),
+        (wellcond.FeatureWhitening(damping=DAMPING), -0.5, "relative"),
+    ):
+        torch.manual_seed(0)
+        model = nn.Linear(IN, OUT, bias=False).double()
+        start = model.weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        wellcond.attach(optimizer, model, transform)
+        x = torch.randn(N, IN, dtype=torch.float64)
+        outputs = model(x)
+        outputs.retain_grad()
+        (outputs.sin().mean() + strength / 2 * model.weight.square().sum()).backward()
+        optimizer.step()
+        assert outputs.grad is not None
+        whole = outputs.grad.T @ x + strength * start
+        moment = x.T @ x / N
+        values, vectors = torch.linalg.eigh(moment)
+        added = DAMPING * (values[-1] if damping_mode == "relative" else 1.0)
+        product = whole @ (vectors * (values + added) ** exponent) @ vectors.T
+        torch.testing.assert_close(start - model.weight.detach(), product * whole.norm() / product.norm())

@@ -22,7 +22,8 @@ class ConvLayout(Layout):
 
     def matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """View as [groups, out/groups, in/groups, *kernel]."""
-        return torch.unflatten(weight, 0, (self.groups(module), -1))
+        groups = self.groups(module)
+        return weight.unsqueeze(0) if groups == 1 else torch.unflatten(weight, 0, (groups, -1))
 
     def groups(self, module: nn.Module) -> int:
         """Return the convolution's groups."""

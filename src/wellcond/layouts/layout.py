@@ -105,7 +105,8 @@ class Layout:
         Returns:
             A view, shape [groups, out].
         """
-        return torch.unflatten(bias, 0, (self.groups(module), -1))
+        groups = self.groups(module)
+        return bias.unsqueeze(0) if groups == 1 else torch.unflatten(bias, 0, (groups, -1))
 
     def groups(self, module: nn.Module) -> int:
         """Return how many matrices the weight is: more than one for grouped convolutions."""

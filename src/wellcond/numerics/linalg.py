@@ -222,7 +222,8 @@ def frobenius_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tenso
         >>> frobenius_norms([torch.ones(4), torch.full((2, 2), 2.0)], torch.float32)
         [tensor(2.), tensor(4.)]
     """
-    in_a_row = [tensor.device.type != "cpu" or tensor.numel() <= _ADDED_IN_A_ROW for tensor in tensors]
+    elsewhere = bool(tensors) and tensors[0].device.type != "cpu"
+    in_a_row = [elsewhere or tensor.numel() <= _ADDED_IN_A_ROW for tensor in tensors]
     chosen = [tensor for tensor, fits in zip(tensors, in_a_row, strict=True) if fits]
     together = iter(torch._foreach_norm(chosen, 2, dtype) if chosen else ())
     return [

@@ -1,6 +1,7 @@
 """Gradient transforms and the one way to attach them to an optimizer."""
 
-from wellcond.transforms.attachment import Attachment, attach, attachments
+from wellcond.transforms.attaching import attach, attachments
+from wellcond.transforms.attachment import Attachment
 from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.constraints import NormClipping, ZScore

@@ -92,27 +92,30 @@ class GradientCentralization(GradientTransform):
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Refuse weight decay that cannot be kept where ``decay`` wants it."""
+        for decay in {id(slot.terms): slot.decay for slot in slots}.values():
+            self._check_decay(decay)
+
+    def _check_decay(self, decay: Decay | None) -> None:
         if (self.where == "gradient") != (self.decay == "inside"):
             return
-        for decay in {id(slot.terms): slot.decay for slot in slots}.values():
-            if self.where == "gradient":
-                if decay is None:
-                    raise ValueError(
-                        "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
-                        "pass weight_decay='coupled' or 'decoupled' to attach()"
-                    )
-                continue
-            if decay is None or not (decay.exact or decay.told):
+        if self.where == "gradient":
+            if decay is None:
                 raise ValueError(
-                    "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
-                    "weight decay: pass weight_decay='decoupled' to attach() if it multiplies weights by "
-                    "1 - lr * weight_decay"
+                    "GradientCentralization(decay='inside') must know how the optimizer applies weight decay: "
+                    "pass weight_decay='coupled' or 'decoupled' to attach()"
                 )
-            if not _is_zero(decay.gradient):
-                raise ValueError(
-                    "GradientCentralization(where='update', decay='outside') needs decoupled weight decay: this "
-                    "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
-                )
+            return
+        if decay is None or not (decay.exact or decay.told):
+            raise ValueError(
+                "GradientCentralization(where='update', decay='outside') must know how the optimizer applies "
+                "weight decay: pass weight_decay='decoupled' to attach() if it multiplies weights by "
+                "1 - lr * weight_decay"
+            )
+        if not _is_zero(decay.gradient):
+            raise ValueError(
+                "GradientCentralization(where='update', decay='outside') needs decoupled weight decay: this "
+                "optimizer adds it to the gradient, where it cannot be told from the rest of the update"
+            )
 
     def refresh(self, slots: Sequence[Slot], ranks: Ranks) -> None:
         """Forget what an interrupted step may have left."""
@@ -121,8 +124,10 @@ class GradientCentralization(GradientTransform):
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Centre the gradients; note where the weights' row means are if they are needed after the step."""
-        self.check(slots)
-        for alike, means in self._planned(slots):
+        planned = self._planned(slots)
+        for alike, _ in planned:
+            self._check_decay(alike[0].decay)
+        for alike, means in planned:
             decay = alike[0].decay
             known = self.decay == "inside" and decay is not None and decay.exact
             # A closure that runs several times in a step (line searches) moves the weights in between.
@@ -135,10 +140,7 @@ class GradientCentralization(GradientTransform):
                         slot.scratch = [mean]
             if self.where == "update":
                 continue
-            gradients = []
-            for slot in alike:
-                assert slot.layer.weight.grad is not None
-                gradients.append(units(slot.layer, slot.layer.weight.grad))
+            gradients = means.gradients()
             # The optimizer will add λw: P(g + λw) = (g − mean(g + λw)) + λw.
             add(gradients, means.of(gradients, decay.gradient if known and decay is not None else 0.0), -1)
 

@@ -31,7 +31,19 @@ class UnitMeans:
         self._in_rows = [
             layer.layout.output_axis == 0 and type(layer.layout).unit_mean is Layout.unit_mean for layer in layers
         ]
+        self._columns = [(-1, *[1] * (layer.weight.dim() - 1)) for layer in layers]
+        self._are_plain = all(_is_plain(layer.weight) for layer in layers)
         self._shares: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def gradients(self) -> list[Tensor]:
+        """Return the weights' gradients, as `units` gives them."""
+        return self._units([layer.weight.grad for layer in self.layers])
+
+    def _units(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        found = [tensor for tensor in tensors if tensor is not None]
+        if self._are_plain:
+            return found
+        return [units(layer, tensor) for layer, tensor in zip(self.layers, found, strict=True)]
 
     def of(self, gradients: Sequence[Tensor], factor: Scalar = 0.0) -> list[Tensor]:
         """Return each output unit's mean of ``gradient + factor * weight``.
@@ -46,30 +58,30 @@ class UnitMeans:
         if isinstance(factor, Tensor):
             both = zip(self.of(gradients), self.of_weights(), strict=True)
             return [mean + factor * of_weight for mean, of_weight in both]
-        weights = [units(layer, layer.weight) for layer in self.layers] if factor else gradients
+        weights = self._units([layer.weight for layer in self.layers]) if factor else gradients
         in_rows = [
-            fits and _is_contiguous(gradient) and _is_contiguous(weight)
+            fits and _is_contiguous(gradient) and (not factor or _is_contiguous(weight))
             for fits, gradient, weight in zip(self._in_rows, gradients, weights, strict=True)
         ]
         small = [index for index, fits in enumerate(in_rows) if fits and factor and gradients[index].numel() <= _SMALL]
         summed = dict(zip(small, _added(gradients, weights, small, factor), strict=True))
         means = []
-        for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        for index, gradient in enumerate(gradients):
             if not in_rows[index]:
                 mean = self.layers[index].unit_mean(gradient)
-                means.append(mean + factor * self.layers[index].unit_mean(weight) if factor else mean)
+                means.append(mean + factor * self.layers[index].unit_mean(weights[index]) if factor else mean)
                 continue
             rows = summed.get(index, gradient).flatten(1)  # a shard may have no units
             share = self._share(rows)
             mean = torch.mv(rows, share)
             if factor and index not in summed:
-                mean = torch.addmv(mean, weight.view(rows.shape), share, alpha=factor)
-            means.append(mean.view(len(rows), *[1] * (gradient.dim() - 1)))
+                mean = torch.addmv(mean, weights[index].view(rows.shape), share, alpha=factor)
+            means.append(mean.view(self._columns[index]))
         return means
 
     def of_weights(self) -> list[Tensor]:
         """Return each output unit's mean weight."""
-        return self.of([units(layer, layer.weight) for layer in self.layers])
+        return self.of(self._units([layer.weight for layer in self.layers]))
 
     def _share(self, rows: Tensor) -> Tensor:
         """Return a vector of 1/n: rows times it are their means."""

@@ -28,6 +28,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.moves = 0
         """How often a buffer was replaced by a larger one: views of the memory before are then out of use."""
 
@@ -39,6 +40,13 @@ class Scratch:
             buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
             self.moves += 1
         return buffer[:size].view(tuple(shape))
+
+    def zero(self, like: Tensor) -> Tensor:
+        """Return a scalar 0 of a tensor's kind, always the same one: not to be written to."""
+        key = like.dtype, like.device
+        if key not in self._zeros:
+            self._zeros[key] = like.new_zeros(())
+        return self._zeros[key]
 
 
 class Form(ABC):

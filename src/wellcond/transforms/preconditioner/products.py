@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wellcond.transforms.base import Slot
+from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.norm_recovery import Norms, norm_ratios
+from wellcond.transforms.preconditioner.place import Place
 from wellcond.transforms.sharding import is_sharded, local, whole, write_whole
 
 View = Callable[[Tensor], Tensor]
@@ -34,28 +35,22 @@ class Kept:
             write_whole(self.target, gathered)
 
 
-@dataclass
+@dataclass(eq=False)
 class Product:
     """One layer's gradients, of its weight and of its bias, before and after the product.
 
     Attributes:
-        slot: The layer's slot.
-        dtype: In which norms are taken.
+        place: The layer, and how its gradient is treated.
         weight: What is multiplied, shape [groups, out, *inputs].
         bias: Its further column, shape [groups, out], or None.
-        is_partial: Whether other ranks have further rows.
-        fixed_norm: The norm that ``norm="fixed"`` gives the product.
         changed: The changed weight's and bias's gradients, still to be scaled.
         written: Those of them that stand in the gradients.
         kept: Those that do not: of gradients of lower precision, or gathered from several ranks.
     """
 
-    slot: Slot
-    dtype: torch.dtype
+    place: Place
     weight: Tensor
     bias: Tensor | None
-    is_partial: bool
-    fixed_norm: float
     changed: list[Tensor] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -70,7 +65,8 @@ class Product:
             make_view: Makes such a view.
             ratio: By what the product is to be multiplied, where that is known.
         """
-        if target is not None and view.dtype == self.dtype and (self.is_partial or not is_sharded(target)):
+        place = self.place
+        if target is not None and view.dtype == place.dtype and (place.is_partial or not place.is_sharded):
             in_place = changed.data_ptr() == view.data_ptr()  # low-rank forms may have multiplied so
             if ratio is not None:
                 torch.mul(view if in_place else changed, ratio, out=view)
@@ -80,37 +76,35 @@ class Product:
             self.changed.append(view)
             self.written.append(view)
             return
-        changed = changed.to(self.dtype, copy=True) if ratio is None else changed.to(self.dtype) * ratio
+        changed = changed.to(place.dtype, copy=True) if ratio is None else changed.to(place.dtype) * ratio
         self.changed.append(changed)
         if target is not None:
-            self.kept.append(Kept(local(target) if self.is_partial else target, changed, make_view))
+            self.kept.append(Kept(local(target) if place.is_partial else target, changed, make_view))
 
     @property
     def is_large(self) -> bool:
         """Whether it is scaled while it is written, which it can be where this rank alone knows its norm."""
-        return not self.is_partial and self.weight.numel() >= SCALED_AT_ONCE
+        return not self.place.is_partial and self.weight.numel() >= SCALED_AT_ONCE
 
 
-def alike(products: Sequence[Product]) -> list[Sequence[Product]]:
-    """Group products whose norms can be taken together."""
-    first = products[0].dtype, products[0].weight.device
-    if all(product.dtype == first[0] and product.weight.device == first[1] for product in products):
-        return [products]
-    groups: dict[tuple[torch.dtype, torch.device], list[Product]] = {}
-    for product in products:
-        groups.setdefault((product.dtype, product.weight.device), []).append(product)
+def alike(places: Sequence[Place]) -> list[Sequence[Place]]:
+    """Group layers whose norms can be taken together."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Place]] = {}
+    for place in places:
+        groups.setdefault((place.dtype, place.slot.layer.weight.device), []).append(place)
     return list(groups.values())
 
 
-def scale(products: Sequence[Product], before: Norms | None) -> None:
+def scale(products: Sequence[Product], before: Norms | None, scratch: Scratch) -> None:
     """Give what is written, or kept, of some products the norm that they are to have.
 
     Args:
         products: On one device.
         before: The norms that are restored; None: fixed ones.
+        scratch: Memory.
     """
-    after = Norms([(p.changed[0], p.changed[1] if len(p.changed) > 1 else None) for p in products], products[0].dtype)
-    ratios = norm_ratios([(p.slot, p.is_partial, p.fixed_norm) for p in products], before, after)
+    after = Norms([(*p.changed, None)[:2] for p in products], products[0].place.dtype, scratch)
+    ratios = norm_ratios([product.place for product in products], before, after, scratch)
     written: list[Tensor] = []
     factors: list[Tensor] = []
     for product, ratio in zip(products, ratios.unbind(), strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -24,20 +24,14 @@ from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, W
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
-from wellcond.transforms.preconditioner.norm_recovery import Norm, Norms, norm_ratios
-from wellcond.transforms.preconditioner.outputs import TwoSidedForm, whiten_outputs
-from wellcond.transforms.preconditioner.precision import (
-    PRECISIONS,
-    Precision,
-    product_dtype,
-    statistics_dtype,
-    tensor_cores,
-)
-from wellcond.transforms.preconditioner.products import Product, alike, scale
+from wellcond.transforms.preconditioner.multiplier import Multiplier, Rule, by_rows
+from wellcond.transforms.preconditioner.norm_recovery import Norm
+from wellcond.transforms.preconditioner.outputs import TwoSidedForm
+from wellcond.transforms.preconditioner.precision import PRECISIONS, Precision, product_dtype, statistics_dtype
 from wellcond.transforms.preconditioner.records import averages_of, layer_moment
 from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
 from wellcond.transforms.preconditioner.tied import is_embedding_and_linear
-from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole
+from wellcond.transforms.sharding import is_sharded_by_first_axis
 
 
 @dataclass(frozen=True)
@@ -202,15 +196,10 @@ class FeaturePreconditioner(GradientTransform):
         if self.gradient_momentum:
             for key, parameter in (("gradient_momentum", weight), ("gradient_momentum_of_bias", slot.bias)):
                 if parameter is not None:
-                    part = (
-                        parameter if self._by_rows(slot.layer) else torch.empty(parameter.shape, device=weight.device)
-                    )
+                    own = by_rows(slot.layer, self.outputs)
+                    part = parameter if own else torch.empty(parameter.shape, device=weight.device)
                     state[key] = torch.zeros_like(part, dtype=dtype, requires_grad=False)
         return state
-
-    def _by_rows(self, layer: Layer) -> bool:
-        """Whether each rank can treat its own rows of a weight: the output side needs all of them."""
-        return rows_are_whole(layer) and not (self.outputs and is_sharded(layer.weight))
 
     # statistics -----------------------------------------------------------------------------------------------------
 
@@ -282,89 +271,16 @@ class FeaturePreconditioner(GradientTransform):
         """Multiply each gradient by its preconditioner and give it the norm that it is to have."""
         if not slots:
             return
-        scratch = slots[0].shared.setdefault("scratch", Scratch())
-        with tensor_cores(self.precision):
-            for products in alike([self._opened(slot) for slot in slots]):
-                self._multiply_alike(products, scratch)
+        shared = slots[0].shared
+        multiplier: Multiplier | None = shared.get("multiplier")
+        if multiplier is None or multiplier.slots is not slots:
+            scratch = shared.setdefault("scratch", Scratch())
+            multiplier = shared["multiplier"] = Multiplier(self._rule(), slots, scratch)
+        multiplier.run()
 
-    def _multiply_alike(self, products: Sequence[Product], scratch: Scratch) -> None:
-        """Ĝ = G T for weights of one precision on one device: few calls for all of them together."""
-        before = Norms([(p.weight, p.bias) for p in products], products[0].dtype) if self.norm == "restore" else None
-        later = []
-        for index, product in enumerate(products):
-            if product.is_large and self.norm != "none":
-                self._multiply(product, scratch, None if before is None else before.of([index]), at_once=True)
-            else:
-                self._multiply(product, scratch)
-                later.append(index)
-        if later and self.norm != "none":
-            if before is not None and len(later) < len(products):
-                before = before.of(later)
-            scale([products[index] for index in later], before)
-        for product in products:
-            for kept in product.kept:
-                kept.write()
-
-    def _opened(self, slot: Slot) -> Product:
-        """View one weight's gradient, and its bias's if they go together, as what is to be multiplied."""
-        layer, bias = slot.layer, slot.bias
-        assert layer.weight.grad is not None
-        partial = is_sharded(layer.weight) and self._by_rows(layer)
-        part = local if partial else whole
-        weight, column = layer.matrix(part(layer.weight.grad)), None
-        if bias is not None:
-            # A bias that got no gradient in this step counts as one of zero.
-            column = layer.bias_matrix(part(torch.zeros_like(bias) if bias.grad is None else bias.grad))
-        if self.gradient_momentum:
-            weight = self._averaged(slot, "gradient_momentum", layer.matrix, weight)
-            if column is not None:
-                column = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, column)
-        return Product(slot, statistics_dtype(layer), weight, column, partial, form_of(slot).fixed_norm)
-
-    def _multiply(
-        self, product: Product, scratch: Scratch, before: Norms | None = None, *, at_once: bool = False
-    ) -> None:
-        """Multiply one weight, and write or keep the result, scaled to its norm at once or not."""
-        slot, weight, column = product.slot, product.weight, product.bias
-        layer, bias, dtype = slot.layer, slot.bias, product_dtype(slot.layer, self.precision)
-        changed, changed_bias = form_of(slot).apply(
-            slot.state,
-            weight if weight.dtype == dtype else weight.to(dtype),
-            column if column is None or column.dtype == dtype else column.to(dtype),
-            scratch,
-            scaled=self.norm == "none",
-        )
-        if self.outputs:
-            changed, changed_bias = whiten_outputs(
-                slot, changed, changed_bias, scratch, self.stats_every, self.stats_decay
-            )
-        ratio = None
-        if at_once:
-            after = Norms([(changed, changed_bias)], product.dtype)
-            ratio = norm_ratios([(slot, False, product.fixed_norm)], before, after).squeeze(0)
-        target = layer.weight.grad
-        assert target is not None
-        part = local if product.is_partial else whole
-        product.take(
-            target, layer.matrix(part(target)) if self.gradient_momentum else weight, changed, layer.matrix, ratio
-        )
-        if bias is not None and changed_bias is not None and column is not None:
-            if bias.grad is not None and self.gradient_momentum:
-                column = layer.bias_matrix(part(bias.grad))
-            product.take(bias.grad, column, changed_bias, layer.bias_matrix, ratio)
-
-    def _averaged(self, slot: Slot, key: str, view: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
-        """Return the moving average m ← β m + G, as a copy that may be overwritten, in the scale of G.
-
-        A gradient that is not finite because a loss scaler's scale was too high, whose step is skipped, stays out of m.
-        """
-        average = view(local(tensor_of(slot, key)))
-        scale = 1.0 if slot.grad_scale is None else slot.grad_scale
-        latest = self.gradient_momentum * average + gradient / scale
-        if slot.found_inf is not None:
-            latest = torch.where(slot.found_inf > 0, average, latest)
-        average.copy_(latest)
-        return latest * scale
+    def _rule(self) -> Rule:
+        assert self.norm is not None
+        return Rule(self.norm, self.precision, self.outputs, self.stats_every, self.stats_decay, self.gradient_momentum)
 
     def second_moments(self, slot: Slot) -> dict[str, LayerMoment]:
         """Return M without its bias's constant, debiased; nothing before it was first updated."""
