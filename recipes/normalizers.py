@@ -32,10 +32,10 @@ from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import Interrupted, interruptible
 from wellcond.lab.plan import Plan, make_plan, output_folder, regrouped
+from wellcond.lab.report.charts import SHARE_STYLES, method_style
 from wellcond.lab.report.formats import difference_text, share_text, spread_text
 from wellcond.lab.report.results import Results, collect_results, write_results
 from wellcond.lab.report.shares import PARTS, SharesSummary, average_share, method_shares
-from wellcond.lab.report.styles import SHARE_STYLES, method_style
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
 from wellcond.lab.runs.records import RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings

@@ -104,8 +104,8 @@ def test_a_command_under_nohup_outlives_its_terminal() -> None:
     code = (
         "import os, signal, sys\n"
         "from wellcond.__main__ import main\n"
-        "from wellcond.lab.cli import main as cli\n"
-        "cli.COMMANDS['list'].run = lambda *_: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "from wellcond.lab.cli import list as listing\n"
+        "listing.run = lambda *_: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
         "sys.exit(main(['list']))\n"
     )
 

@@ -15,6 +15,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.charts import timed
 from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.formats import point_text
 from wellcond.lab.report.results import collect_results, results_json, write_results
 from wellcond.lab.report.tables import quoted_table, tables, target_table, training_table
 from wellcond.lab.runs.metric import Metric
@@ -207,7 +208,7 @@ def test_swept_options_reach_the_runs_and_the_report(tmp_path: Path, monkeypatch
     summary = summarize(made)
     plain, whitened = summary.methods
     assert [point.lr for point in plain.lr_grid] == pytest.approx([0.1, 0.144225, 0.208008, 0.3])
-    assert [point.text for point in whitened.lr_grid][:2] == ["lr 0.1, damping 0.01", "lr 0.3, damping 0.01"]
+    assert [point_text(point) for point in whitened.lr_grid][:2] == ["lr 0.1, damping 0.01", "lr 0.3, damping 0.01"]
     assert whitened.swept.keys() == whitened.edges.keys() == {"damping"}
     said = notes(summary)
     assert any(line.startswith("The chosen damping is the lowest of its grid for W-SGDM") for line in said)

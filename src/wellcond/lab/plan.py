@@ -64,11 +64,6 @@ class Plan:
         """Steps of a run of all epochs."""
         return self.epochs * self.steps_per_epoch
 
-    @property
-    def chance(self) -> float:
-        """The score of guessing, in percent: what a diverged run counts as."""
-        return self.task.chance
-
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
         return replace(
@@ -103,14 +98,19 @@ class Plan:
             options |= {"steps_per_epoch": per_epoch, "steps": self.epochs * per_epoch}
         return tuple(replace(spec, **options) for spec in specs)  # type: ignore[arg-type]
 
+    @property
+    def trial_seeds(self) -> int:
+        """How many seeds every trial is trained with; the others train the chosen trials alone."""
+        return self.settings.trial_seeds or self.settings.seeds
+
     def specs(self) -> list[RunSpec]:
-        """Return every run of all epochs.
+        """Return the runs of all epochs that the trials are chosen by.
 
         Methods come innermost, so that a machine that slows down or speeds up meets all of them alike.
         """
         return [
             self.table[trial][seed]
-            for seed in range(self.settings.seeds)
+            for seed in range(self.trial_seeds)
             for place in zip(*self.trials.values(), strict=True)
             for trial in place
         ]

@@ -66,12 +66,27 @@ def parse_sweep(text: str) -> Sweep:
     parts = [part.strip() for part in values.split(",")]
     if not separator or not name or not all(parts):
         raise LabError(f"--sweep must look like damping=0.01,0.1,1, got {text!r}")
-    given = tuple(_literal(part) for part in parts)
+    sweep = name, tuple(_literal(part) for part in parts)
+    check_sweep(*sweep)
+    return sweep
+
+
+def check_sweep(name: str, values: Sequence[object]) -> None:
+    """Check what is swept, as far as it can be without the methods.
+
+    Args:
+        name: The option.
+        values: The values to try.
+
+    Raises:
+        LabError: If it is the lr, or there is no value, or a value comes twice.
+    """
     if name == "lr":
         raise LabError("--sweep is for other options; --lrs gives the grid of the lr")
-    if len(set(parts)) < len(parts):
-        raise LabError(f"--sweep {text}: names a value twice")
-    return name, given
+    if not values:
+        raise LabError(f"--sweep {name} must have at least one value")
+    if len(set(map(repr, values))) < len(values):
+        raise LabError(f"--sweep {name}={','.join(map(str, values))}: names a value twice")
 
 
 def _literal(text: str) -> object:

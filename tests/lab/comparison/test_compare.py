@@ -307,3 +307,32 @@ def test_every_field_of_a_run_is_in_its_file_name(plan):
     names = {RunStore(Path()).path(replace(spec, **{field: value})).name for field, value in changed.items()}
     names.add(RunStore(Path()).path(spec).name)
     assert len(names) == len(changed) + 1
+
+
+def test_fewer_seeds_can_choose_the_trials(tmp_path, capsys):
+    """Every trial is trained with the first seeds, the chosen one of each method with all, also in equal time."""
+    settings = Settings(
+        methods=("SGDM", "W-SGDM"), train_images=128, epochs=2, seeds=3, trial_seeds=1, stats_every=2, solve_every=4
+    )
+    plan, store = make_plan(settings), RunStore(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    count, _ = estimate_seconds([plan], store)
+    assert count == 2 * (3 + 2)
+    progress = RunProgress(Console(stderr=True), quiet=True)
+    comparison = run_comparison(plan, store, progress)
+    for found in comparison.methods.values():
+        chosen_alone = compared(
+            replace(plan, settings=replace(settings, seeds=1, trial_seeds=None)), comparison.records
+        )
+        assert found.chosen == chosen_alone.methods[found.method.name].chosen
+        assert {len(runs) for trial, runs in found.trials.items() if trial != found.chosen} == {1}
+        assert [run.epochs[-1].steps for run in found.runs] == [8] * 3
+    assert len(comparison.methods["W-SGDM"].timed[1.0].runs) == 3
+    summary = summarize(comparison)
+    assert summary.methods[1].final_difference.count == 3
+    # The grid's figures are all of the seeds that chose.
+    for method, found in zip(summary.methods, comparison.methods.values(), strict=True):
+        point = next(point for point in method.lr_grid if point.lr == method.lr)
+        assert point.validation_score == round(found.runs[0].epochs[-1].validation_score, 4)
+    assert main(["compare", "--seeds", "2", "--trial-seeds", "3", "--out", str(tmp_path)]) == 2
+    assert "--trial-seeds must be at most the number of seeds (2), got 3" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import select_methods
 from wellcond.lab.reproduction.panels import needed_data, scaled_panels
 from wellcond.lab.reproduction.recipe import bundled_recipes, find_recipe, load_recipe
+from wellcond.lab.trials import make_trials
 
 RECIPE = """\
 title = "Two ways"
@@ -124,6 +125,36 @@ def test_a_scale_can_take_a_setting_away(write):
     panel = scaled_panels(load_recipe(file), "small")[0]
     assert "model" not in panel.fields
     assert panel.differs["model"] == ("resnet18", None)
+
+
+def test_a_recipe_sweeps_options_and_a_scale_has_its_own(write):
+    sweeps = "epochs = 200\nsweeps = { weight_decay = [1e-4, 5e-4], momentum = [0.9] }"
+    recipe = load_recipe(write("epochs = 200", sweeps))
+    first, _ = scaled_panels(recipe, "full")
+    settings = first.settings({"cifar100": "x"}, jobs=1, seeds=None)
+    assert settings.sweeps == (("weight_decay", (1e-4, 5e-4)), ("momentum", (0.9,)))
+    assert make_trials(select_methods(settings.methods), settings.sweeps)["plain"][1].swept[0] == ("weight_decay", 5e-4)
+    small = 'settings = { data = "cifar10-jpeg", epochs = 8'
+    for own, expected in (("{ damping = [1, 2] }", (("damping", (1, 2)),)), ("{}", ())):
+        file = write("epochs = 200", sweeps)
+        file.write_text(file.read_text().replace(small, f"{small}, sweeps = {own}"))
+        panel = scaled_panels(load_recipe(file), "small")[0]
+        assert panel.settings({"cifar10-jpeg": "x"}, jobs=1, seeds=None).sweeps == expected
+        assert panel.differs["sweeps"][0] == {"weight_decay": [1e-4, 5e-4], "momentum": [0.9]}
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "message"),
+    [
+        ("{ lr = [0.1] }", "--lrs gives the grid of the lr"),
+        ("{ damping = [] }", "--sweep damping must have at least one value"),
+        ("{ damping = [1, 2, 1] }", "--sweep damping=1,2,1: names a value twice"),
+    ],
+)
+def test_what_cannot_be_swept_is_told(write, sweeps, message):
+    panel = scaled_panels(load_recipe(write("epochs = 200", f"epochs = 200\nsweeps = {sweeps}")), "full")[0]
+    with pytest.raises(LabError, match=message):
+        panel.settings({"cifar100": "x"}, jobs=1, seeds=None)
 
 
 def test_what_is_asked_for_goes_before_the_scale(write):

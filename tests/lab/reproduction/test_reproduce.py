@@ -117,6 +117,24 @@ def test_errors_are_the_same_runs_counted_from_the_other_end(folder, accuracy, m
         assert centralized["verdict"].startswith(f"{direction} direction, ")
 
 
+def test_a_swept_option_is_chosen_with_the_lr(folder, monkeypatch):
+    sweeps = "epochs = 1\nsweeps = {{ weight_decay = [0, 1e-2] }}"
+    monkeypatch.setitem(globals(), "RECIPE", RECIPE.replace("epochs = 2", sweeps))
+    swept = folder / "swept"
+    swept.mkdir()
+    (panel,) = run(swept, "accuracy", "--seeds", "1", "--panels", "A")["panels"]
+    for method in panel["methods"]:
+        assert [(point["lr"], point["weight_decay"]) for point in method["lr_grid"]] == [
+            (0.05, 0),
+            (0.1, 0),
+            (0.05, 0.01),
+            (0.1, 0.01),
+        ]
+        assert method["swept"]["weight_decay"] in (0, 0.01)
+        assert f"weight_decay={method['swept']['weight_decay']}" in method["trained_with"]
+    assert "weight_decay 0" in (swept / "out" / "reproduce.html").read_text()
+
+
 def test_panels_methods_and_seeds_can_be_chosen(folder, accuracy):
     content = run(folder, "accuracy", "--panels", "B", "--methods", "centralized", "--seeds", "2")
     (panel,) = content["panels"]

@@ -1,4 +1,4 @@
-"""The command line: reads it, and lets the command that it names do the work."""
+"""Reads the command line and runs the command that it names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from importlib import import_module
+from typing import Any, NoReturn, Protocol, cast
 
-from wellcond.lab.cli import bench, calibrate, compare, diagnose, repair, reproduce, train
-from wellcond.lab.cli import list as listing
 from wellcond.lab.errors import CommandEndedError, LabError, one_line
 from wellcond.lab.hardware.interrupts import Interrupted
 from wellcond.lab.hardware.launch import launched
@@ -26,17 +25,8 @@ class Command(Protocol):
         """Do what it says and return the exit code."""
 
 
-COMMANDS: dict[str, Command] = {
-    "compare": compare,
-    "train": train,
-    "reproduce": reproduce,
-    "calibrate": calibrate,
-    "repair": repair,
-    "diagnose": diagnose,
-    "bench": bench,
-    "list": listing,
-}
-"""Every command by its name, in the order in which the help shows them."""
+COMMANDS = ("compare", "train", "reproduce", "calibrate", "repair", "diagnose", "bench", "list")
+"""Every command, in the order in which the help shows them; each is a module of this package."""
 
 
 SHARED_COMMANDS = ("compare", "train")
@@ -79,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(argv)
+        # A command waits for its own imports alone.
+        arguments = _parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
         if launched().size > 1 and arguments.command not in SHARED_COMMANDS:
             raise LabError(
                 f"wellcond {arguments.command} is for one process, not for the {launched().size} of a launch"
             )
-        return COMMANDS[arguments.command].run(arguments, shlex.join(["wellcond", *argv]))
+        return _module(arguments.command).run(arguments, shlex.join(["wellcond", *argv]))
     except LabError as error:
         _say(f"error: {one_line(str(error))}")
         return 2
@@ -107,7 +98,12 @@ def _say(line: str, anywhere: bool = False) -> None:
         print(f"wellcond: {line}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _module(command: str) -> Command:
+    return cast(Command, import_module(f"wellcond.lab.cli.{command}"))
+
+
+def _parser(named: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return what reads the command line, of the named commands alone."""
     parser: argparse.ArgumentParser = _Parser(
         prog="wellcond",
         description="Measure what statistics-driven training techniques gain and cost.",
@@ -115,6 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wellcond {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
-    for command in COMMANDS.values():
-        command.add_parser(commands)
+    for command in named:
+        _module(command).add_parser(commands)
     return parser

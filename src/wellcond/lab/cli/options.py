@@ -243,6 +243,13 @@ def add_search_options(group: argparse._ArgumentGroup) -> None:
         "--trials", type=int, metavar="N", help="trials of each method in a random search (default: as many as a grid)"
     )
     group.add_argument(
+        "--trial-seeds",
+        type=int,
+        metavar="N",
+        help="train every trial with the first N seeds only, which choose; with the other seeds only the chosen trial "
+        "of each method (default: all)",
+    )
+    group.add_argument(
         "--mode",
         default=_DEFAULTS.mode,
         metavar="NAME",

@@ -1,9 +1,9 @@
-"""Options that name where results go: the paths are checked when they are read, before any work."""
+"""Checks the paths of results when the command line is read, before any work."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from wellcond.lab.hardware.launch import launched
 
 
 class _OutputPath(argparse.Action):
+    kept: type[Path | str]
+    """What the command gets."""
+    check: Callable[[str, str], Path]
+    """Raises a `LabError` if nothing can be written there."""
+
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -25,35 +30,19 @@ class _OutputPath(argparse.Action):
         if not isinstance(values, str) or not values:
             # Some versions of argparse make an empty list of a lone --.
             raise LabError(f"{option} must not be {'empty' if values == '' else '--'}")
+        setattr(namespace, self.dest, self.kept(values))
         # Of several processes only the first writes, perhaps on a machine of its own.
         if launched().rank == 0:
             self.check(option, values)
-        setattr(namespace, self.dest, self.kept(values))
-
-    def check(self, option: str, given: str) -> None:
-        """Raise a `LabError` if nothing can be written there."""
-        raise NotImplementedError
-
-    def kept(self, given: str) -> Path | str:
-        """Return what the command gets."""
-        return given
 
 
 class OutputFile(_OutputPath):
     """A file that the command writes, as a `Path`."""
 
-    def check(self, option: str, given: str) -> None:
-        """Raise a `LabError` if it cannot be written."""
-        check_output_file(option, given)
-
-    def kept(self, given: str) -> Path:
-        """Return its path."""
-        return Path(given)
+    kept, check = Path, staticmethod(check_output_file)
 
 
 class OutputFolder(_OutputPath):
     """A folder that the command writes to and makes if need be, as text."""
 
-    def check(self, option: str, given: str) -> None:
-        """Raise a `LabError` if it cannot be written to or made."""
-        check_output_folder(option, given)
+    kept, check = str, staticmethod(check_output_folder)

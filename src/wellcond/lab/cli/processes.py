@@ -1,4 +1,4 @@
-"""Commands that several processes carry out together: torchrun's or SLURM's, or those that `--devices` asks for."""
+"""Carries a command out in several processes: torchrun's or SLURM's, or those that `--devices` asks for."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def in_processes(settings: Settings, command_line: str, act: Callable[[bool], in
     Raises:
         LabError: If there are no such devices, or the processes were started otherwise than asked for.
     """
+    here, devices = launched(), settings.devices
+    if here.size == 1 and devices in (None, 1):
+        return act(True)
     import torch
 
     from wellcond.lab.hardware.machine import training_device
 
-    here, devices = launched(), settings.devices
     device = training_device(settings.accelerator)
     if here.size > 1:
         if devices not in (None, here.on_this_machine):
@@ -38,8 +40,7 @@ def in_processes(settings: Settings, command_line: str, act: Callable[[bool], in
             )
         with joined(device):
             return act(here.rank == 0)
-    if devices is None or devices == 1:
-        return act(True)
+    assert devices is not None
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise LabError(f"--devices must be at most the CUDA devices here ({torch.cuda.device_count()}), got {devices}")
     return launch(devices, command_line)

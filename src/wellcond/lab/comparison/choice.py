@@ -81,8 +81,9 @@ def epochs_to(
         target: The score to reach.
         score: Which score.
     """
+    sign = metric.sign
     values = (getattr(epoch, score) for epoch in run.epochs)
-    return next((epoch for epoch, value in enumerate(values, start=1) if not metric.better(target, value)), None)
+    return next((epoch for epoch, value in enumerate(values, start=1) if sign * value >= sign * target), None)
 
 
 def _within_one_standard_error(best: Sequence[float], other: Sequence[float]) -> bool:

@@ -31,8 +31,10 @@ class MethodRuns:
     Attributes:
         method: The method.
         baseline: The name of what its gains and costs are measured against; its own for a baseline.
-        trials: Its grid, with the runs of each trial, one a seed.
+        trials: Its grid, with the runs of each trial, one a seed; of those that were not chosen, only those of the
+            seeds that choose.
         chosen: The trial that validation chose.
+        runs: Its runs, in the order of the seeds.
         time_ratio: Its time per step over the baseline's; None where no pair of runs has times.
         evaluation_ratio: Its time to evaluate an image over the baseline's; None where no pair has times.
         memory_ratio: Its peak memory over the baseline's; None where no pair has it.
@@ -43,20 +45,11 @@ class MethodRuns:
     baseline: str
     trials: dict[Trial, tuple[RunRecord, ...]]
     chosen: Trial
+    runs: tuple[RunRecord, ...]
     time_ratio: float | None
     evaluation_ratio: float | None
     memory_ratio: float | None
     timed: dict[float, TimedRuns] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> tuple[RunRecord, ...]:
-        """The runs of the chosen trial, in the order of the seeds."""
-        return self.trials[self.chosen]
-
-    @property
-    def all_runs(self) -> list[RunRecord]:
-        """The runs of every trial."""
-        return [run for runs in self.trials.values() for run in runs]
 
 
 @dataclass(frozen=True)
@@ -92,8 +85,13 @@ def run_comparison(plan: Plan, store: RunStore, progress: RunProgress, equal_tim
     records: dict[RunSpec, RunRecord] = {}
     shares = plan.settings.time_shares if equal_time else ()
     again = [(share, method) for share in shares for method in plan.methods if not _is_full_run(plan, share, method)]
-    _complete(plan, plan.specs(), store, records, progress, later=len(again) * plan.settings.seeds)
-    comparison = compared(plan, records)
+    other_seeds = range(plan.trial_seeds, plan.settings.seeds)
+    timed_runs = len(again) * plan.settings.seeds
+    _complete(plan, plan.specs(), store, records, progress, len(plan.methods) * len(other_seeds) + timed_runs)
+    chosen = compared(plan, records).methods.values()
+    others = [plan.table[found.chosen][seed] for seed in other_seeds for found in chosen]
+    _complete(plan, others, store, records, progress, later=timed_runs)
+    comparison = compared(plan, records, {found.method.name: found.chosen for found in chosen})
     rows = {}
     for share, method in again:
         found = comparison.methods[method.name]
@@ -119,14 +117,16 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
 
     Args:
         plan: What was compared.
-        records: Every run of all epochs.
+        records: The runs of all epochs: of every trial with the seeds that choose, of the chosen ones with all.
         chosen: The trial of each method; None chooses them.
     """
-    runs = {trial: tuple(records[spec] for spec in row) for trial, row in plan.table.items()}
+    runs = {trial: tuple(records[spec] for spec in row if spec in records) for trial, row in plan.table.items()}
     grids = {name: {trial: runs[trial] for trial in trials} for name, trials in plan.trials.items()}
     if chosen is None:
         target = plan.target if plan.settings.mode == "target" else None
-        chosen = {name: choose(trials, plan.task.metric, target) for name, trials in grids.items()}
+        seeds = plan.trial_seeds
+        tried = {name: {trial: runs[:seeds] for trial, runs in trials.items()} for name, trials in grids.items()}
+        chosen = {name: choose(trials, plan.task.metric, target) for name, trials in tried.items()}
     # With batches of several sizes, steps at one place of two grids need not be alike: only the chosen ones count.
     alike = "batch_size" not in dict(plan.settings.sweeps)
     methods = {}
@@ -137,7 +137,7 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
         pairs = [
             (one, other)
             for ours, reference in places
-            for one, other in zip(mine[ours], theirs[reference], strict=True)
+            for one, other in zip(mine[ours], theirs[reference], strict=False)
             if one.epochs and other.epochs
         ]
         methods[method.name] = MethodRuns(
@@ -145,6 +145,7 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
             baseline=baseline,
             trials=mine,
             chosen=chosen[method.name],
+            runs=mine[chosen[method.name]],
             time_ratio=paired_ratio(pairs, lambda run: run.seconds_per_step),
             evaluation_ratio=paired_ratio(pairs, lambda run: run.evaluation_seconds),
             memory_ratio=paired_ratio(pairs, lambda run: None if run.memory is None else run.memory.peak),

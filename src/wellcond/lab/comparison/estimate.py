@@ -33,7 +33,9 @@ def estimate_seconds(plans: Iterable[Plan], store: RunStore) -> tuple[int, float
     total = 0.0
     for plan in plans:
         for trials in plan.trials.values():
-            specs = {spec for trial in trials for spec in plan.table[trial]} - missing
+            tried = {spec for trial in trials for spec in plan.table[trial][: plan.trial_seeds]}
+            # Which trial the other seeds train is not known yet; all take about as long.
+            specs = (tried | set(plan.table[trials[0]])) - missing
             wanted = {spec for spec in specs if store.load(spec) is None}
             if wanted:
                 total += len(wanted) * _seconds_of_run(plan, plan.table[trials[0]][0]) / plan.settings.jobs

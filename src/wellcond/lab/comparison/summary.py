@@ -25,6 +25,7 @@ class GridPoint:
         early_test_score: After the early epoch: shows whether an early gain hangs on the choice.
         diverged_runs: Runs that ended with a NaN or infinite loss.
         swept: The other options that it sets, by name.
+        chosen: Whether it is the one that was chosen.
     """
 
     lr: float
@@ -33,11 +34,7 @@ class GridPoint:
     early_test_score: float | None
     diverged_runs: int
     swept: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        """What it sets, in words."""
-        return ", ".join([f"lr {self.lr:g}", *(f"{name} {value}" for name, value in self.swept.items())])
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,19 +177,6 @@ class MethodSummary:
         """Whether it is measured against itself."""
         return self.name == self.baseline
 
-    def is_chosen(self, point: GridPoint) -> bool:
-        """Return whether a trial is the one that was chosen."""
-        return (point.lr, point.swept) == (self.lr, self.swept)
-
-    def at_shares(self, epochs: int) -> dict[float, Spread]:
-        """Return its score at each share of the baseline's time that was compared.
-
-        Args:
-            epochs: Epochs of a full run.
-        """
-        full = self.scores[epochs] if self.is_baseline else None if self.equal_time is None else self.equal_time.score
-        return {shorter.share: shorter.score for shorter in self.shares} | ({} if full is None else {1.0: full})
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -234,16 +218,6 @@ class Summary:
     sweeps: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     chosen_on: str = "validation"
 
-    @property
-    def points(self) -> str:
-        """What differences of the score are counted in."""
-        return "points" if self.metric.is_percentage else self.metric.unit
-
-    @property
-    def compares_evaluation(self) -> bool:
-        """Whether some method evaluates with other layers than its baseline."""
-        return any(method.evaluation_ratio is not None for method in self.methods)
-
     def families(self) -> dict[str, tuple[MethodSummary, ...]]:
         """Return, for each baseline, itself and the methods that are measured against it."""
         names = dict.fromkeys(method.baseline for method in self.methods)
@@ -259,6 +233,13 @@ def read_summary(content: dict[str, Any]) -> Summary:
     from pydantic import TypeAdapter
 
     # What earlier versions did not measure.
-    absent = {"evaluation_ratio": None}
-    methods = [absent | method for method in content["methods"]]
+    methods = [
+        {"evaluation_ratio": None, **method, "lr_grid": [_known(point, method) for point in method["lr_grid"]]}
+        for method in content["methods"]
+    ]
     return TypeAdapter(Summary).validate_python({"ghost_batch": None, **content, "methods": methods})
+
+
+def _known(point: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+    chosen = (point["lr"], point.get("swept", {})) == (method["lr"], method.get("swept", {}))
+    return {"chosen": chosen, **point}

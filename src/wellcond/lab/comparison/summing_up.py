@@ -28,11 +28,11 @@ from wellcond.lab.trials import Trial
 
 def summarize(comparison: Comparison) -> Summary:
     """Return the comparison in numbers, rounded once: files and tables hold the same ones."""
-    plan = comparison.plan
+    plan, chance = comparison.plan, comparison.plan.task.chance
     last = plan.epochs
     early = None if last == 1 else min(2, last - 1)
     first = comparison.methods[plan.baselines[plan.methods[0].name]]
-    target = _target(plan, fmean(_scores(first.runs, last, plan.chance)))
+    target = _target(plan, fmean(_scores(first.runs, last, chance)))
     shown = tuple(sorted({min(epoch, last) for epoch in (1, 2, 3, last)}))
     summary = Summary(
         score=plan.task.metric.name,
@@ -42,11 +42,11 @@ def summarize(comparison: Comparison) -> Summary:
         shown_epochs=shown,
         early_epoch=early,
         target=target,
-        chance=plan.chance,
+        chance=chance,
         jobs=plan.settings.jobs,
         ghost_batch=plan.settings.ghost_batch,
         methods=tuple(
-            _summarize_method(comparison, found, shown, early, target) for found in comparison.methods.values()
+            _summarize_method(comparison, found, shown, early, target, chance) for found in comparison.methods.values()
         ),
         machines=tuple(sorted({record.machine for record in comparison.records.values()} - {""})),
         metric=plan.task.metric,
@@ -71,7 +71,12 @@ def _target(plan: Plan, level: float) -> float:
 
 
 def _summarize_method(
-    comparison: Comparison, found: MethodRuns, shown: tuple[int, ...], early: int | None, target: float
+    comparison: Comparison,
+    found: MethodRuns,
+    shown: tuple[int, ...],
+    early: int | None,
+    target: float,
+    chance: float,
 ) -> MethodSummary:
     plan, method, baseline = comparison.plan, found.method, comparison.methods[found.baseline]
     is_baseline = found is baseline
@@ -79,16 +84,17 @@ def _summarize_method(
     def difference(epoch: int | None) -> Difference | None:
         if is_baseline or epoch is None:
             return None
-        mine, theirs = (_scores(each.runs, epoch, plan.chance) for each in (found, baseline))
+        mine, theirs = (_scores(each.runs, epoch, chance) for each in (found, baseline))
         return paired_difference(mine, theirs)
 
     reached = [
         epoch for run in found.runs if (epoch := epochs_to(run, plan.task.metric, target, "test_score")) is not None
     ]
-    times = [time for run in found.all_runs if (time := run.seconds_per_step) is not None]
+    tried = [run for runs in found.trials.values() for run in runs]
+    times = [time for run in tried if (time := run.seconds_per_step) is not None]
     equal = found.timed.get(1.0)
     shorter = [run for timed in found.timed.values() if timed.steps != plan.steps for run in timed.runs]
-    every = [*found.all_runs, *shorter]
+    every = [*tried, *shorter]
     lr, swept = found.chosen.lr, dict(found.chosen.swept)
     values = {name: [dict(trial.swept)[name] for trial in found.trials] for name in swept}
     same_network = (method.norm, method.layers) == (baseline.method.norm, baseline.method.layers)
@@ -98,8 +104,11 @@ def _summarize_method(
         baseline=found.baseline,
         lr=lr,
         lr_edge=_edge(lr, [trial.lr for trial in found.trials]),
-        lr_grid=tuple(_grid_point(trial, runs, early, plan.chance) for trial, runs in found.trials.items()),
-        scores={epoch: spread(_scores(found.runs, epoch, plan.chance)) for epoch in shown},
+        lr_grid=tuple(
+            _grid_point(trial, trial == found.chosen, runs[: plan.trial_seeds], early, chance)
+            for trial, runs in found.trials.items()
+        ),
+        scores={epoch: spread(_scores(found.runs, epoch, chance)) for epoch in shown},
         epochs_to_target=fmean(reached) if reached else None,
         reached_target=len(reached),
         early_difference=difference(early),
@@ -107,7 +116,7 @@ def _summarize_method(
         milliseconds_per_step=1000 * median(times) if times else None,
         time_ratio=found.time_ratio,
         evaluation_ratio=None if same_network else found.evaluation_ratio,
-        equal_time=None if equal is None else _equal_time(comparison, found, equal),
+        equal_time=None if equal is None else _equal_time(comparison, found, equal, chance),
         diverged_runs=sum(run.diverged for run in every),
         warnings=tuple(sorted({warning for run in every for warning in run.warnings})),
         curves=tuple(_curve(seed, run) for seed, run in enumerate(found.runs)),
@@ -122,8 +131,8 @@ def _summarize_method(
         recipe=found.chosen.method.text(plan.settings.ghost_batch),
         swept=swept,
         edges={name: edge for name, value in swept.items() if (edge := _edge(value, values[name])) is not None},
-        to_target=_to_target(found, plan, target),
-        shares=_shares(comparison, found),
+        to_target=_to_target(found, plan, target, chance),
+        shares=_shares(comparison, found, chance),
         unfinished=tuple(seed for seed, run in enumerate(found.runs) if run.diverged),
     )
 
@@ -135,10 +144,10 @@ def _edge(value: Any, grid: Sequence[Any]) -> str | None:
     return {min(grid): "lowest", max(grid): "highest"}.get(value)
 
 
-def _to_target(found: MethodRuns, plan: Plan, target: float) -> ToTarget:
+def _to_target(found: MethodRuns, plan: Plan, target: float, chance: float) -> ToTarget:
     last, p_value, sign = 0, None, plan.task.metric.sign
     for epoch in range(1, plan.epochs + 1):
-        scores = _scores(found.runs, epoch, plan.chance)
+        scores = _scores(found.runs, epoch, chance)
         p_value = probability_within([sign * score for score in scores], sign * target)
         if p_value is not None and p_value < LEVEL:
             last = epoch
@@ -149,14 +158,14 @@ def _to_target(found: MethodRuns, plan: Plan, target: float) -> ToTarget:
     return ToTarget(last, round(median(end.steps for end in ends)), median(end.seconds for end in ends), p_value)
 
 
-def _shares(comparison: Comparison, found: MethodRuns) -> tuple[AtShare, ...]:
+def _shares(comparison: Comparison, found: MethodRuns, chance: float) -> tuple[AtShare, ...]:
     plan, baseline = comparison.plan, comparison.methods[found.baseline]
-    full = _scores(baseline.runs, plan.epochs, plan.chance)
+    full = _scores(baseline.runs, plan.epochs, chance)
     shares = []
     for share, timed in found.timed.items():
-        ends = _ends(timed.runs, plan.chance)
+        ends = _ends(timed.runs, chance)
         beside = baseline.timed.get(share)
-        same = None if found is baseline or beside is None else paired_difference(ends, _ends(beside.runs, plan.chance))
+        same = None if found is baseline or beside is None else paired_difference(ends, _ends(beside.runs, chance))
         if share != 1.0:
             shares.append(AtShare(share, timed.steps, spread(ends), paired_difference(ends, full), same))
     return tuple(shares)
@@ -168,19 +177,27 @@ def _ends(runs: Sequence[RunRecord], chance: float) -> list[float]:
 
 
 def _scores(runs: Sequence[RunRecord], epoch: int, chance: float) -> list[float]:
-    """Return the test score of each run after an epoch, counted from 1; after divergence that of guessing."""
-    return [run.test_score(epoch, chance) for run in runs]
+    """Return the test score of each run after an epoch, counted from 1.
+
+    After divergence it is that of guessing, after the end of a run that was stopped the last.
+    """
+    return [
+        chance
+        if epoch > len(run.epochs) and not run.stopped
+        else run.epochs[min(epoch, len(run.epochs)) - 1].test_score
+        for run in runs
+    ]
 
 
-def _equal_time(comparison: Comparison, found: MethodRuns, timed: TimedRuns) -> EqualTime:
+def _equal_time(comparison: Comparison, found: MethodRuns, timed: TimedRuns, chance: float) -> EqualTime:
     plan, baseline = comparison.plan, comparison.methods[found.baseline]
-    ends = _ends(timed.runs, plan.chance)
+    ends = _ends(timed.runs, chance)
     others = {
-        other.method.name: paired_difference(ends, _ends(other.timed[1.0].runs, plan.chance))
+        other.method.name: paired_difference(ends, _ends(other.timed[1.0].runs, chance))
         for other in comparison.methods.values()
         if other.baseline == found.baseline and other is not found and other is not baseline and 1.0 in other.timed
     }
-    difference = paired_difference(ends, _scores(baseline.runs, plan.epochs, plan.chance))
+    difference = paired_difference(ends, _scores(baseline.runs, plan.epochs, chance))
     return EqualTime(timed.steps, spread(ends), difference, others)
 
 
@@ -188,16 +205,19 @@ def _extras_of(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(kind for run in runs for kind in run.extras))
 
 
-def _grid_point(trial: Trial, runs: Sequence[RunRecord], early: int | None, chance: float) -> GridPoint:
-    early_score = None if early is None else fmean(_scores(runs, early, chance))
-    diverged = sum(run.diverged for run in runs)
-    swept = dict(trial.swept)
-    if diverged:
-        return GridPoint(trial.lr, None, None, early_score, diverged, swept)
-    last = [run.epochs[-1] for run in runs]
-    score = fmean(epoch.validation_score for epoch in last)
+def _grid_point(trial: Trial, chosen: bool, runs: Sequence[RunRecord], early: int | None, chance: float) -> GridPoint:
+    last = [run.epochs[-1] for run in runs if not run.diverged]
+    diverged = len(runs) - len(last)
     losses = [epoch.validation_loss for epoch in last if epoch.validation_loss is not None]
-    return GridPoint(trial.lr, score, fmean(losses) if losses else None, early_score, 0, swept)
+    return GridPoint(
+        lr=trial.lr,
+        validation_score=None if diverged else fmean(epoch.validation_score for epoch in last),
+        validation_loss=None if diverged or not losses else fmean(losses),
+        early_test_score=None if early is None else fmean(_scores(runs, early, chance)),
+        diverged_runs=diverged,
+        swept=dict(trial.swept),
+        chosen=chosen,
+    )
 
 
 def _curve(seed: int, run: RunRecord) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 # `wellcond list` names the networks on these trunks; torchvision waits for a build.
@@ -61,18 +62,14 @@ def _thin(widths: tuple[int, int, int, int], norm_layer: NormLayer) -> nn.Module
     return network
 
 
-def _bottlenecks(depth: int, groups: int = 1, width_per_group: int = 64) -> Callable[[NormLayer], nn.Module]:
+def _bottlenecks(norm_layer: NormLayer, depth: int, groups: int = 1, width_per_group: int = 64) -> nn.Module:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
     blocks = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}[depth]
-
-    def build(norm_layer: NormLayer) -> nn.Module:
-        from torchvision.models.resnet import Bottleneck, ResNet
-
-        network: nn.Module = ResNet(
-            Bottleneck, blocks, groups=groups, width_per_group=width_per_group, norm_layer=norm_layer
-        )
-        return network
-
-    return build
+    network: nn.Module = ResNet(
+        Bottleneck, blocks, groups=groups, width_per_group=width_per_group, norm_layer=norm_layer
+    )
+    return network
 
 
 def _resnet18(norm_layer: NormLayer) -> nn.Module:
@@ -88,10 +85,15 @@ TRUNKS = {
     for trunk in (
         Trunk("tiny", "tiny", (16, 24, 32, 48), lambda norm_layer: _thin((16, 24, 32, 48), norm_layer)),
         Trunk("r18", "torchvision:resnet18", (64, 128, 256, 512), _resnet18),
-        Trunk("r50", "torchvision:resnet50", _WIDE, _bottlenecks(50)),
-        Trunk("r101", "torchvision:resnet101", _WIDE, _bottlenecks(101)),
-        Trunk("x101-32x4d", "ResNeXt-101 32x4d", _WIDE, _bottlenecks(101, 32, 4)),
-        Trunk("x101-64x4d", "torchvision:resnext101_64x4d", _WIDE, _bottlenecks(101, 64, 4)),
+        Trunk("r50", "torchvision:resnet50", _WIDE, partial(_bottlenecks, depth=50)),
+        Trunk("r101", "torchvision:resnet101", _WIDE, partial(_bottlenecks, depth=101)),
+        Trunk("x101-32x4d", "ResNeXt-101 32x4d", _WIDE, partial(_bottlenecks, depth=101, groups=32, width_per_group=4)),
+        Trunk(
+            "x101-64x4d",
+            "torchvision:resnext101_64x4d",
+            _WIDE,
+            partial(_bottlenecks, depth=101, groups=64, width_per_group=4),
+        ),
     )
 }
 """Every trunk."""

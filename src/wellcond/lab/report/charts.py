@@ -1,4 +1,4 @@
-"""What the charts of a comparison show: curves, gain against cost, single seeds, trials, and learned shares."""
+"""Lays out the charts of a comparison: curves, gain against cost, single seeds, trials, learned shares."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from wellcond.lab.comparison.statistics import spread
+from wellcond.lab.comparison.statistics import Spread, spread
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary
-from wellcond.lab.report.formats import difference_text, quantity_text, score_text, share_text
+from wellcond.lab.report.formats import (
+    difference_text,
+    exact_text,
+    point_text,
+    points_text,
+    quantity_text,
+    score_text,
+    share_text,
+)
 from wellcond.lab.report.shares import SharesSummary
-from wellcond.lab.report.styles import SHARE_STYLES, Style, method_style
 
 Axis = Literal["epochs", "seconds"]
 Quantity = Literal["score", "training score", "training loss", "test loss"]
@@ -21,6 +28,84 @@ Quantity = Literal["score", "training score", "training loss", "test loss"]
 _OVER: dict[Axis, str] = {"epochs": "epoch", "seconds": "training seconds"}
 # More names than these below an axis would run into each other; the legend has them all.
 _NAMED = 4
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a technique is drawn, in every chart.
+
+    Attributes:
+        light: Colour on a light background.
+        dark: Colour on a dark background.
+        marker: matplotlib's name of the marker.
+    """
+
+    light: str
+    dark: str
+    marker: str
+
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart; lighter on dark where it needs to be.
+BASELINE = Style("#555555", "#b4b4b4", "o")
+_BY_TECHNIQUE = {
+    ("GradientCentralization",): Style("#c98500", "#e69f00", "s"),
+    ("FeatureWhitening",): Style("#0072b2", "#4aa8e0", "^"),
+    ("FeatureDescent",): Style("#d55e00", "#ff7f2a", "D"),
+    ("GradientCentralization", "FeatureWhitening"): Style("#009e73", "#2fc79c", "v"),
+    ("GradientCentralization", "FeatureDescent"): Style("#b8609a", "#dd8fc0", "P"),
+}
+# The same colours with other markers: a panel that mixes layers and transforms still tells them apart.
+_BY_LAYERS = {
+    "ibn-b": Style("#b8609a", "#dd8fc0", "s"),
+    "wnn": Style("#0072b2", "#4aa8e0", "h"),
+    "gwnn": Style("#5b6abf", "#98a4ee", "D"),
+    "eigen": Style("#a0522d", "#d99a73", "^"),
+    "mbn": Style("#0072b2", "#4aa8e0", "<"),
+    "bsr": Style("#d55e00", "#ff7f2a", ">"),
+    "evalnorm": Style("#c98500", "#e69f00", "X"),
+    "brn": Style("#009e73", "#2fc79c", "p"),
+    "pn": Style("#b8609a", "#dd8fc0", "h"),
+    "gn": Style("#7a6a00", "#c9b93a", "*"),
+    "sn": Style("#0072b2", "#4aa8e0", "D"),
+    "ssn": Style("#6a51a3", "#a99be0", "X"),
+    "ibn": Style("#c98500", "#e69f00", "v"),
+    "ibn-a": Style("#c98500", "#e69f00", "p"),
+    "kn": Style("#d55e00", "#ff7f2a", "P"),
+    "iternorm": Style("#009e73", "#2fc79c", "s"),
+    "ln": Style("#5b6abf", "#98a4ee", "p"),
+    "in": Style("#a0522d", "#d99a73", "h"),
+    "ws": Style("#7a6a00", "#c9b93a", "s"),
+    "nd": Style("#6a51a3", "#a99be0", "v"),
+    "dbn": Style("#b8609a", "#dd8fc0", "^"),
+}
+_OTHERS = tuple(_BY_TECHNIQUE.values())
+
+SHARE_STYLES = {
+    # From the bottom of a bar up; neighbours are apart in lightness, so that bars can be read without colour, too.
+    "in": Style("#e69f01", "#e69f00", "s"),
+    "ln": Style("#0072b3", "#2f8fd0", "s"),
+    "bn": Style("#a9b0b7", "#d5dade", "s"),
+}
+"""How the shares of the normalizers that are switched between are drawn."""
+
+
+def all_styles() -> list[Style]:
+    """Return every style that a chart may use."""
+    return [BASELINE, *_BY_TECHNIQUE.values(), *_BY_LAYERS.values(), *SHARE_STYLES.values()]
+
+
+def method_style(method: MethodSummary, place: int = 0) -> Style:
+    """Return how a method is drawn.
+
+    Args:
+        method: The method.
+        place: Its place in the chart, which decides where no technique does: for another optimizer.
+    """
+    if method.is_baseline:
+        return BASELINE
+    other = _OTHERS[place % len(_OTHERS)]
+    kind = method.layers or method.norm
+    return _BY_TECHNIQUE.get(method.transforms, other) if kind is None else _BY_LAYERS.get(kind, other)
 
 
 @dataclass(frozen=True)
@@ -125,6 +210,26 @@ def curves(summary: Summary, axis: Axis, quantity: Quantity = "score") -> list[C
     return charts
 
 
+_CURVES: tuple[tuple[Quantity, Axis], ...] = (
+    ("score", "epochs"),
+    ("score", "seconds"),
+    ("training score", "epochs"),
+    ("training loss", "epochs"),
+    ("test loss", "epochs"),
+)
+
+
+def report_charts(summary: Summary) -> dict[str, list[Chart]]:
+    """Return the charts of a comparison's page, by its sections."""
+    return {
+        "curves": [chart for quantity, axis in _CURVES for chart in curves(summary, axis, quantity)],
+        "gains": gains(summary),
+        "timed": timed(summary),
+        "seeds": seeds(summary),
+        "trials": trials(summary),
+    }
+
+
 def _family(baseline: str, methods: Sequence[MethodSummary]) -> str:
     return f"{baseline} and methods on it" if len(methods) > 1 else baseline
 
@@ -179,7 +284,7 @@ def _range(series: Iterable[Series], percentage: bool, is_score: bool) -> tuple[
 
 def gains(summary: Summary) -> list[Chart]:
     """Return, for each baseline, what each method gains at the end over what a step costs; none without times."""
-    charts = []
+    charts, unit = [], points_text(summary.metric)
     for baseline, methods in summary.families().items():
         drawn = []
         for place, method in enumerate(methods):
@@ -188,9 +293,7 @@ def gains(summary: Summary) -> list[Chart]:
                 continue
             mean = 0.0 if gain is None else gain.mean
             ends = [] if gain is None or gain.low is None or gain.high is None else [(gain.low, gain.high)]
-            text = (
-                "the baseline" if gain is None else f"{difference_text(gain, summary.metric)} {summary.points}".strip()
-            )
+            text = "the baseline" if gain is None else f"{difference_text(gain, summary.metric)} {unit}".strip()
             drawn.append(
                 Series(
                     name=method.name,
@@ -203,7 +306,7 @@ def gains(summary: Summary) -> list[Chart]:
                 )
             )
         if len(drawn) > 1:
-            label = f"difference in {summary.points}" if summary.points else "difference"
+            label = f"difference in {unit}" if unit else "difference"
             charts.append(Chart(_family(baseline, methods), f"time/step, x {baseline}", label, tuple(drawn), zero=True))
     return charts
 
@@ -227,7 +330,7 @@ def seeds(summary: Summary) -> list[Chart]:
                     style=method_style(method, place),
                     x=tuple(place - 0.3 + width * seed for seed, _ in ends),
                     y=tuple(score for _, score in ends),
-                    said=tuple(f"seed {seed}: {summary.metric.text(score)}" for seed, score in ends),
+                    said=tuple(f"seed {seed}: {exact_text(score, summary.metric)}" for seed, score in ends),
                 )
             )
         named = len(methods) <= _NAMED
@@ -254,14 +357,14 @@ def trials(summary: Summary) -> list[Chart]:
         drawn = []
         for place, method in enumerate(methods):
             tried = [(point, score) for point in method.lr_grid if (score := point.validation_score) is not None]
-            chosen = [index for index, (point, _) in enumerate(tried) if method.is_chosen(point)]
+            chosen = [index for index, (point, _) in enumerate(tried) if point.chosen]
             drawn.append(
                 Series(
                     name=method.name,
                     style=method_style(method, place),
                     x=tuple(math.log10(point.lr) for point, _ in tried),
                     y=tuple(score for _, score in tried),
-                    said=tuple(f"{point.text}: {summary.metric.text(score)}" for point, score in tried),
+                    said=tuple(f"{point_text(point)}: {exact_text(score, summary.metric)}" for point, score in tried),
                     # With other options swept there is more than one point at an lr.
                     line="" if any(point.swept for point, _ in tried) else "solid",
                     chosen=chosen[0] if chosen else None,
@@ -287,7 +390,7 @@ def timed(summary: Summary) -> list[Chart]:
     for baseline, methods in summary.families().items():
         drawn = []
         for place, method in enumerate(methods):
-            points = sorted(method.at_shares(summary.epochs).items())
+            points = sorted(_at_shares(method, summary.epochs).items())
             drawn.append(
                 Series(
                     name=method.name,
@@ -306,6 +409,13 @@ def timed(summary: Summary) -> list[Chart]:
                 Chart(_family(baseline, methods), f"time, x a full run of {baseline}", label, tuple(drawn), band=True)
             )
     return charts
+
+
+def _at_shares(method: MethodSummary, epochs: int) -> dict[float, Spread]:
+    """Return a method's score at each share of the baseline's time that was compared, a full run's with it."""
+    equal = method.equal_time
+    full = method.scores[epochs] if method.is_baseline else None if equal is None else equal.score
+    return {shorter.share: shorter.score for shorter in method.shares} | ({} if full is None else {1.0: full})
 
 
 def share_bars(name: str, shares: SharesSummary, part: str) -> Bars:

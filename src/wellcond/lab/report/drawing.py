@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup, escape
 
-from wellcond.lab.report.charts import Bars, Chart, Series
-from wellcond.lab.report.styles import Style, all_styles
+from wellcond.lab.report.charts import Bars, Chart, Series, Style, all_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

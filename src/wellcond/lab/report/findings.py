@@ -8,6 +8,7 @@ from wellcond.lab.comparison.statistics import Difference
 from wellcond.lab.comparison.summary import LEVEL, MethodSummary, Summary, ToTarget
 from wellcond.lab.report.formats import (
     number_text,
+    points_text,
     probability_text,
     score_digits,
     score_text,
@@ -30,7 +31,7 @@ def findings(summary: Summary) -> list[str]:
     Returns:
         A few findings for each baseline; one that says so if there is nothing to compare; and what layers learned.
     """
-    if all(method.is_baseline for method in summary.methods):
+    if all(len(methods) == 1 for methods in summary.families().values()):
         said = ["Only baselines were run, so there is nothing to compare them with."]
         return said + _learned(summary)
     said = []
@@ -172,7 +173,7 @@ def _at_shares(summary: Summary) -> list[str]:
             return next((shorter.same_time for shorter in method.shares if shorter.share == share), None)
 
         for baseline, compared in _families(summary, full).items():
-            others = [(method, difference) for method, difference in compared if not method.is_baseline]
+            others = [(method, difference) for method, difference in compared if method.name != baseline]
             if others:
                 said = _said(summary, f"{baseline}'s full run", others)
                 lines.append(f"In {100 * share:g} % of the time {said}")
@@ -206,7 +207,7 @@ def _in_memory(summary: Summary) -> list[str]:
         ratios = [
             f"{method.memory_ratio:.2f} times ({method.name})"
             for method in methods
-            if method.memory_ratio is not None and not method.is_baseline
+            if method.memory_ratio is not None and method.name != baseline
         ]
         if ratios:
             lines.append(f"At its peak a step holds {_join(ratios)} as much memory as with {baseline}.")
@@ -267,7 +268,7 @@ def _said(summary: Summary, baseline: str, compared: Compared) -> str:
 def _clause(summary: Summary, pairs: Compared, side: str) -> str:
     digits = score_digits(summary.metric)
     (first, difference), *others = pairs
-    amount = f"{number_text(abs(difference.mean), digits)} {summary.points}".rstrip()
+    amount = f"{number_text(abs(difference.mean), digits)} {points_text(summary.metric)}".rstrip()
     parts = [f"{first.name} is {amount} {side}" + _interval(difference, digits, "95 % interval ")]
     parts += [
         f"{method.name} {number_text(abs(other.mean), digits)}{_interval(other, digits)}" for method, other in others

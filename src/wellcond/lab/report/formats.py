@@ -1,12 +1,14 @@
-"""How numbers are written, the same on the terminal, in pages and in quoted tables."""
+"""Writes numbers in words, and the cells and columns that hold them: on the terminal, in pages, in quoted tables."""
 
 from __future__ import annotations
 
-from wellcond.lab.comparison.statistics import Difference, Spread
-from wellcond.lab.comparison.summary import MethodSummary, Summary, ToTarget
-from wellcond.lab.runs.metric import ACCURACY, Metric
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
-NOTHING = "–"
+from wellcond.lab.comparison.statistics import Difference, Spread
+from wellcond.lab.comparison.summary import GridPoint, MethodSummary, Summary, ToTarget
+from wellcond.lab.report.table import NOTHING, Cell
+from wellcond.lab.runs.metric import ACCURACY, Metric
 
 _LARGE = 1000.0
 
@@ -43,6 +45,21 @@ def score_text(value: float, metric: Metric) -> str:
     ('97.1 %', '1.234 bits')
     """
     return f"{number_text(value, score_digits(metric))} {metric.unit}".rstrip()
+
+
+def exact_text(value: float, metric: Metric) -> str:
+    """Return a single score with its unit, more exactly than a mean is written.
+
+    >>> exact_text(97.123, ACCURACY), exact_text(0.0312345, Metric("loss", unit=""))
+    ('97.12 %', '0.03123')
+    """
+    number = f"{value:.2f}" if metric.is_percentage else f"{value:.4g}"
+    return f"{number} {metric.unit}".rstrip()
+
+
+def points_text(metric: Metric) -> str:
+    """Return what differences of a score are counted in."""
+    return "points" if metric.is_percentage else metric.unit
 
 
 def target_score(summary: Summary) -> str:
@@ -113,9 +130,23 @@ def lr_text(method: MethodSummary) -> str:
     >>> lr_text(Method(lr=0.1, lr_edge="lowest", swept={"damping": 0.01}, edges={}))
     '0.1*, damping 0.01'
     """
-    parts = [f"{method.lr:g}{'*' if method.lr_edge else ''}"]
-    parts += [f"{name} {value}{'*' if name in method.edges else ''}" for name, value in method.swept.items()]
+    return chosen_text(method.lr, method.lr_edge, method.swept, method.edges)
+
+
+def chosen_text(lr: float, lr_edge: str | None, swept: Mapping[str, object], edges: Collection[str]) -> str:
+    """Return a trial's lr and swept options, each marked with a star where it is at the edge of its grid."""
+    parts = [f"{lr:g}{'*' if lr_edge else ''}"]
+    parts += [f"{name} {value}{'*' if name in edges else ''}" for name, value in swept.items()]
     return ", ".join(parts)
+
+
+def point_text(point: GridPoint) -> str:
+    """Return what a trial sets.
+
+    >>> point_text(GridPoint(0.1, None, None, None, 0, swept={"damping": 0.01}))
+    'lr 0.1, damping 0.01'
+    """
+    return ", ".join([f"lr {point.lr:g}", *(f"{name} {value}" for name, value in point.swept.items())])
 
 
 def target_text(method: MethodSummary, summary: Summary) -> str:
@@ -188,3 +219,76 @@ def bytes_text(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+Column: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
+"""What stands above a column, and its cell for a method."""
+
+
+def plain(text: Callable[[MethodSummary], str]) -> Callable[[MethodSummary], Cell]:
+    """Return the cells that hold a text of each method."""
+    return lambda method: Cell(text(method))
+
+
+def score_cell(score: Spread | None, summary: Summary) -> Cell:
+    """Return a mean score."""
+    return Cell(NOTHING if score is None else spread_text(score, summary.metric))
+
+
+def difference_cell(difference: Difference | None, summary: Summary) -> Cell:
+    """Return a difference, coloured where it is beyond chance: by what is better, not by what is more."""
+    text = difference_text(difference, summary.metric)
+    if difference is None or not difference.beyond_chance:
+        return Cell(text)
+    return Cell(text, "up" if summary.metric.sign * difference.mean > 0 else "down")
+
+
+class Columns:
+    """The columns that tables of a comparison are put together from.
+
+    Args:
+        summary: The comparison in numbers.
+    """
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+        self.chosen: Column = ("lr" if not summary.sweeps else "chosen", plain(lr_text))
+        self.target: Column = (
+            f"epochs to {target_score(summary)}",
+            plain(lambda method: target_text(method, summary)),
+        )
+        self.evaluation: Column = ("time/image", plain(lambda method: ratio_text(method.evaluation_ratio)))
+        self.time: Column = ("time/step", plain(time_text))
+        self.equal_difference: Column = (
+            "difference at equal time",
+            lambda method: difference_cell(method.equal_time.difference if method.equal_time else None, summary),
+        )
+
+    def score(self, epoch: int) -> Column:
+        """Return the score after an epoch."""
+        return f"epoch {epoch}", lambda method: score_cell(method.scores[epoch], self.summary)
+
+    def difference(self, epoch: int) -> Column:
+        """Return the difference to the baseline after the early or the last epoch."""
+
+        def cell(method: MethodSummary) -> Cell:
+            found = method.final_difference if epoch == self.summary.epochs else method.early_difference
+            return difference_cell(found, self.summary)
+
+        return f"difference, epoch {epoch}", cell
+
+    @property
+    def compared_epochs(self) -> list[int]:
+        """The epochs whose differences are shown."""
+        early = self.summary.early_epoch
+        return [*([] if early is None else [early]), self.summary.epochs]
+
+    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> Column:
+        """Return the mean over the seeds of what an epoch's record holds, after the last epoch that each has."""
+
+        def cell(method: MethodSummary) -> Cell:
+            ends = [values[-1] for curve in method.curves if (values := pick(curve))]
+            known = [end for end in ends if end is not None]
+            return Cell(number_text(sum(known) / len(known), digits) if known else NOTHING)
+
+        return head, cell

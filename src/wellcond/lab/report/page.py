@@ -1,4 +1,4 @@
-"""The comparison as one self-contained HTML page."""
+"""Renders a comparison as one HTML page that is whole by itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wellcond.lab.comparison.summary import MethodSummary, Summary
 from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.report import charts, formats, tables
-from wellcond.lab.report.charts import Axis, Bars, Chart, Quantity
+from wellcond.lab.report import charts, tables
+from wellcond.lab.report.charts import Bars, Chart
 from wellcond.lab.report.drawing import chart_svg, colours
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.shares import method_shares
+from wellcond.lab.report.table import NOTHING
 
 FILES = {
     "results.json": "all numbers of this page, with the settings",
@@ -22,14 +23,6 @@ FILES = {
     "curves-seconds.png": "the curves over training seconds, as a picture",
 }
 """What lies beside the page, and what is in it."""
-
-_CURVES: tuple[tuple[Quantity, Axis], ...] = (
-    ("score", "epochs"),
-    ("score", "seconds"),
-    ("training score", "epochs"),
-    ("training loss", "epochs"),
-    ("test loss", "epochs"),
-)
 
 
 def render_report(
@@ -55,10 +48,14 @@ def render_report(
     Returns:
         An HTML page that is whole by itself; it links to the files that `write_results` puts beside it.
     """
-    curves = [chart for quantity, axis in _CURVES for chart in charts.curves(summary, axis, quantity)]
-    made = tables.tables(summary)
+    shown = tables.tables(summary)
     if summary.mode != "target":
-        made.append(tables.target_table(summary))
+        shown.append(tables.target_table(summary))
+    shown.append(tables.training_table(summary))
+    grids = tables.grid_tables(summary)
+    kept = [table for method in summary.methods for table in tables.coverage_tables(method)]
+    pictures = {section: drawn(made) for section, made in charts.report_charts(summary).items()}
+    learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
     return (
         page_environment()
         .get_template("report.html.j2")
@@ -72,17 +69,13 @@ def render_report(
             machine=machine,
             findings=findings(summary),
             notes=notes(summary),
-            tables=[*made, tables.training_table(summary)],
-            grids=tables.grid_tables(summary),
-            gains=drawn(charts.gains(summary)),
-            curves=drawn(curves),
-            timed=drawn(charts.timed(summary)),
-            seeds=drawn(charts.seeds(summary)),
-            trials=drawn(charts.trials(summary)),
+            tables=shown,
+            grids=grids,
+            kept=kept,
+            learned=learned,
             files=FILES,
-            kept=[table for method in summary.methods for table in tables.coverage_tables(method)],
-            learned=[shares for method in summary.methods if (shares := _learned(method)) is not None],
             schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
+            **pictures,
         )
     )
 
@@ -93,7 +86,7 @@ def page_environment() -> Environment:
         loader=PackageLoader("wellcond.lab.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["label"] = lambda key: key.replace("_", " ")
-    environment.globals |= {"nothing": formats.NOTHING, "colours": colours()}
+    environment.globals |= {"nothing": NOTHING, "colours": colours()}
     return environment
 
 

@@ -1,4 +1,4 @@
-"""Writes what a comparison found to its folder: JSON, curves, the epochs of every run, and the report."""
+"""Writes what a comparison found to its folder: numbers, curves, the epochs of every run, the report."""
 
 from __future__ import annotations
 
@@ -99,9 +99,6 @@ def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder
     report, numbers, epochs = (folder / name for name in ("report.html", "results.json", "epochs.csv"))
     pictures: dict[Axis, Path] = {"epochs": folder / "curves-epochs.png", "seconds": folder / "curves-seconds.png"}
     note = f"mean over {summary.seeds} seeds, band: ± 1 standard deviation" if summary.seeds > 1 else ""
-    for axis, picture in pictures.items():
-        with replacing(picture) as file:
-            draw_png(curves(summary, axis), file, note)
     write_atomically(numbers, results_json(results))
     write_atomically(folder / FILE_NAME, results.file)
     write_atomically(
@@ -116,6 +113,9 @@ def write_results(results: Results, records: Mapping[RunSpec, RunRecord], folder
             results.file,
         ),
     )
+    for axis, picture in pictures.items():
+        with replacing(picture) as file:
+            draw_png(curves(summary, axis), file, note)
     write_atomically(epochs, to_csv(_epochs(records), _RUN))
     return [report, *pictures.values(), numbers, epochs, folder / FILE_NAME]
 
@@ -188,6 +188,8 @@ def _search(settings: Settings) -> dict[str, Any]:
         said["shares of the baseline's time"] = ", ".join(f"{share:g}" for share in settings.time_shares)
     if settings.sweeps:
         said["swept"] = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in settings.sweeps)
+    if settings.trial_seeds not in (None, settings.seeds):
+        said["seeds that choose"] = settings.trial_seeds
     if settings.search != "grid":
         said["search"] = settings.search
     return said

@@ -1,4 +1,4 @@
-"""A table in words, and its renderings: for the terminal, for Markdown, as CSV; pages render it by a template."""
+"""Renders a table in words for the terminal, as Markdown and as CSV; pages render it by a template."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wellcond.lab.report.formats import NOTHING
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+NOTHING = "–"
+"""What a cell without a number holds."""
 
 # Heads longer than this are broken on the terminal.
 _HEAD = 14

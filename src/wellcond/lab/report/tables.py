@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.comparison.summary import LEVEL, AtShare, GridPoint, MethodSummary, Summary
 from wellcond.lab.report.formats import (
-    NOTHING,
+    Column,
+    Columns,
     bytes_text,
-    difference_text,
-    lr_text,
+    difference_cell,
     memory_text,
     number_text,
+    plain,
+    point_text,
     probability_text,
     quantity_text,
     ratio_text,
+    score_cell,
     score_digits,
     seconds_text,
     share_text,
-    spread_text,
     state_text,
     target_score,
-    target_text,
-    time_text,
 )
 from wellcond.lab.report.shares import SharesSummary
-from wellcond.lab.report.table import Cell, Row, Table
-
-Column: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
-"""What stands above a column, and its cell for a method."""
+from wellcond.lab.report.table import NOTHING, Cell, Row, Table
 
 
 def _table(summary: Summary, title: str, caption: str, columns: Sequence[Column]) -> Table:
@@ -38,74 +34,6 @@ def _table(summary: Summary, title: str, caption: str, columns: Sequence[Column]
         Row(method.name, tuple(cell(method) for _, cell in columns), method.is_baseline) for method in summary.methods
     )
     return Table(title, caption, ("method", *(head for head, _ in columns)), rows).without_empty()
-
-
-def _plain(text: Callable[[MethodSummary], str]) -> Callable[[MethodSummary], Cell]:
-    return lambda method: Cell(text(method))
-
-
-def score_cell(score: Spread | None, summary: Summary) -> Cell:
-    """Return a mean score."""
-    return Cell(NOTHING if score is None else spread_text(score, summary.metric))
-
-
-def difference_cell(difference: Difference | None, summary: Summary) -> Cell:
-    """Return a difference, coloured where it is beyond chance: by what is better, not by what is more."""
-    text = difference_text(difference, summary.metric)
-    if difference is None or not difference.beyond_chance:
-        return Cell(text)
-    return Cell(text, "up" if summary.metric.sign * difference.mean > 0 else "down")
-
-
-class Columns:
-    """The columns that tables of a comparison are put together from.
-
-    Args:
-        summary: The comparison in numbers.
-    """
-
-    def __init__(self, summary: Summary) -> None:
-        self.summary = summary
-        self.chosen: Column = ("lr" if not summary.sweeps else "chosen", _plain(lr_text))
-        self.target: Column = (
-            f"epochs to {target_score(summary)}",
-            _plain(lambda method: target_text(method, summary)),
-        )
-        self.evaluation: Column = ("time/image", _plain(lambda method: ratio_text(method.evaluation_ratio)))
-        self.time: Column = ("time/step", _plain(time_text))
-        self.equal_difference: Column = (
-            "difference at equal time",
-            lambda method: difference_cell(method.equal_time.difference if method.equal_time else None, summary),
-        )
-
-    def score(self, epoch: int) -> Column:
-        """Return the score after an epoch."""
-        return f"epoch {epoch}", lambda method: score_cell(method.scores[epoch], self.summary)
-
-    def difference(self, epoch: int) -> Column:
-        """Return the difference to the baseline after the early or the last epoch."""
-
-        def cell(method: MethodSummary) -> Cell:
-            found = method.final_difference if epoch == self.summary.epochs else method.early_difference
-            return difference_cell(found, self.summary)
-
-        return f"difference, epoch {epoch}", cell
-
-    @property
-    def compared_epochs(self) -> list[int]:
-        """The epochs whose differences are shown."""
-        early = self.summary.early_epoch
-        return [*([] if early is None else [early]), self.summary.epochs]
-
-    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> Column:
-        """Return the mean over the seeds of what an epoch's record holds, after the last epoch that each has."""
-
-        def cell(method: MethodSummary) -> Cell:
-            ends = [values[-1] for curve in method.curves if (values := pick(curve))]
-            known = [end for end in ends if end is not None]
-            return Cell(number_text(sum(known) / len(known), digits) if known else NOTHING)
-
-        return head, cell
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -120,6 +48,11 @@ def _seeds(summary: Summary, text: str) -> str:
     return text if summary.seeds > 1 else ""
 
 
+def _compares_evaluation(summary: Summary) -> bool:
+    """Return whether some method evaluates with other layers than its baseline."""
+    return any(method.evaluation_ratio is not None for method in summary.methods)
+
+
 def _scores(summary: Summary) -> Table:
     columns = Columns(summary)
     deviation = f", mean ± standard deviation over {summary.seeds} seeds" if summary.seeds > 1 else ", one seed"
@@ -127,7 +60,7 @@ def _scores(summary: Summary) -> Table:
     edge = any(method.lr_edge or method.edges for method in summary.methods)
     star = "; * at the edge of its grid" if edge else ""
     evaluation = (
-        ", and the time to evaluate an image as a ratio to the baseline's" if summary.compares_evaluation else ""
+        ", and the time to evaluate an image as a ratio to the baseline's" if _compares_evaluation(summary) else ""
     )
     return _table(
         summary,
@@ -230,7 +163,7 @@ def target_table(summary: Summary) -> Table:
             ("epoch", reached(lambda found: str(found.epoch))),
             ("steps", reached(lambda found: str(found.steps))),
             ("seconds", reached(lambda found: seconds_text(found.seconds))),
-            ("p", _plain(lambda method: probability_text(method.to_target))),
+            ("p", plain(lambda method: probability_text(method.to_target))),
             ("x baseline's seconds", ratio),
         ],
     )
@@ -243,9 +176,9 @@ def _costs(summary: Summary) -> Table:
         "What training costs: peak memory as a ratio to the baseline's, the optimizer's state to the parameters",
         [
             Columns(summary).time,
-            ("time/epoch", _plain(lambda method: seconds_text(method.seconds_per_epoch))),
-            ("peak memory", _plain(memory_text)),
-            ("optimizer state", _plain(state_text)),
+            ("time/epoch", plain(lambda method: seconds_text(method.seconds_per_epoch))),
+            ("peak memory", plain(memory_text)),
+            ("optimizer state", plain(state_text)),
         ],
     )
 
@@ -278,7 +211,7 @@ def quoted_table(summary: Summary) -> Table:
         columns.time,
         columns.equal_difference,
     ]
-    if summary.compares_evaluation:
+    if _compares_evaluation(summary):
         made += [columns.evaluation, columns.last("training loss", lambda curve: curve.train_loss, 3)]
     return _table(summary, "", "", made)
 
@@ -314,9 +247,9 @@ def _grid(summary: Summary, caption: str, pick: Callable[[GridPoint], float | No
         cells = []
         for point in method.lr_grid:
             value = pick(point)
-            name = point.text if point.swept else f"{point.lr:g}"
+            name = point_text(point) if point.swept else f"{point.lr:g}"
             text = f"{name}: {'diverged' if value is None else number_text(value, digits)}"
-            cells.append(Cell(text, "chosen" if method.is_chosen(point) else ""))
+            cells.append(Cell(text, "chosen" if point.chosen else ""))
         cells += [Cell(NOTHING)] * (longest - len(cells))
         rows.append(Row(method.name, tuple(cells), method.is_baseline))
     heads = ("method", *(str(place) for place in range(1, longest + 1)))

@@ -49,7 +49,12 @@ class ScaledPanel:
             | {"jobs": jobs}
             | ({} if seeds is None else {"seeds": seeds})
         )
-        return Settings(methods=tuple(method.written() for method in self.methods), **given)
+        sweeps = given.pop("sweeps", {})
+        return Settings(
+            methods=tuple(method.written() for method in self.methods),
+            sweeps=tuple((option, tuple(values)) for option, values in sweeps.items()),
+            **given,
+        )
 
     @property
     def places(self) -> dict[str, str]:

@@ -42,7 +42,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 # What a command says rather than a recipe, or what a recipe says for each method.
 _NOT_SETTINGS = {
     *("methods", "lrs", "jobs", "target"),
-    *("mode", "time_shares", "sweeps", "search", "trials"),
+    *("mode", "time_shares", "search", "trials", "trial_seeds"),
 }
 
 
@@ -64,11 +64,16 @@ class Table(BaseModel):
 def _settings_fields() -> dict[str, Any]:
     hints = get_type_hints(Settings)
     names = [field.name for field in fields(Settings) if field.name not in _NOT_SETTINGS]
+    # What is swept is a table in a recipe: from an option to its values.
+    hints["sweeps"] = dict[str, list[Any]]
     return {name: (hints[name] | None, None) for name in names}
 
 
 SettingsTable: type[Table] = create_model("SettingsTable", __base__=Table, **_settings_fields())
-"""Fields of `Settings`; those that are absent are left to another table or to the default."""
+"""Fields of `Settings`; those that are absent are left to another table or to the default.
+
+``sweeps = { weight_decay = [1e-4, 5e-4] }`` tries these values with every lr, as ``--sweep`` of `wellcond compare`.
+"""
 
 
 def _paper_value(given: Any) -> Any:

@@ -11,8 +11,8 @@ from rich.console import Console
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.report.charts import curves
 from wellcond.lab.report.formats import (
-    NOTHING,
     bytes_text,
+    chosen_text,
     difference_text,
     quantity_text,
     ratio_text,
@@ -20,7 +20,7 @@ from wellcond.lab.report.formats import (
     spread_text,
 )
 from wellcond.lab.report.page import drawn, page_environment
-from wellcond.lab.report.table import Cell, Row, Table
+from wellcond.lab.report.table import NOTHING, Cell, Row, Table
 from wellcond.lab.report.tables import grid_tables
 from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
@@ -158,7 +158,7 @@ def _row(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str
         _difference(method["difference"], metric),
         _difference(None if equal is None else equal["difference"], metric),
         *(Cell(cost) for cost in costs),
-        Cell(f"{method['lr']:g}{'*' if method.get('lr_edge') else ''}"),
+        Cell(chosen_text(method["lr"], method.get("lr_edge"), method.get("swept", {}), method.get("edges", {}))),
         Cell(verdict(method) or NOTHING),
     )
     label = method["label"] if method["baseline"] in (first, method["label"]) else against(method)
@@ -273,10 +273,12 @@ def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
         else {"steps": equal.steps, "difference": asdict(figure.equal_time)},
         "lr": method.lr,
         "lr_edge": method.lr_edge,
+        "swept": method.swept,
+        "edges": method.edges,
         "milliseconds_per_step": method.milliseconds_per_step,
         "peak_memory": None if method.memory is None else method.memory.peak,
         "lr_grid": [
-            {"lr": point.lr, "validation": point.validation_score, "diverged": point.diverged_runs}
+            {"lr": point.lr, **point.swept, "validation": point.validation_score, "diverged": point.diverged_runs}
             for point in method.lr_grid
         ],
         "time_ratio": method.time_ratio,

@@ -250,7 +250,7 @@ def _ends(recipe: Recipe, table: PanelTable, plan: Plan, method: MethodSummary) 
     """Return what each seed ended with: its last test score (that of guessing if it diverged), or the probe's."""
     if table.figure is not None:
         return tuple(found[table.figure] for found in method.extras.get("probe", ()) if found is not None)
-    ends = [plan.chance if curve.seed in method.unfinished else curve.test_score[-1] for curve in method.curves]
+    ends = [plan.task.chance if curve.seed in method.unfinished else curve.test_score[-1] for curve in method.curves]
     return tuple(100.0 - end for end in ends) if recipe.score == "error" else tuple(ends)
 
 

@@ -69,17 +69,6 @@ class Metric:
         """Return whether one score is better than another."""
         return self.sign * one > self.sign * other
 
-    def text(self, value: float) -> str:
-        """Return a score with its unit.
-
-        >>> Metric("accuracy").text(97.123)
-        '97.12 %'
-        >>> Metric("loss", unit="").text(0.0312345)
-        '0.03123'
-        """
-        number = f"{value:.2f}" if self.is_percentage else f"{value:.4g}"
-        return f"{number} {self.unit}".rstrip()
-
 
 ACCURACY = Metric("accuracy")
 """What classifiers are compared by."""

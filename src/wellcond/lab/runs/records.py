@@ -183,15 +183,6 @@ class RunRecord:
         """Mean training seconds of a step; None if the run diverged in its first epoch."""
         return self.epochs[-1].seconds / self.epochs[-1].steps if self.epochs else None
 
-    def test_score(self, epoch: int, chance: float) -> float:
-        """Return the test score after an epoch, counted from 1.
-
-        After divergence it is that of guessing, after the end of a run that was stopped the last.
-        """
-        if epoch > len(self.epochs) and not self.stopped:
-            return chance
-        return self.epochs[min(epoch, len(self.epochs)) - 1].test_score
-
     def check(self, steps: int, metric: Metric = ACCURACY) -> None:
         """Check what was read from a file.
 

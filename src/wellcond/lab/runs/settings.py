@@ -14,7 +14,7 @@ from wellcond.lab.methods.method import DEFAULT_METHODS
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Precision
 from wellcond.lab.training.probes import PROBES
-from wellcond.lab.trials import Search, Sweep
+from wellcond.lab.trials import Search, Sweep, check_sweep
 
 Scale = Literal["smoke", "small", "full"]
 """How much a recipe trains."""
@@ -131,6 +131,8 @@ class Settings:
         sweeps: Options that are swept beside the lr, with their values.
         search: How trials are laid out, ``"grid"`` or ``"random"``.
         trials: Trials of each method in a random search; None: as many as the longest grid has.
+        trial_seeds: Seeds that every trial is trained with, and chosen by; with the others only the chosen trial of
+            each method is trained. None: all.
     """
 
     data: str = DIGITS
@@ -171,6 +173,7 @@ class Settings:
     sweeps: tuple[Sweep, ...] = ()
     search: Search = "grid"
     trials: int | None = None
+    trial_seeds: int | None = None
     task: str | None = None
     task_args: tuple[tuple[str, str], ...] = ()
     data_module: str | None = None
@@ -181,7 +184,16 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
             self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices", "trials"):
+        for name in (
+            "batch_size",
+            "ghost_batch",
+            "stats_every",
+            "solve_every",
+            "jobs",
+            "devices",
+            "trials",
+            "trial_seeds",
+        ):
             self._check_positive(name)
         if self.target is not None and not math.isfinite(self.target):
             raise LabError(f"--target must be a finite number, got {self.target:g}")
@@ -200,8 +212,12 @@ class Settings:
             raise LabError(f"--time-fractions must be above 0 and at most 1, got {_listed(self.time_shares)}")
         if len(set(self.time_shares)) < len(self.time_shares):
             raise LabError(f"--time-fractions must name each fraction once, got {_listed(self.time_shares)}")
+        for sweep in self.sweeps:
+            check_sweep(*sweep)
         if self.trials is not None and self.search != "random":
             raise LabError("--trials is for --search random; a grid has all combinations")
+        if self.trial_seeds is not None and self.trial_seeds > self.seeds:
+            raise LabError(f"--trial-seeds must be at most the number of seeds ({self.seeds}), got {self.trial_seeds}")
         for name, known in (
             ("strategy", STRATEGIES),
             ("accelerator", ACCELERATORS),
