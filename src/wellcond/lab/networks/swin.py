@@ -1,4 +1,4 @@
-"""Swin transformers up to their four stages' feature maps: what a detector stands on in the place of a residual trunk."""
+"""Swin transformers up to the feature maps of their four stages: what detectors stand on in place of residual trunks."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ _INSIDE = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 # DenseNets of old torchvision versions, which its published weights still are, write norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-# Residual networks of MMDetection call their group normalization gn1, those of Switchable Normalization's authors theirs
-# sn1; torchvision's norm_layer is bn1 whatever it is.
+# Residual networks of MMDetection call their group normalization gn1, those of Switchable Normalization's authors sn1;
+# torchvision's norm_layer is bn1 whatever it is.
 _OTHER_NORM = re.compile(r"(^|\.)[gs]n(?=\d\.)")
 
 
