@@ -1,4 +1,4 @@
-"""Swin transformers up to the feature maps of their four stages: what detectors stand on in place of residual trunks."""
+"""Swin transformers up to the feature maps of their four stages, for detectors in place of residual trunks."""
 
 from __future__ import annotations
 
