@@ -1,4 +1,4 @@
-"""Weight decay as part of the gradient, before the transforms behind it: what the thesis compares feature descent's with."""
+"""Weight decay in the gradient, before the transforms behind it, as the thesis compares it with feature descent's own."""
 
 from __future__ import annotations
 
