@@ -1,4 +1,4 @@
-"""Weight decay in the gradient, before the transforms behind it, as the thesis compares it with feature descent's own."""
+"""Weight decay in the gradient, before the transforms behind it: the thesis compares feature descent's own with it."""
 
 from __future__ import annotations
 
