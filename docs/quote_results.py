@@ -492,7 +492,7 @@ def quoted(page: str) -> str:
 
 def reproduced() -> list[dict[str, Any]]:
     """Return what the tables of docs/reproduced.md hold, in their order there."""
-    names = re.findall(r"<!-- begin (reproduced-[\d.]+) -->", REPRODUCED.read_text(encoding="utf-8"))
+    names = re.findall(r"<!-- begin (reproduced-(?!summary)[\w.-]+) -->", REPRODUCED.read_text(encoding="utf-8"))
     return [_load(name) for name in names]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks.named_weights import NAMED_WEIGHTS, bind_weights
 from wellcond.lab.networks.trunks import TRUNKS, build_trunk
+from wellcond.nn import SwitchableNorm2d
 
 NEEDED = ["torchvision:IMAGENET1K_V1", "resnet50-gn", "resnext101-32x4d"]
 
@@ -58,3 +59,23 @@ def test_group_normalization_as_mmdetection_calls_it(tmp_path):
     found = build_trunk(TRUNKS["tiny"], norm, str(file)).state_dict()
     assert found.keys() == theirs.state_dict().keys()
     assert all(torch.equal(found[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_switchable_normalization_as_its_authors_call_it(tmp_path):
+    """sn1, mean_weight and tensors of [1, C, 1, 1] there; the shares and the averages arrive."""
+    torch.manual_seed(0)
+    theirs = TRUNKS["tiny"].build(SwitchableNorm2d)
+    for value in theirs.state_dict().values():
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.1, 1.0)
+    norms = [name for name, layer in theirs.named_modules() if isinstance(layer, SwitchableNorm2d)]
+    state = {key: value for key, value in theirs.state_dict().items() if not key.endswith("num_batches_tracked")}
+    for name in norms:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.{part}"] = state[f"{name}.{part}"].reshape(1, -1, 1, 1)
+    saved = {key.replace("bn", "sn").replace("_logits", "_weight"): value for key, value in state.items()}
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in saved.items()}}, file)
+    found = build_trunk(TRUNKS["tiny"], SwitchableNorm2d, str(file))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(found.eval()(images), theirs.eval()(images))

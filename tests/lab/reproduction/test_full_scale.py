@@ -25,6 +25,7 @@ from wellcond.lab.tasks.reid.networks import build_reid
 from wellcond.lab.tasks.reid.specs import select_reid
 from wellcond.lab.tasks.segmentation.networks import build_segmenter
 from wellcond.lab.tasks.segmentation.specs import select_segmenter
+from wellcond.nn import SwitchableNorm2d
 
 RECIPES = {recipe.name: recipe for recipe in bundled_recipes()}
 
@@ -89,22 +90,26 @@ def group_norm(channels: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> list[str]:
-    """Files of the shapes of the weights that recipes name, a value each; those with GN are called as MMDetection's."""
+    """Files of the shapes of the weights that recipes name, a value each; those with GN are called as MMDetection's,
+    those with SN as their authors'."""
     folder = tmp_path_factory.mktemp("weights")
     built = {
         "resnext101-32x4d": ("x101-32x4d", nn.BatchNorm2d),
         "resnet50-gn": ("r50", group_norm),
         "resnet101-gn": ("r101", group_norm),
         "resnet50-gn-ws": ("r50", group_norm),
+        "resnet50-sn": ("r50", SwitchableNorm2d),
     }
     given = []
     for name, (trunk, norm) in built.items():
         with torch.device("meta"):
             state = TRUNKS[trunk].build(norm).state_dict()
         file = folder / f"{name}.pth"
-        called = "gn" if norm is group_norm else "bn"
+        called = {group_norm: "gn", SwitchableNorm2d: "sn"}.get(norm, "bn")
         kept = {
-            key.replace("bn", called): torch.zeros((), dtype=value.dtype).expand(value.shape)
+            key.replace("bn", called).replace("_logits", "_weight"): torch.zeros((), dtype=value.dtype).expand(
+                value.shape
+            )
             for key, value in state.items()
             if not key.startswith("fc.")
         }

@@ -99,4 +99,8 @@ def test_it_runs_and_sets_its_figures_beside_the_sources(name, tmp_path, capsys,
     page = (tmp_path / "out" / "reproduce.html").read_text()
     assert recipe.source in page
     assert "<svg" in page
+    # The sources' figures have training accuracies and training losses beside the test's.
+    assert "training loss over epochs" in page
+    if content["panels"][0]["settings"]["task"] == "classification":
+        assert "training accuracy over epochs" in page
     assert "http" not in page.split("<style>")[0]

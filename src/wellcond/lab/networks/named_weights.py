@@ -24,6 +24,8 @@ NAMED_WEIGHTS = {
     f"{_ZOO}; {_CAFFE}",
     "resnet50-gn-ws": "ResNet-50 with group normalization and standardized weights of ImageNet, as "
     f"resnet50_gn_ws-15beedd8.pth of {_ZOO}",
+    "resnet50-sn": "ResNet-50 with Switchable Normalization of ImageNet, trained on 8 GPUs with 2 images each, of "
+    "github.com/switchablenorms/Switchable-Normalization",
 }
 """From a name to what the file must be; torchvision has none of these."""
 

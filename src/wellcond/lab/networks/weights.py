@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.given_paths import check_input_file, is_there
+from wellcond.nn.norm.switchable import SwitchableNorm, rename_authors
 
 _logger = logging.getLogger(__name__)
 _PUBLISHED = "torchvision:"
@@ -26,8 +27,9 @@ _INSIDE = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 # DenseNets of old torchvision versions, which its published weights still are, write norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-# Residual networks of MMDetection call their group normalization gn1; torchvision's norm_layer is bn1 whatever it is.
-_GROUP_NORM = re.compile(r"(^|\.)gn(?=\d\.)")
+# Residual networks of MMDetection call their group normalization gn1, those of Switchable Normalization's authors sn1;
+# torchvision's norm_layer is bn1 whatever it is.
+_OTHER_NORM = re.compile(r"(^|\.)[gs]n(?=\d\.)")
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> str:
@@ -50,6 +52,9 @@ def load_weights(model: nn.Module, name: str, weights: str) -> str:
     given = _published(name, weights) if weights.startswith(_PUBLISHED) else _read(weights)
     wanted = model.state_dict()
     given = _unwrapped(given, wanted)
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, SwitchableNorm):
+            rename_authors(given, f"{prefix}.", layer.num_features)
     classifier = _classifier(model)
     dropped = {
         key: value
@@ -127,8 +132,8 @@ def _classifier(model: nn.Module) -> str:
 def _unwrapped(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights without the names of wrappers around the network."""
     given = {_OLD_DENSENET.sub(r"\1", key): value for key, value in given.items()}
-    if not any(_GROUP_NORM.search(key) for key in wanted):
-        given = {_GROUP_NORM.sub(r"\1bn", key): value for key, value in given.items()}
+    if not any(_OTHER_NORM.search(key) for key in wanted):
+        given = {_OTHER_NORM.sub(r"\1bn", key): value for key, value in given.items()}
     while not wanted.keys() & given.keys():
         wrapper = next((prefix for prefix in _WRAPPERS if any(key.startswith(prefix) for key in given)), None)
         if wrapper is None:

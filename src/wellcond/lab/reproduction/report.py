@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from wellcond.lab.comparison.statistics import Difference, Spread
-from wellcond.lab.report.charts import curves
+from wellcond.lab.report.charts import Quantity, curves
 from wellcond.lab.report.formats import (
     bytes_text,
     chosen_text,
@@ -38,6 +38,8 @@ _METRICS = {
 }
 # As the sources have them.
 _DIGITS = 2
+# What the sources draw over epochs.
+_DRAWN: tuple[Quantity, ...] = ("score", "training score", "training loss")
 _HEADS = (
     "method",
     "source",
@@ -194,7 +196,7 @@ def render_page(reproduction: Reproduction, content: dict[str, Any]) -> str:
         {
             "results": panel,
             "table": panel_table(described, content["score"]),
-            "charts": drawn(curves(panel.summary, "epochs")),
+            "charts": drawn([chart for quantity in _DRAWN for chart in curves(panel.summary, "epochs", quantity)]),
             "grids": grid_tables(panel.summary)[:1],
             "metrics": _metrics_table(panel),
         }

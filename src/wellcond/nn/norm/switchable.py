@@ -197,7 +197,7 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        _rename_authors(state_dict, prefix, self.num_features)
+        rename_authors(state_dict, prefix, self.num_features)
         known = [state_dict[prefix + name] for name in ("weight", "running_mean") if prefix + name in state_dict]
         if known:
             # A plain BatchNorm's checkpoint says nothing about shares.
@@ -225,7 +225,7 @@ def _mixed(shares: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _rename_authors(state_dict: dict[str, Any], prefix: str, channels: int) -> None:
+def rename_authors(state_dict: dict[str, Any], prefix: str, channels: int) -> None:
     """Make of a checkpoint of the authors' code one of this: their names of the logits, their shapes [1, C, 1, 1]."""
     if prefix + "mean_weight" not in state_dict:
         return

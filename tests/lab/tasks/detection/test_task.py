@@ -11,7 +11,7 @@ import pytest
 import torch
 from coco_files import rectangle, write_coco
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS, Refresh
@@ -24,6 +24,7 @@ from wellcond.lab.tasks.detection.networks import DETECTORS, build_detector
 from wellcond.lab.tasks.detection.task import DetectionBatch, grouped_order
 from wellcond.lab.tasks.open import open_task
 from wellcond.lab.training.runner import Runner
+from wellcond.nn import SwitchableNorm2d
 from wellcond.nn.norm.bsr import BSRBatchNorm2d
 
 CPU = torch.device("cpu")
@@ -224,7 +225,12 @@ def train(data, network, method, steps, lr=0.01):
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [("fasterrcnn-tiny", "SGDM+GC"), ("maskrcnn-tiny", "W-SGDM"), ("fasterrcnn-tiny", "FSGD")],
+    [
+        ("fasterrcnn-tiny", "SGDM+GC"),
+        ("maskrcnn-tiny", "W-SGDM"),
+        ("fasterrcnn-tiny", "FSGD"),
+        ("maskrcnn-swin-tiny", "W-SGDM"),
+    ],
 )
 def test_transforms_change_the_step_of_every_convolution_and_linear_layer(plan, model, method):
     data = seed_data(plan, model=model)
@@ -341,6 +347,70 @@ def test_the_sources_detectors_have_torchvisions_shapes():
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in grouped.modules())
     assert ours.transform.min_size == (800,)
     assert ours.transform.max_size == 1333
+
+
+PARTS = ("backbone.body", "backbone.fpn", "roi_heads.box_head", "roi_heads.mask_head")
+
+
+def layers_of(network: nn.Module, part: str) -> set[type[nn.Module]]:
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm, SwitchableNorm2d, nn.LayerNorm)
+    return {type(layer) for layer in network.get_submodule(part).modules() if isinstance(layer, kinds)}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "trunk", "heads"),
+    [
+        ("", {nn.BatchNorm2d}, set()),
+        ("-frozenbn", {FrozenBatchNorm2d}, set()),
+        ("-gn", {nn.GroupNorm}, {nn.GroupNorm}),
+        ("-sn", {SwitchableNorm2d}, {SwitchableNorm2d}),
+        ("-frozenbn-gn", {FrozenBatchNorm2d}, {nn.GroupNorm}),
+        ("-frozenbn-sn", {FrozenBatchNorm2d}, {SwitchableNorm2d}),
+        ("-gn-sn", {nn.GroupNorm}, {SwitchableNorm2d}),
+    ],
+)
+def test_trunk_and_heads_have_the_layers_of_their_name(suffix, trunk, heads):
+    for name in (f"maskrcnn-r50{suffix}", f"maskrcnn-tiny{suffix}"):
+        with torch.device("meta"):
+            network = build_detector(DETECTORS[name], 2, 64, None)
+        assert [layers_of(network, part) for part in PARTS] == [trunk, heads, heads, heads]
+        # Four convolutions and a linear layer with norm layers, two linear layers without.
+        linear = [layer for layer in network.roi_heads.box_head.modules() if isinstance(layer, nn.Linear)]
+        assert len(linear) == (1 if heads else 2)
+        assert f"fasterrcnn{name.removeprefix('maskrcnn')}" in DETECTORS
+
+
+@pytest.mark.parametrize("name", ["maskrcnn-tiny-sn", "maskrcnn-tiny-frozenbn-gn", "maskrcnn-swin-tiny"])
+def test_other_heads_and_trunks_train_and_find_nothing_where_nothing_is(plan, name):
+    network = plan.task.initial_model(name, 0, None)
+    losses, *_ = train(seed_data(plan, model=name), network, "W-SGDM", 3)
+    assert np.isfinite(losses).all()
+    network.eval()
+    network.roi_heads.score_thresh = 2.0  # no box reaches it: the mask head gets an empty batch
+    (found,) = network([torch.rand(3, 64, 64)])
+    assert found["masks"].shape == (0, 1, 64, 64)
+
+
+def test_the_swin_trunk_is_torchvisions():
+    from torchvision.models import swin_t
+
+    with torch.device("meta"):
+        network = build_detector(DETECTORS["maskrcnn-swin-t"], 80, 800, None)
+        theirs = swin_t()
+    shapes = [
+        {key: value.shape for key, value in part.state_dict().items()} for part in (theirs, network.backbone.body)
+    ]
+    of_trunk = {key: shape for key, shape in shapes[0].items() if key.startswith("features.")}
+    assert {key: shape for key, shape in shapes[1].items() if not key.startswith("norms.")} == of_trunk
+    chances = [
+        [layer.p for layer in part.modules() if isinstance(layer, StochasticDepth)] for part in (theirs, network)
+    ]
+    assert chances[0] == chances[1]
+    drawn = build_detector(DETECTORS["maskrcnn-swin-tiny"], 2, 64, None)
+    maps = drawn.backbone.body(torch.rand(1, 3, 64, 96))
+    assert {key: tuple(value.shape) for key, value in maps.items()} == {
+        str(stage): (1, 16 * 2**stage, 16 // 2**stage, 24 // 2**stage) for stage in range(4)
+    }
 
 
 def test_a_run_goes_from_the_settings_to_a_record(plan):

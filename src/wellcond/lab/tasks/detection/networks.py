@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from wellcond.lab.errors import unknown_name
+from wellcond.lab.networks.swin import SWIN_TRUNKS, SwinTrunk, build_swin
 from wellcond.lab.networks.trunks import TRUNKS, NormLayer, Trunk, build_trunk, freeze_first, frozen_batch_norms
 
 # torchvision's detectors take seconds to import: they wait for a build.
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-Norm = Literal["bn", "frozenbn", "gn"]
+Norm = Literal["bn", "frozenbn", "gn", "sn", "ln"]
+HeadNorm = Literal["gn", "sn"]
 
 # Shorter side 800 and at most 1333: the sources' images.
 _FULL_SIZE, _LONGEST = 800, 1333
@@ -34,15 +36,17 @@ class Width:
         representation: Features of the box head's linear layers.
         proposals: Boxes that the first stage proposes of each image.
         sampled: Boxes of each image that train the second stage.
+        groups: Of group normalization.
     """
 
     pyramid: int = 256
     representation: int = 1024
     proposals: int = 1000
     sampled: int = 512
+    groups: int = 32
 
 
-_TINY = Width(pyramid=32, representation=64, proposals=100, sampled=64)
+_TINY = Width(pyramid=32, representation=64, proposals=100, sampled=64, groups=8)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,10 @@ class DetectorSpec:
         description: One line for `wellcond list`.
         trunk: The network that makes its features.
         masks: Whether it segments the objects, too.
-        norm: ``"bn"``; ``"frozenbn"``, batch normalization that stays as it is given; or ``"gn"``, group normalization
-            of 32 groups in trunk, pyramid and heads.
+        norm: Of the trunk: ``"bn"``; ``"frozenbn"``, batch normalization that stays as it is given; ``"gn"``, group
+            normalization; ``"sn"``, Switchable Normalization; or ``"ln"``, layer normalization, of a Swin trunk.
+        head_norm: Of the pyramid, the box head and the mask head; None for none, as the sources have it beside batch
+            normalization.
         convolutional_head: Whether the box head is four convolutions and one linear layer, not two linear layers.
         width: Its size beside the trunk.
         image_size: Shorter side of the images, where nothing else is asked for.
@@ -63,38 +69,74 @@ class DetectorSpec:
 
     name: str
     description: str
-    trunk: Trunk
+    trunk: Trunk | SwinTrunk
     masks: bool
     norm: Norm
+    head_norm: HeadNorm | None = None
     convolutional_head: bool = False
     width: Width = Width()
     image_size: int = _FULL_SIZE
 
 
+_CALLED = {
+    "bn": "batch normalization",
+    "frozenbn": "frozen batch normalization",
+    "gn": "group normalization",
+    "sn": "Switchable Normalization",
+    "ln": "layer normalization",
+}
+# As names say it: the trunk's, then that of pyramid and heads where it is another.
+_NORMS: dict[str, tuple[Norm, HeadNorm | None]] = {
+    "": ("bn", None),
+    "-frozenbn": ("frozenbn", None),
+    "-gn": ("gn", "gn"),
+    "-sn": ("sn", "sn"),
+    "-frozenbn-gn": ("frozenbn", "gn"),
+    "-frozenbn-sn": ("frozenbn", "sn"),
+    "-gn-sn": ("gn", "sn"),
+}
+_PLAIN = ("", "-frozenbn")
+_SUFFIXES = {
+    "r50": (*_NORMS, "-frozenbn-4c1f"),
+    "r101": (*_PLAIN, "-gn"),
+    "x101-32x4d": _PLAIN,
+    "x101-64x4d": _PLAIN,
+    "tiny": tuple(_NORMS),
+}
+
+
 def _specs() -> list[DetectorSpec]:
-    kinds = (("fasterrcnn", False), ("maskrcnn", True))
-    norms: tuple[tuple[str, Norm], ...] = (("", "bn"), ("-frozenbn", "frozenbn"))
-    names = {"bn": "batch normalization", "frozenbn": "frozen batch normalization", "gn": "group normalization"}
     specs = []
-    for kind, masks in kinds:
-        title = "Mask R-CNN" if masks else "Faster R-CNN"
-        for trunk in ("r50", "r101", "x101-32x4d", "x101-64x4d"):
-            for suffix, norm in norms:
-                text = f"{title} with FPN on {trunk}, {names[norm]}"
-                specs.append(DetectorSpec(f"{kind}-{trunk}{suffix}", text, TRUNKS[trunk], masks, norm))
-        for trunk in ("r50", "r101"):
-            text = f"{title} with FPN on {trunk}, {names['gn']}, box head of 4 convolutions"
-            specs.append(DetectorSpec(f"{kind}-{trunk}-gn", text, TRUNKS[trunk], masks, "gn", True))
-        text = f"{title} with FPN on r50, {names['frozenbn']}, box head of 4 convolutions"
-        specs.append(DetectorSpec(f"{kind}-r50-frozenbn-4c1f", text, TRUNKS["r50"], masks, "frozenbn", True))
-        for suffix, norm in norms:
-            text = f"{title} with FPN on a thin residual net, {names[norm]}, for small images"
-            specs.append(
-                DetectorSpec(
-                    f"{kind}-tiny{suffix}", text, TRUNKS["tiny"], masks, norm, width=_TINY, image_size=_TINY_SIZE
-                )
-            )
+    for kind, masks in (("fasterrcnn", False), ("maskrcnn", True)):
+        specs += [_residual(kind, masks, trunk, suffix) for trunk, names in _SUFFIXES.items() for suffix in names]
+        specs += [_swin(kind, masks, trunk) for trunk in SWIN_TRUNKS.values()]
     return specs
+
+
+def _residual(kind: str, masks: bool, trunk: str, suffix: str) -> DetectorSpec:
+    norm, head_norm = _NORMS[suffix.removesuffix("-4c1f")]
+    convolutional = head_norm is not None or suffix.endswith("-4c1f")
+    text = f"{_title(masks)} on {'a thin residual net' if trunk == 'tiny' else trunk}, {_CALLED[norm]}"
+    if head_norm is not None and head_norm != norm:
+        text += f", {_CALLED[head_norm]} in pyramid and heads"
+    text += ", box head of 4 convolutions" if convolutional else ""
+    return _sized(kind, DetectorSpec(f"{trunk}{suffix}", text, TRUNKS[trunk], masks, norm, head_norm, convolutional))
+
+
+def _swin(kind: str, masks: bool, trunk: SwinTrunk) -> DetectorSpec:
+    text = f"{_title(masks)} on {'a thin Swin transformer' if trunk.name == 'swin-tiny' else 'Swin-T'}"
+    return _sized(kind, DetectorSpec(trunk.name, text, trunk, masks, "ln"))
+
+
+def _title(masks: bool) -> str:
+    return f"{'Mask' if masks else 'Faster'} R-CNN with FPN"
+
+
+def _sized(kind: str, spec: DetectorSpec) -> DetectorSpec:
+    spec = replace(spec, name=f"{kind}-{spec.name}")
+    if "tiny" not in spec.name:
+        return spec
+    return replace(spec, description=f"{spec.description}, for small images", width=_TINY, image_size=_TINY_SIZE)
 
 
 DETECTORS = {spec.name: spec for spec in _specs()}
@@ -122,39 +164,26 @@ def build_detector(spec: DetectorSpec, classes: int, image_size: int, weights: s
         spec: Which.
         classes: How many classes of objects there are.
         image_size: Shorter side that images are brought to; the longer side is at most 5/3 of it.
-        weights: Of the trunk: what `load_weights` takes for a classifier with this trunk. Its stem and its first stage
-            then stay as they are, statistics included. None draws all, and all is trained.
+        weights: Of the trunk: what `load_weights` takes for a classifier with this trunk. The stem and the first stage
+            of a residual one then stay as they are, with the statistics of batch normalization; of a Swin transformer
+            all is trained. None draws all, and all is trained.
 
     Returns:
         The detector: in training from images and targets to a dictionary of losses, otherwise from images to
         predictions, as torchvision's.
     """
-    from torch import nn
     from torchvision.models.detection import FasterRCNN, MaskRCNN
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-    norm_layer: NormLayer = partial(nn.GroupNorm, 32) if spec.norm == "gn" else nn.BatchNorm2d
-    trunk = build_trunk(spec.trunk, norm_layer, weights)
-    if spec.norm == "frozenbn":
-        frozen_batch_norms(trunk)
-    if weights is not None:
-        freeze_first(trunk)
     width = spec.width
-    inner_norm = norm_layer if spec.norm == "gn" else None
-    backbone = BackboneWithFPN(
-        trunk,
-        return_layers={f"layer{stage + 1}": str(stage) for stage in range(4)},
-        in_channels_list=list(spec.trunk.channels),
-        out_channels=width.pyramid,
-        norm_layer=inner_norm,
-    )
+    head_norm = None if spec.head_norm is None else _norm_layer(spec.head_norm, width.groups)
+    backbone = _pyramid(spec, head_norm, weights)
     options: dict[str, Any] = {
         "min_size": image_size,
         "max_size": round(image_size * _LONGEST / _FULL_SIZE),
         "rpn_anchor_generator": _anchors(spec, image_size),
-        "box_head": _box_head(spec, inner_norm),
+        "box_head": _box_head(spec, head_norm),
         "box_predictor": FastRCNNPredictor(width.representation, classes + 1),
         "rpn_pre_nms_top_n_train": 2 * width.proposals,
         "rpn_pre_nms_top_n_test": width.proposals,
@@ -164,12 +193,47 @@ def build_detector(spec: DetectorSpec, classes: int, image_size: int, weights: s
     }
     detector: nn.Module
     if spec.masks:
-        options["mask_head"] = MaskRCNNHeads(width.pyramid, [width.pyramid] * 4, 1, norm_layer=inner_norm)
+        options["mask_head"] = MaskRCNNHeads(width.pyramid, [width.pyramid] * 4, 1, norm_layer=head_norm)
         options["mask_predictor"] = MaskRCNNPredictor(width.pyramid, width.pyramid, classes + 1)
         detector = MaskRCNN(backbone, **options)
     else:
         detector = FasterRCNN(backbone, **options)
     return detector
+
+
+def _norm_layer(norm: Norm, groups: int) -> NormLayer:
+    from torch import nn
+
+    from wellcond.nn import SwitchableNorm2d
+
+    layers: dict[Norm, NormLayer] = {"gn": partial(nn.GroupNorm, groups), "sn": SwitchableNorm2d}
+    return layers.get(norm, nn.BatchNorm2d)
+
+
+def _pyramid(spec: DetectorSpec, head_norm: NormLayer | None, weights: str | None) -> nn.Module:
+    """Return trunk and feature pyramid, whose parts are called as torchvision's: ``body`` and ``fpn``."""
+    from torch import nn
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    width = spec.width
+    if isinstance(spec.trunk, SwinTrunk):
+        body = build_swin(spec.trunk, weights)
+        # Its own body would take the trunk's layers apart; ours makes the maps itself.
+        pyramid = BackboneWithFPN(nn.Sequential(), {}, list(spec.trunk.channels), width.pyramid, norm_layer=head_norm)
+        pyramid.body = body
+        return pyramid
+    trunk = build_trunk(spec.trunk, _norm_layer(spec.norm, width.groups), weights)
+    if spec.norm == "frozenbn":
+        frozen_batch_norms(trunk)
+    if weights is not None:
+        freeze_first(trunk)
+    return BackboneWithFPN(
+        trunk,
+        return_layers={f"layer{stage + 1}": str(stage) for stage in range(4)},
+        in_channels_list=list(spec.trunk.channels),
+        out_channels=width.pyramid,
+        norm_layer=head_norm,
+    )
 
 
 def _anchors(spec: DetectorSpec, image_size: int) -> AnchorGenerator:
