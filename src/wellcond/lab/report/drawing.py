@@ -162,6 +162,9 @@ def _draw(axes: Axes, chart: Chart, texts: dict[str, Sequence[str]]) -> None:
         axes.grid(visible=False, axis="x")
     elif chart.whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    elif not chart.x_label.endswith("seconds"):
+        # Ratios near each other have long labels: more of them would run into one another.
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     if chart.x_label.endswith("seconds"):
         axes.set_xlim(left=0)
 
