@@ -20,6 +20,7 @@ from wellcond.lab.report.formats import (
     target_text,
     time_text,
 )
+from wellcond.lab.report.tables import tables
 from wellcond.lab.runs.memory import Memory
 
 UNCLEAR = Difference(0.1, -0.5, 0.7, 5)
@@ -147,6 +148,18 @@ def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
         "In equal time, beside SGDM+GC: W-SGDM is 1.5 points below SGDM+GC (95 % interval 1.0 to 2.0); "
         "FSGD does not differ from it by more than chance."
     )
+
+
+@pytest.mark.parametrize(
+    ("samples", "one"),
+    [("images", "an image"), ("rows", "a row"), ("blocks", "a block"), ("utterances", "an utterance")],
+)
+def test_samples_are_called_what_they_are(samples, one):
+    slower = replace(method("BSR", "SGDM"), evaluation_ratio=1.31)
+    compared = summary(method("SGDM", "SGDM"), slower, samples=samples)
+    assert findings(compared)[-1] == f"Evaluating {one} takes 1.31 times (BSR) as long as with SGDM."
+    heads = [head for table in tables(compared) for head in table.heads]
+    assert f"time/{one.rpartition(' ')[2]}" in heads
 
 
 def test_what_evaluation_costs_is_said_of_methods_with_other_layers():

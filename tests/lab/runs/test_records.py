@@ -214,7 +214,7 @@ def test_what_was_swept_is_in_the_name_and_nowhere_else(
     assert other.key() == SPEC.key()
     assert other == SPEC
     assert all(name in other.name for name, _ in swept)
-    assert swept[0][0] in store.path(other).name
+    assert swept[0][0].replace("_", "-") in store.path(other).name
     # The one is the other's run, whichever was kept first.
     store.save(other, RECORD)
     assert store.load(SPEC) == RECORD
@@ -226,4 +226,4 @@ def test_trials_of_a_sweep_have_names_that_tell_them_apart(tmp_path: Path) -> No
     plan = make_plan(Settings(methods=("W-SGDM",), sweeps=(("damping", (0.01, 0.1)), ("batch_size", (16, 32)))))
     names = {RunStore(tmp_path).path(spec).name.rpartition("-")[0] for spec in plan.specs()}
     assert len(names) == len(plan.specs())
-    assert any("damping0.01-batch_size16-seed0" in name for name in names)
+    assert any("damping0.01-batch-size16-seed0" in name for name in names)

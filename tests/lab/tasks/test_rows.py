@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -113,6 +114,16 @@ def test_a_whole_comparison_from_the_command_line(tmp_path, capsys):
     assert main(["compare", "--data", str(file), "--methods", "SGDM,MBN", "--seeds", "2", "--epochs", "1", *out]) == 0
     assert "report.html" in capsys.readouterr().out
     assert (tmp_path / "out" / "epochs.csv").read_text().splitlines()[0].endswith("train_score")
+    page = re.sub(
+        r"(?s)<style.*?</style>|<pre.*?</pre>|<svg.*?</svg>|<[^>]+>",
+        " ",
+        (tmp_path / "out" / "report.html").read_text(),
+    )
+    assert "image" not in page
+    assert "time/row" in page
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert settings["train_rows"] == 144
+    assert not any("image" in name for name in settings)
 
 
 # text ---------------------------------------------------------------------------------------------------------------

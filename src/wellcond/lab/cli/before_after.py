@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wellcond.lab.opened_task import OpenedTask
-    from wellcond.lab.runs.metric import Metric
-    from wellcond.lab.tasks.base import Evaluation, SeedData
+    from wellcond.lab.tasks.base import Evaluation, SeedData, Task
 
 # The most images of the loader's batches: as many as keep the device busy.
 _LOADED = 256
@@ -105,49 +104,50 @@ def calibrate_and_show(
     from wellcond.nn import conversion_report
 
     work, batches = found.work, found.data.batches()
+    samples = work.task.samples
     progress = StepProgress(Console(stderr=True), f"calibrating {work.model}")
 
     def counted() -> Iterator[Any]:
         for batch in batches:
             yield batch
-            progress.advance("passing over training images")
+            progress.advance(f"passing over training {samples}")
 
     with interruptible(), progress:
         progress.expect(len(batches) + 2 * len(ROLES))
         try:
             model = make()
-            before = _evaluate(model, found.data, found.device, progress)
+            before = _evaluate(model, found, progress)
             wellcond.calibrate(model, counted(), **options)
         except (TypeError, ValueError) as error:
             raise LabError(f"{work.model} cannot be {done}: {error}") from error
-        after = _evaluate(model, found.data, found.device, progress)
+        after = _evaluate(model, found, progress)
         _save(model, out)
     most = len(batches) * found.loaded
     said = re.search(r"(\d+) sample", conversion_report(model).data)
     m = options.get("batch_size")
-    passed = f"from {min(int(said[1]), most) if said else most} training images" + (f" in batches of {m}" if m else "")
-    _show(f"{title} {passed}", work.task.metric, before, after)
+    passed = f"from {min(int(said[1]), most) if said else most} training {samples}" + (
+        f" in batches of {m}" if m else ""
+    )
+    _show(f"{title} {passed}", work.task, before, after)
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
 
 
-def _evaluate(
-    model: nn.Module, data: SeedData, device: torch.device, progress: StepProgress
-) -> list[tuple[Evaluation, float]]:
-    """Return the network's evaluation on the images of each role, with the seconds that an image took."""
+def _evaluate(model: nn.Module, found: Opened, progress: StepProgress) -> list[tuple[Evaluation, float]]:
+    """Return the network's evaluation on the samples of each role, with the seconds that each took."""
     import torch
 
     from wellcond.lab.runs.stopwatch import Stopwatch
     from wellcond.lab.tasks.base import ROLES
 
     model.eval()
-    found = []
+    measured = []
     for role in ROLES:
-        stopwatch = Stopwatch(device)
+        stopwatch = Stopwatch(found.device)
         with torch.no_grad():
-            evaluation = data.evaluate(model, role, stopwatch)
-        found.append((evaluation, stopwatch.seconds / evaluation.images))
-        progress.advance(f"evaluating {role} images")
-    return found
+            evaluation = found.data.evaluate(model, role, stopwatch)
+        measured.append((evaluation, stopwatch.seconds / evaluation.images))
+        progress.advance(f"evaluating {role} {found.work.task.samples}")
+    return measured
 
 
 def _save(model: nn.Module, file: Path) -> None:
@@ -159,17 +159,26 @@ def _save(model: nn.Module, file: Path) -> None:
 
 
 def _show(
-    title: str, metric: Metric, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
+    title: str, task: Task, before: list[tuple[Evaluation, float]], after: list[tuple[Evaluation, float]]
 ) -> None:
     """Print both evaluations beside each other."""
     from wellcond.lab.report.formats import quantity_text, ratio_text
     from wellcond.lab.report.table import plain_table
     from wellcond.lab.tasks.base import ROLES
+    from wellcond.lab.tasks.evaluation import singular
 
     console = Console(width=None if Console().is_terminal else 120)
     console.print(f"\n{title}\n", style="bold", highlight=False)
-    name = quantity_text(metric.name, metric)
-    heads = ("images", f"{name} before", "after", "change", "loss before", "loss after", "time per image")
+    name = quantity_text(task.metric.name, task.metric)
+    heads = (
+        task.samples,
+        f"{name} before",
+        "after",
+        "change",
+        "loss before",
+        "loss after",
+        f"time per {singular(task.samples)}",
+    )
     rows = []
     for role, (old, old_time), (new, new_time) in zip(ROLES, before, after, strict=True):
         losses = ["–" if each.loss is None else f"{each.loss:.4g}" for each in (old, new)]

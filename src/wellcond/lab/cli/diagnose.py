@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         raise LabError(f"--lr must be {'finite' if arguments.lr > 0 else 'positive'}, got {arguments.lr:g}")
     if arguments.checkpoint is not None:
         check_weights("--checkpoint", arguments.checkpoint)
-    opened = opened_task(given_settings(arguments))
+    opened = opened_task(given_settings(arguments, seeds=1))
     task = opened.task
     folder = _folder(arguments.out, f"{opened.model}-{task.name}")
     device = training_device()

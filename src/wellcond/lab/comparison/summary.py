@@ -9,6 +9,7 @@ from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.metric import ACCURACY, Metric
 from wellcond.lab.runs.records import Coverage
+from wellcond.lab.tasks.evaluation import singular
 
 LEVEL = 0.01
 """The probability below which a mean counts as beyond the target, as speed-run boards have it."""
@@ -222,8 +223,8 @@ class Summary:
 
     @property
     def sample(self) -> str:
-        """One of the samples."""
-        return self.samples.removesuffix("s")
+        """What one of the samples is called."""
+        return singular(self.samples)
 
     def families(self) -> dict[str, tuple[MethodSummary, ...]]:
         """Return, for each baseline, itself and the methods that are measured against it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,18 @@ from wellcond.lab.errors import unknown_name
 Batch = tuple[Tensor, Tensor]
 
 
-def check_augmentation(name: str) -> str:
+def check_augmentation(name: str, known: Sequence[str] = AUGMENTATIONS) -> str:
     """Return the name.
+
+    Args:
+        name: The name.
+        known: Those that there are.
 
     Raises:
         LabError: If no augmentation has it.
     """
-    if name not in AUGMENTATIONS:
-        raise unknown_name("augmentation", name, AUGMENTATIONS)
+    if name not in known:
+        raise unknown_name("augmentation", name, known)
     return name
 
 

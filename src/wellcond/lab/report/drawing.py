@@ -160,7 +160,10 @@ def _draw(axes: Axes, chart: Chart, texts: dict[str, Sequence[str]]) -> None:
         axes.set_xticks([place for place, _ in chart.marks], [text for _, text in chart.marks])
         axes.grid(visible=False, axis="x")
     elif chart.whole:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    elif not chart.x_label.endswith("seconds"):
+        # Ratios near each other have long labels: more of them would run into one another.
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     if chart.x_label.endswith("seconds"):
         axes.set_xlim(left=0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ NOTHING = "–"
 
 # Heads longer than this are broken on the terminal.
 _HEAD = 14
+# Characters between two columns, and of a column of words, which may be broken, on the terminal.
+_GAP, _WORDED = 2, 30
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,40 @@ class Table:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def print(self, console: Console, style: str = "italic") -> None:
-        """Print the table, families apart from each other."""
-        import rich.table
-
+        """Print the table, families apart from each other; one that is too wide in parts, below each other."""
         if self.caption:
             console.print(self.caption, style=style, highlight=False)
+        for number, part in enumerate(self._parts(console.width)):
+            if number:
+                console.print()
+            part._print(console)
+
+    def _parts(self, width: int) -> Iterator[Table]:
+        """Yield the table with as many columns at a time as there is room for; at least one."""
+        needed = [self._width(place) for place in range(len(self.heads))]
+        begin = 1
+        while begin < len(self.heads):
+            end = begin + 1
+            while end < len(self.heads) and needed[0] + sum(_GAP + w for w in needed[begin : end + 1]) <= width:
+                end += 1
+            rows = tuple(replace(row, cells=row.cells[begin - 1 : end - 1]) for row in self.rows)
+            worded = self.worded and end == len(self.heads)
+            yield replace(self, heads=(self.heads[0], *self.heads[begin:end]), rows=rows, worded=worded)
+            begin = end
+
+    def _width(self, place: int) -> int:
+        """Return the characters that a column needs."""
+        from rich.cells import cell_len
+
+        cells = [row.name if place == 0 else row.cells[place - 1].text for row in self.rows]
+        if self.worded and place + 1 == len(self.heads):
+            cells = [cell[:_WORDED] for cell in cells]
+        head = self.heads[place] if place == 0 else textwrap.fill(self.heads[place], _HEAD)
+        return max(map(cell_len, (*head.splitlines(), *cells)), default=0)
+
+    def _print(self, console: Console) -> None:
+        import rich.table
+
         table = rich.table.Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column(self.heads[0], no_wrap=True)
         for place, head in enumerate(self.heads[1:], start=2):

@@ -12,6 +12,15 @@ Role = Literal["validation", "test"]
 ROLES: tuple[Role, ...] = ("validation", "test")
 
 
+def singular(samples: str) -> str:
+    """Return what one of a task's samples is called.
+
+    >>> singular("images")
+    'image'
+    """
+    return samples.removesuffix("s")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A network measured on the samples of one role.

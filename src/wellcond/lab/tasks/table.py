@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.data.batches import check_augmentation
 from wellcond.lab.data.encoding import AUGMENTATIONS, encode, layout_of
 from wellcond.lab.data.features import is_features, read_features
 from wellcond.lab.data.splits import Indices, Split, derived_seed, draw_split, stratified_draw, without
@@ -156,9 +157,7 @@ def open_features(settings: Settings) -> TableTask:
 
 def _open(settings: Settings, model: str) -> TableTask:
     path = Path(settings.data)
-    augmentation = settings.augmentation or AUGMENTATIONS[0]
-    if augmentation not in AUGMENTATIONS:
-        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    augmentation = check_augmentation(settings.augmentation or AUGMENTATIONS[0], AUGMENTATIONS)
     if settings.image_size is not None:
         raise LabError(f"--image-size is for images, and {path} has none")
     if settings.kind is not None and settings.kind not in KINDS:
@@ -174,7 +173,7 @@ def _open(settings: Settings, model: str) -> TableTask:
     for about, note in table.notes.items():
         _logger.warning("--data %s: %s: %s", path, about, note)
     test = _draw_test(settings, table)
-    train, validation = count_images(settings, len(table) - len(test), TableTask.samples)
+    train, validation = count_images(settings, len(table) - len(test), "rows besides the test rows")
     return TableTask(table, test, train, validation, augmentation, model)
 
 

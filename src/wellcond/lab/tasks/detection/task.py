@@ -14,16 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wellcond.lab.data.batches import check_augmentation
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart
 from wellcond.lab.data.streams import loading_processes
-from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
@@ -273,9 +275,7 @@ def open_detection(settings: Settings) -> DetectionTask:
         LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
     """
     path = Path(settings.data)
-    augmentation = settings.augmentation or "flip"
-    if augmentation not in AUGMENTATIONS:
-        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    augmentation = check_augmentation(settings.augmentation or "flip", AUGMENTATIONS)
     if settings.model is not None:
         # First: reading a large file only to find the model misspelt would waste a minute.
         select_detector(settings.model)
@@ -286,7 +286,7 @@ def open_detection(settings: Settings) -> DetectionTask:
     if pool.categories != test.categories:
         raise LabError(f"--data {path}: the categories of train and val must be the same")
     usable = len(pool.with_objects())
-    train, validation = _counts(settings, usable)
+    train, validation = count_images(settings, usable, "images with objects besides the test images")
     test_ids = _draw_test(settings, test)
     if not any(test.objects(number) for number in test_ids.tolist()):
         raise LabError(f"--data {path}: there are no objects in the {len(test_ids)} images of val")
@@ -301,19 +301,6 @@ def open_detection(settings: Settings) -> DetectionTask:
         settings.image_size,
         loading_processes(settings.jobs),
     )
-
-
-def _counts(settings: Settings, pool: int) -> tuple[int, int]:
-    """Return how many images of the pool train and how many validate."""
-    train = settings.train_images
-    validation = settings.validation_images or max(1, min(pool // 10, 5000, (train or pool) // 2))
-    train = train or pool - validation
-    if train < 1 or train + validation > pool:
-        raise LabError(
-            f"--train-images {train}: there are {pool} images with objects besides the test images, "
-            f"and {validation} of them validate"
-        )
-    return train, validation
 
 
 def _draw_test(settings: Settings, test: CocoImages) -> Indices:

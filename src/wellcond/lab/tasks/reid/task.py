@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wellcond.lab.data.batches import check_augmentation
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.data.streams import loading_processes, normalized
-from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
@@ -264,9 +266,7 @@ def open_reid(settings: Settings) -> ReidTask:
         LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
     """
     path = Path(settings.data)
-    augmentation = settings.augmentation or AUGMENTATIONS[-1]
-    if augmentation not in AUGMENTATIONS:
-        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    augmentation = check_augmentation(settings.augmentation or AUGMENTATIONS[-1], AUGMENTATIONS)
     if settings.model is not None:
         select_reid(settings.model)
     pool, query, gallery = (read_persons(path / name) for name in FOLDERS)
@@ -286,15 +286,8 @@ def open_reid(settings: Settings) -> ReidTask:
 def _counts(settings: Settings, pool: PersonImages) -> tuple[int, int]:
     """Return how many images of the pool train and how many validate."""
     usable = len(pool) - held_out_surplus(pool.identities)
-    train = settings.train_images
-    validation = settings.validation_images or max(1, min(usable // 10, (train or usable) // 2))
-    train = train or usable - validation
-    if train < 1 or train + validation > usable:
-        raise LabError(
-            f"--train-images {train}: there are {usable} images besides the test images (without those that are left "
-            f"over of identities that validate), and {validation} of them validate"
-        )
-    return train, validation
+    left_out = "without those that are left over of identities that validate"
+    return count_images(settings, usable, f"images besides the test images ({left_out})", most=usable)
 
 
 def _draw_test(settings: Settings, test: Search) -> Search:

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wellcond.lab.data.batches import share_of
+from wellcond.lab.data.batches import check_augmentation, share_of
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import Indices, derived_seed, draw_apart, without
 from wellcond.lab.data.streams import loading_processes, normalized
-from wellcond.lab.errors import LabError, unknown_name
+from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_data
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
@@ -230,9 +230,7 @@ def open_segmentation(settings: Settings) -> SegmentationTask:
     Raises:
         LabError: If the network or the augmentation is unknown, the data cannot be read, or the numbers do not fit it.
     """
-    augmentation = settings.augmentation or AUGMENTATIONS[-1]
-    if augmentation not in AUGMENTATIONS:
-        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    augmentation = check_augmentation(settings.augmentation or AUGMENTATIONS[-1], AUGMENTATIONS)
     if settings.model is not None:
         select_segmenter(settings.model)
     path = Path(settings.data)
