@@ -121,7 +121,7 @@ def with_rows(results: dict[str, Any], rows: Sequence[str]) -> dict[str, Any]:
     less = dict(results)
     if "findings" in less:
         less["findings"] = []
-    if "panels" in less:
+    if less.get("recipe") == "normalizers":
         for panel in less["panels"]:
             chosen({method["label"]: method for method in panel["methods"]})
     elif "methods" in less:

@@ -15,10 +15,15 @@ def across_charts(panels: Sequence[Mapping[str, Any]], metric: Metric) -> list[C
     """Return the score of each method in each panel, and what each that learns shares has learned.
 
     Args:
-        panels: Of reproduce.json, each with the same methods.
+        panels: Of reproduce.json; methods that some of them do not have are left out.
         metric: What the scores are.
     """
-    rows = {method["label"]: [_method(panel, method["label"]) for panel in panels] for method in panels[0]["methods"]}
+    by_label = [{method["label"]: method for method in panel["methods"]} for panel in panels]
+    rows = {
+        label: [methods[label] for methods in by_label]
+        for label in by_label[0]
+        if all(label in methods for methods in by_label)
+    }
     scores = [
         (name, _style(row[0], place), [method["ours"] for method in row])
         for place, (name, row) in enumerate(rows.items())
@@ -64,11 +69,6 @@ def _chart(
         )
     marks = tuple((float(place), panel["name"]) for place, panel in enumerate(panels))
     return Chart(title, "panel", label, tuple(series), marks=marks)
-
-
-def _method(panel: Mapping[str, Any], label: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(method for method in panel["methods"] if method["label"] == label)
-    return found
 
 
 def _style(method: Mapping[str, Any], place: int) -> Style:
