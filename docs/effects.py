@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from reproductions import claims, markdown
+from quoted_words import markdown
+from reproductions import claims
 
 from wellcond.lab.reproduction.report import metric_of
 

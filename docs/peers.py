@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reproductions import markdown
+from quoted_words import markdown
 
 
 def peers_table(results: dict[str, Any]) -> str:

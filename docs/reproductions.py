@@ -10,16 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from quoted_words import markdown
+
 from wellcond.lab.comparison.statistics import Difference
 from wellcond.lab.report.formats import quantity_text, signed_text
-from wellcond.lab.report.table import plain_table
 from wellcond.lab.reproduction.report import CHANCE, OPPOSITE, SEEN, against, metric_of, panel_table, verdict
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of texts in Markdown."""
-    return plain_table(heads, rows).to_markdown()
-
 
 # adoption -----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What tells one thing of a user's from another: the code of its modules, and what its object holds."""
+"""Digests a user's own thing, to tell it from another: the code of its modules, and what its object holds."""
 
 from __future__ import annotations
 

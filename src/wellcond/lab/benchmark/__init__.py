@@ -1,1 +1,1 @@
-"""What a step of each method costs."""
+"""Measures the cost of a training step of each method."""

@@ -1,4 +1,4 @@
-"""What a training step of each method costs on a network, beside the first method's in the same rounds."""
+"""Times a training step of each method on a network, beside the first method's in the same rounds."""
 
 from __future__ import annotations
 

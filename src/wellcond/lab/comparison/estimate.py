@@ -1,4 +1,4 @@
-"""How long comparisons will take, from a few steps of each method."""
+"""Estimates the seconds of comparisons from a few steps of each method."""
 
 from __future__ import annotations
 

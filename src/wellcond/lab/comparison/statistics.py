@@ -1,4 +1,4 @@
-"""What the comparison's numbers are: means over seeds, paired differences with a t-interval, tests of a target."""
+"""Computes a comparison's numbers: means over seeds, paired differences with a t-interval, tests of a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What executes runs: this process, several of them, or the machines of a Ray cluster."""
+"""Selects the engine that executes runs: this process, several of them, or the machines of a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where and with which software the numbers were measured."""
+"""Names the machine and the software that numbers are measured with."""
 
 from __future__ import annotations
 

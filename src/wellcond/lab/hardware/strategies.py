@@ -1,4 +1,4 @@
-"""How Lightning trains a run in one process or several: data parallelism, or weights sharded over the ranks."""
+"""Lets Lightning train a run in one process or several: with data parallelism, or weights sharded over the ranks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is compared: optimizers, transforms, norms and layers by name."""
+"""Names the optimizers, transforms, norms and layers that are compared."""

@@ -1,4 +1,4 @@
-"""How a method is written: ``name = Optimizer(option=value) + Transform(option=value) + norm=kind + lrs=[...]``.
+"""Reads and writes methods: ``name = Optimizer(option=value) + Transform(option=value) + norm=kind + lrs=[...]``.
 
     method   = [name "="] part {"+" part}
     part     = word ["(" [argument {"," argument}] ")"]  an optimizer or a method of the list; then transforms, groups

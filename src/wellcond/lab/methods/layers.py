@@ -1,4 +1,4 @@
-"""What methods do to a network's layers: to convolutions and linear layers, or to batch normalization in places."""
+"""Changes a network's layers as methods ask: convolutions and linear layers, or batch normalization in places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the lr goes over a run: the schedules by name, and a linear warm-up before them."""
+"""Computes the lr over a run: the schedules by name, and a linear warm-up before them."""
 
 from __future__ import annotations
 

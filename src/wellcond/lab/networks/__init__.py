@@ -1,1 +1,1 @@
-"""How the networks that methods are compared on are built."""
+"""Builds the networks that methods are compared on."""

@@ -103,11 +103,15 @@ def method_style(method: MethodSummary, place: int = 0) -> Style:
         method: The method.
         place: Its place in the chart, which decides where no technique does: for another optimizer.
     """
-    if method.is_baseline:
+    return style_of(method.is_baseline, method.transforms, method.layers or method.norm, place)
+
+
+def style_of(is_baseline: bool, transforms: tuple[str, ...], layers: str | None, place: int) -> Style:
+    """Return how a method is drawn, by what it does; `layers` is its kind of convolutions or norms, None for none."""
+    if is_baseline:
         return BASELINE
     other = _OTHERS[place % len(_OTHERS)]
-    kind = method.layers or method.norm
-    return _BY_TECHNIQUE.get(method.transforms, other) if kind is None else _BY_LAYERS.get(kind, other)
+    return _BY_TECHNIQUE.get(transforms, other) if layers is None else _BY_LAYERS.get(layers, other)
 
 
 @dataclass(frozen=True)

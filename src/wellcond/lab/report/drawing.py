@@ -112,13 +112,16 @@ def figure_svg(draw: Callable[[Figure], None], label: str, size: tuple[float, fl
     return f'<svg {view} role="img" aria-label="{escape(label)}"{mark}{_shrunk(body)}'
 
 
-def draw_png(charts: Sequence[Chart], path: Path, note: str = "") -> None:
+def draw_png(
+    charts: Sequence[Chart], path: Path, note: str = "", metadata: Mapping[str, str | None] | None = None
+) -> None:
     """Draw charts side by side.
 
     Args:
         charts: The charts.
         path: The PNG file to write.
         note: What is said below them.
+        metadata: What the file says of itself.
     """
     # Not pyplot: it would look for a screen and keep global state.
     import matplotlib
@@ -138,7 +141,7 @@ def draw_png(charts: Sequence[Chart], path: Path, note: str = "") -> None:
             figure.text(0.5, 0.5, "no run came to the end of an epoch", ha="center")
         if note:
             figure.supxlabel(note, fontsize=8)
-        canvas.print_figure(path, dpi=150, format="png")
+        canvas.print_figure(path, dpi=150, format="png", metadata=metadata)
 
 
 def _draw(axes: Axes, chart: Chart, texts: dict[str, Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from wellcond.lab.comparison.summary import MethodSummary, Summary
+from wellcond.lab.comparison.summary import Summary
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.report import charts, tables
 from wellcond.lab.report.charts import Bars, Chart
@@ -55,7 +55,6 @@ def render_report(
     grids = tables.grid_tables(summary)
     kept = [table for method in summary.methods for table in tables.coverage_tables(method)]
     pictures = {section: drawn(made) for section, made in charts.report_charts(summary).items()}
-    learned = [shares for method in summary.methods if (shares := _learned(method)) is not None]
     return (
         page_environment()
         .get_template("report.html.j2")
@@ -72,7 +71,7 @@ def render_report(
             tables=shown,
             grids=grids,
             kept=kept,
-            learned=learned,
+            learned=learned(summary),
             files=FILES,
             schedule=parse_schedule(settings["schedule"]).text(settings["warmup"]),
             **pictures,
@@ -95,15 +94,20 @@ def drawn(shown: list[Chart] | list[Bars]) -> list[tuple[str, Any]]:
     return [(chart.title, chart_svg(chart)) for chart in shown]
 
 
-def _learned(method: MethodSummary) -> dict[str, Any] | None:
-    """Return a method's shares as pictures and a table; None if it has none."""
-    shares = method_shares(method)
-    if shares is None:
-        return None
-    return {
-        "name": method.name,
-        "lr": method.lr,
-        "seeds": len(shares.seeds),
-        "charts": drawn([charts.share_bars(method.name, shares, part) for part in shares.parts]),
-        "table": tables.shares_table(shares),
-    }
+def learned(summary: Summary) -> list[dict[str, Any]]:
+    """Return the shares of each method that has any, as pictures and a table."""
+    made = []
+    for method in summary.methods:
+        shares = method_shares(method)
+        if shares is not None:
+            parts = [charts.share_bars(method.name, shares, part) for part in shares.parts]
+            made.append(
+                {
+                    "name": method.name,
+                    "lr": method.lr,
+                    "seeds": len(shares.seeds),
+                    "charts": drawn(parts),
+                    "table": tables.shares_table(shares),
+                }
+            )
+    return made

@@ -1,10 +1,11 @@
-"""What switchable normalizations have learned, in numbers over layers and seeds: IN's, LN's and BN's shares."""
+"""Sums up the shares of IN, LN and BN that switchable normalizations have learned, over layers and seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 from wellcond.lab.comparison.statistics import Spread, spread
 from wellcond.lab.comparison.summary import MethodSummary
@@ -38,6 +39,15 @@ class SharesSummary:
     def parts(self) -> dict[str, str]:
         """Which of `PARTS` differ, and what they are called."""
         return {"mean": " and ".join(PARTS.values())} if self.shared else PARTS
+
+    def describe(self) -> dict[str, Any]:
+        """Return each layer's shares and their average over layers, each a mean over the seeds with its spread."""
+        layers = {
+            layer: {part: {kind: asdict(self.of_layer(layer, part, kind)) for kind in self.kinds} for part in PARTS}
+            for layer in self.layers
+        }
+        average = {part: {kind: asdict(self.average(part, kind)) for kind in self.kinds} for part in PARTS}
+        return {"layers": layers, "average": average}
 
     def of_layer(self, layer: str, part: str, kind: str) -> Spread:
         """Return a layer's share over the seeds."""

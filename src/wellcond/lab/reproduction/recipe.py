@@ -154,6 +154,22 @@ class PanelTable(Table):
     metrics: dict[str, dict[str, PaperValue]] = {}
 
 
+class ClaimTable(Table):
+    """What a source says of learned shares without printing them: that one is larger in the second of two panels.
+
+    Attributes:
+        statement: What the source says.
+        method: The label of a method that learns shares of the statistics that it normalizes with.
+        share: Whose share.
+        panels: Names of the two panels.
+    """
+
+    statement: str
+    method: str
+    share: Literal["in", "ln", "bn"]
+    panels: list[str] = Field(min_length=2, max_length=2)
+
+
 class ScaleTable(Table):
     """A smaller version: it changes sizes, never what is compared.
 
@@ -194,6 +210,7 @@ class Recipe(Table):
         settings: Of every panel: the source's own.
         methods: What is compared.
         panels: Its parts.
+        claims: What the source says of learned shares.
         scale: Its smaller versions.
     """
 
@@ -206,6 +223,7 @@ class Recipe(Table):
     settings: SettingsTable  # type: ignore[valid-type]  # made from the fields of Settings
     methods: list[MethodTable] = Field(alias="method", min_length=1)
     panels: list[PanelTable] = Field(alias="panel", min_length=1)
+    claims: list[ClaimTable] = Field(default=[], alias="claim")
     scale: Scales
 
     @model_validator(mode="after")
@@ -220,6 +238,9 @@ class Recipe(Table):
             _check("label", panel.change, [*labels, EVERY])
             if (panel.figure is not None) != (self.score in PROBES):
                 raise _refusal(f"panel {panel.name} must have a figure if, and only if, the score is a probe's")
+        for claim in self.claims:
+            _check("label", [claim.method], labels)
+            _check("panel", claim.panels, panels)
         settings: Table = self.settings
         probe = settings.model_dump().get("probe")
         if (self.score if self.score in PROBES else None) != probe:

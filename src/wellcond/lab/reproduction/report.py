@@ -19,9 +19,11 @@ from wellcond.lab.report.formats import (
     signed_text,
     spread_text,
 )
-from wellcond.lab.report.page import drawn, page_environment
+from wellcond.lab.report.page import drawn, learned, page_environment
+from wellcond.lab.report.shares import method_shares
 from wellcond.lab.report.table import NOTHING, Cell, Row, Table
 from wellcond.lab.report.tables import grid_tables
+from wellcond.lab.reproduction.across import across_charts
 from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
 from wellcond.lab.runs.metric import Metric
@@ -82,6 +84,8 @@ def print_reproduction(reproduction: Reproduction, console: Console) -> None:
         for note in panel["notes"]:
             console.print(f" - {note}", highlight=False, markup=False)
         console.print()
+    for line in (line for claim in content["claims"] for line in claim["said"]):
+        console.print(line, highlight=False, markup=False)
 
 
 def headline(reproduction: Reproduction) -> str:
@@ -199,13 +203,19 @@ def render_page(reproduction: Reproduction, content: dict[str, Any]) -> str:
             "charts": drawn([chart for quantity in _DRAWN for chart in curves(panel.summary, "epochs", quantity)]),
             "grids": grid_tables(panel.summary)[:1],
             "metrics": _metrics_table(panel),
+            "learned": learned(panel.summary),
         }
         for panel, described in zip(reproduction.panels, content["panels"], strict=True)
     ]
     return (
         page_environment()
         .get_template("reproduce.html.j2")
-        .render(reproduction=reproduction, recipe=reproduction.recipe, panels=panels)
+        .render(
+            reproduction=reproduction,
+            recipe=reproduction.recipe,
+            panels=panels,
+            across=drawn(across_charts(content["panels"], metric_of(content["score"]))) if content["claims"] else [],
+        )
     )
 
 
@@ -240,6 +250,7 @@ def describe(reproduction: Reproduction) -> dict[str, Any]:
         "versions": reproduction.versions,
         "machine": reproduction.machine,
         "panels": [_describe_panel(panel) for panel in reproduction.panels],
+        "claims": [claim.describe() for claim in reproduction.claims],
     }
     described: dict[str, Any] = rounded(content)
     return described
@@ -263,6 +274,9 @@ def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
     return {
         "label": figure.label,
         "trained_with": method.recipe,
+        "transforms": method.transforms,
+        "norm": method.norm,
+        "layers": method.layers,
         "baseline": method.baseline,
         "paper": figure.paper,
         "ours": None if figure.ours is None else asdict(figure.ours),
@@ -288,6 +302,7 @@ def _describe_figure(figure: Figure, epochs: int) -> dict[str, Any]:
         "memory_ratio": method.memory_ratio,
         "paper_metrics": figure.paper_metrics,
         "metrics": figure.metrics,
+        "shares": None if (shares := method_shares(method)) is None else shares.describe(),
         "diverged_runs": method.diverged_runs,
         "epochs": epochs,
     }

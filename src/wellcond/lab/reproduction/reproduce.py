@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from wellcond.lab.comparison.compare import Comparison, run_comparison
+from wellcond.lab.comparison.compare import Comparison, MethodRuns, run_comparison
 from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference, spread
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary
 from wellcond.lab.comparison.summing_up import summarize
@@ -17,6 +17,7 @@ from wellcond.lab.hardware.machine import machine, training_device, versions
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.findings import notes
 from wellcond.lab.report.results import collect_results
+from wellcond.lab.reproduction.claims import Claim, SharesOfRuns, check_claim
 from wellcond.lab.reproduction.panels import ScaledPanel
 from wellcond.lab.reproduction.recipe import PanelTable, Recipe
 from wellcond.lab.runs.records import RunStore
@@ -88,6 +89,7 @@ class PanelResults:
         summary: What was measured.
         figures: Its methods.
         notes: What weakens the numbers.
+        shares: The learned shares of each method's runs, by lr, of those that have any; none where options are swept.
     """
 
     name: str
@@ -97,6 +99,11 @@ class PanelResults:
     summary: Summary
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
+    shares: dict[str, SharesOfRuns] = field(default_factory=dict)
+
+    def learned(self, label: str) -> tuple[Any, ...]:
+        """Return the shares of each run of a method's chosen trial; none if it was not compared."""
+        return next((m.extras.get("shares", ()) for m in self.summary.methods if m.name == label), ())
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Reproduction:
         data: From each data set's name to where it lies.
         command: The command line.
         panels: Its panels.
+        claims: What the source says of learned shares and the runs say to it; without those whose panels were not run.
         versions: Of Python and of the packages that decide the numbers.
         machine: Where they were measured.
     """
@@ -118,6 +126,7 @@ class Reproduction:
     data: dict[str, str]
     command: str
     panels: tuple[PanelResults, ...]
+    claims: tuple[Claim, ...]
     versions: dict[str, str]
     machine: dict[str, str]
 
@@ -214,7 +223,12 @@ def panel_results(recipe: Recipe, panel: ScaledPanel, comparison: Comparison) ->
         summary=summary,
         figures=figures,
         notes=tuple(notes(summary)),
+        shares={} if summary.sweeps else {name: _shares(found) for name, found in comparison.methods.items()},
     )
+
+
+def _shares(found: MethodRuns) -> SharesOfRuns:
+    return {trial.lr: [run.extras.get("shares") for run in runs] for trial, runs in found.trials.items()}
 
 
 def _figure(recipe: Recipe, panel: ScaledPanel, comparison: Comparison, method: MethodSummary) -> Figure:
@@ -288,4 +302,12 @@ def collect(
     recipe: Recipe, scale: Scale, data: Mapping[str, str], command: str, panels: tuple[PanelResults, ...]
 ) -> Reproduction:
     """Return the panels with what it takes to read and repeat them."""
-    return Reproduction(recipe, scale, dict(data), command, panels, versions(), machine())
+    by_name = {panel.name: panel for panel in panels}
+    claims = []
+    for table in recipe.claims:
+        both = [by_name[name] for name in table.panels if name in by_name]
+        chosen = [panel.learned(table.method) for panel in both]
+        if len(both) == 2 and all(chosen):
+            claims.append(check_claim(table, chosen, [panel.shares.get(table.method, {}) for panel in both]))
+    said = tuple(claim for claim in claims if claim is not None)
+    return Reproduction(recipe, scale, dict(data), command, panels, said, versions(), machine())

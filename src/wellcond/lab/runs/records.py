@@ -104,6 +104,9 @@ class RunSpec:
         """Return all fields that determine the result."""
         found = asdict(self)
         del found["swept"]
+        # What else is tried, and what it is set beside, is no part of a run: a grid that is widened keeps its runs.
+        for name in ("lrs", "baseline", "description"):
+            del found["method"][name]
         return found
 
 
