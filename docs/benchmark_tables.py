@@ -68,6 +68,8 @@ def cost_table(results: dict[str, Any]) -> str:
 
 
 def _milliseconds(value: float) -> str:
+    if value == 0:  # nothing, or less than chance gives to one of two times
+        return "≈ 0"
     return f"{value:.0f} ms" if abs(value) >= 10 else f"{value:.2f} ms"
 
 

@@ -1,4 +1,4 @@
-"""Derivatives of a layer's output statistics by its weight, and a hook that hands its inputs over.
+"""Derivatives of a layer's output statistics by its weight, and a hook that hands its inputs over."""
 
 from __future__ import annotations
 

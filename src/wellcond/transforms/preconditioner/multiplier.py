@@ -78,10 +78,11 @@ class Multiplier:
 
     def _multiply_alike(self, products: Sequence[Product]) -> None:
         """Ĝ = G T for weights of one precision on one device: few calls for all of them together."""
-        norm, before = self._rule.norm, None
+        norm = self._rule.norm
+        before: Norms | None = None
         if norm == "restore":
             before = Norms([(p.weight, p.bias) for p in products], products[0].place.dtype, self._scratch)
-        later = []
+        later: list[int] = []
         for index, product in enumerate(products):
             if norm != "none" and product.is_large:
                 self._multiply(product, None if before is None else before.of([index]), at_once=True)
@@ -89,11 +90,9 @@ class Multiplier:
                 self._multiply(product)
                 later.append(index)
         if later and norm != "none":
-            if len(later) < len(products):
-                before = None if before is None else before.of(later)
-                scale([products[index] for index in later], before, self._scratch)
-            else:
-                scale(products, before, self._scratch)
+            if before is not None and len(later) < len(products):
+                before = before.of(later)
+            scale([products[index] for index in later], before, self._scratch)
         for product in products:
             for kept in product.kept:
                 kept.write()

@@ -103,7 +103,8 @@ def scale(products: Sequence[Product], before: Norms | None, scratch: Scratch) -
         before: The norms that are restored; None: fixed ones.
         scratch: Memory.
     """
-    after = Norms([(*p.changed, None)[:2] for p in products], products[0].place.dtype, scratch)
+    parts = [(p.changed[0], p.changed[1] if len(p.changed) > 1 else None) for p in products]
+    after = Norms(parts, products[0].place.dtype, scratch)
     ratios = norm_ratios([product.place for product in products], before, after, scratch)
     written: list[Tensor] = []
     factors: list[Tensor] = []
