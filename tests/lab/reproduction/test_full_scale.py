@@ -13,6 +13,8 @@ from torchvision import models as torchvision_models
 from wellcond.__main__ import main
 from wellcond.lab.data.named_data import NAMED_DATA
 from wellcond.lab.errors import LabError
+from wellcond.lab.methods.grammar import Times
+from wellcond.lab.methods.spec import GroupSpec
 from wellcond.lab.networks import registry
 from wellcond.lab.networks.named_weights import bind_weights
 from wellcond.lab.networks.trunks import TRUNKS
@@ -172,6 +174,18 @@ def test_the_sources_settings_are_in_the_recipes():
     }
     assert (found["SGDW w/ GC"], found["AdamW w/ GC"]) == ("outside", "outside")
     assert (found["SGDW w/ GC and decay"], found["AdamW w/ GC and decay"]) == ("inside", "inside")
+    # 0.1 for the classifier, 0.01 for what was trained before.
+    for method in scaled_panels(RECIPES["4.7"], "full")[0].methods:
+        assert method.lrs == (0.01,)
+        assert method.groups == (GroupSpec(("head",), (("lr", Times(10.0)),)),)
+    (search,) = scaled_panels(RECIPES["6.2"], "full")
+    ((option, values),) = search.settings({"cifar100": "/nowhere"}, 1, None).sweeps
+    assert (option, len(values)) == ("weight_decay", 9)
+    assert {len(method.lrs) for method in search.methods} == {8}
+    # Of norm layers and position biases Swin's AdamW decays nothing.
+    swin = scaled_panels(RECIPES["6.7"], "full", ["Swin-T"])[0]
+    for method in swin.methods:
+        assert [dict(group.options)["weight_decay"] for group in method.groups] == [0.0]
 
 
 def test_the_preconditioners_are_the_published_ones_at_full_scale():

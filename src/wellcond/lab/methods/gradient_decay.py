@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from wellcond.layouts import Layer
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
 
@@ -25,7 +23,7 @@ class GradientDecay(GradientTransform):
         ValueError: If it is below 0.
 
     Example:
-        >>> import wellcond
+        >>> import torch, wellcond
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         >>> handle = wellcond.attach(optimizer, layer, GradientDecay(weight_decay=0.25))
@@ -49,7 +47,6 @@ class GradientDecay(GradientTransform):
             return Coverage(False, "no decay in the gradient: a norm layer's scale")
         return Coverage(True, f"decay of {self.weight_decay:g} in the gradient")
 
-    @torch.no_grad()
     def update(self, slots: Sequence[Slot]) -> None:
         """Add λW to the gradients, scaled as they are."""
         for slot in slots:

@@ -96,7 +96,7 @@ _NORMS: dict[str, tuple[Norm, HeadNorm | None]] = {
     "-gn-sn": ("gn", "sn"),
 }
 _PLAIN = ("", "-frozenbn")
-_SUFFIXES = {
+_SUFFIXES: dict[str, tuple[str, ...]] = {
     "r50": (*_NORMS, "-frozenbn-4c1f"),
     "r101": (*_PLAIN, "-gn"),
     "x101-32x4d": _PLAIN,
@@ -219,7 +219,8 @@ def _pyramid(spec: DetectorSpec, head_norm: NormLayer | None, weights: str | Non
     if isinstance(spec.trunk, SwinTrunk):
         body = build_swin(spec.trunk, weights)
         # Its own body would take the trunk's layers apart; ours makes the maps itself.
-        pyramid = BackboneWithFPN(nn.Sequential(), {}, list(spec.trunk.channels), width.pyramid, norm_layer=head_norm)
+        channels = list(spec.trunk.channels)
+        pyramid: nn.Module = BackboneWithFPN(nn.Sequential(), {}, channels, width.pyramid, norm_layer=head_norm)
         pyramid.body = body
         return pyramid
     trunk = build_trunk(spec.trunk, _norm_layer(spec.norm, width.groups), weights)
@@ -227,13 +228,14 @@ def _pyramid(spec: DetectorSpec, head_norm: NormLayer | None, weights: str | Non
         frozen_batch_norms(trunk)
     if weights is not None:
         freeze_first(trunk)
-    return BackboneWithFPN(
+    backbone: nn.Module = BackboneWithFPN(
         trunk,
         return_layers={f"layer{stage + 1}": str(stage) for stage in range(4)},
         in_channels_list=list(spec.trunk.channels),
         out_channels=width.pyramid,
         norm_layer=head_norm,
     )
+    return backbone
 
 
 def _anchors(spec: DetectorSpec, image_size: int) -> AnchorGenerator:
