@@ -89,8 +89,11 @@ class RunSpec:
         return f"{self.method.name} lr {self.lr:g} seed {self.seed} ({self.steps} steps)"
 
     def key(self) -> str:
-        """Return the digest of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Return the digest of all fields; without clipping that is what it was before there was any."""
+        fields = asdict(self)
+        if not self.method.clipping:
+            del fields["method"]["clipping"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
