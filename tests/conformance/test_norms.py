@@ -307,7 +307,11 @@ class Kind:
 
 
 MOMENTUM = {"standardize": as_momentum, "factor": momentum_factor}
-MOVING: dict[str, Any] = {"standardize": as_moving_average, "tracked": second_moment}
+MOVING: dict[str, Any] = {
+    "standardize": as_moving_average,
+    "tracked": second_moment,
+    "factor": population_factor,
+}
 HALF = {"stat_momentum": 0.625}  # a float32 number
 WHITENING: dict[str, Any] = {"whole": whitening, "dims": (2,), "mixes_channels": True}
 SWITCHABLE: dict[str, Any] = {"whole": switching(shares), "mixes_channels": True}

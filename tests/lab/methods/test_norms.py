@@ -13,7 +13,7 @@ from torch import nn
 
 import wellcond.nn as layers
 from wellcond.__main__ import main
-from wellcond.lab.methods.method import METHODS
+from wellcond.lab.methods.method import METHODS, method
 from wellcond.lab.methods.norms import NormSpec, trained_norm
 from wellcond.lab.networks.registry import initial_model
 from wellcond.lab.plan import make_plan
@@ -215,6 +215,25 @@ def test_the_switches_close_with_the_last_step(plan, runner, monkeypatch, steps)
     for layer in runner.run(spec).extras["shares"].values():
         assert sorted(layer["mean"].values()) == [0, 0, 1]
         assert layer["mean"] == layer["var"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SGDM + norm=mabn", {(20, 50)}),
+        ("SGDM + norm=mabn(warmup_steps=3)", {(3, 50)}),
+        ("SGDM + norm=cbn", {50}),
+        ("SGDM + norm=cbn(burn_in=0)", {0}),
+    ],
+)
+def test_averages_over_batches_begin_within_any_run(text, expected):
+    found = method(text)
+    model = found.with_layers(initial_model("convnet", 1, 10, seed=0))
+    found.norm.fit_to_run(model, 200)
+    layer_type = layers.CrossIterationBatchNorm2d if "cbn" in text else layers.MovingAverageBatchNorm2d
+    of_model = [module for module in model.modules() if isinstance(module, layer_type)]
+    seen = {layer.burn_in if "cbn" in text else (layer.warmup_steps, layer.scale_after) for layer in of_model}
+    assert seen == expected
 
 
 def test_a_method_without_batch_statistics_is_the_same_run_in_any_groups(plan):

@@ -167,6 +167,7 @@ def test_lr_follows_the_schedule_asked_for(plan, runner, monkeypatch, schedule, 
 OPTIMIZERS = [
     *("SGDW", "SGDW+GC", "Adam", "Adam+GC", "Adagrad", "Adagrad+GC", "RAdam", "RMSprop", "Adadelta", "AdaBelief"),
     *("AdaHessian", "Apollo", "Ranger", "Lookahead", "Muon", "LN", "IN", "ND", "SGDM+WS", "SGDM+WS+GC", "SGDM+GC-conv"),
+    "SGDM+CWN",
 ]
 
 

@@ -42,7 +42,7 @@ LISTED: tuple[tuple[str, str], ...] = (
     ),
     ("BRN = SGDM + norm=brn", "SGDM with Batch Renormalization"),
     (
-        "MABN = SGDM + norm=mabn(window=16, warmup_steps=16, scale_after=50)",
+        "MABN = SGDM + norm=mabn(window=16)",
         "SGDM with Moving Average Batch Normalization of centralized weights: 16 batches' averages, also backward",
     ),
     ("CBN = SGDM + norm=cbn(window=8)", "SGDM with Cross-Iteration Batch Normalization over 8 batches"),

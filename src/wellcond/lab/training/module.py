@@ -91,6 +91,7 @@ class Training(pl.LightningModule):
         norm = trained_norm(spec.method.norm, spec.ghost_batch)
         if norm is not None:
             members = spec.batch_size // self.ranks if spec.ghost_batch is None else spec.ghost_batch
+            norm.fit_to_run(self.model, spec.steps)
             self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
             self.decay = norm.make_decay(self.model, members, spec.stats_every)
         optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))

@@ -155,6 +155,13 @@ class MovingAverageBatchNorm(StatisticsNorm):
             square = square if square.dim() == 1 else square.mean(0)
             self.running_var.lerp_(square.to(self.running_var.dtype), self.factor())
 
+    def factor(self) -> float | Tensor:
+        """Return the weight of the newest average: equal weights until that would be less than `momentum`."""
+        assert self.num_batches_tracked is not None
+        assert self.running_var is not None
+        equal = self.num_batches_tracked.to(self.running_var.dtype).clamp_min(1).reciprocal()
+        return equal if self.momentum is None else equal.clamp_min(self.momentum)
+
     def reset_running_stats(self) -> None:
         """Forget all statistics."""
         super().reset_running_stats()
@@ -204,7 +211,8 @@ class MovingAverageBatchNorm1d(MovingAverageBatchNorm, nn.BatchNorm1d):
     Args:
         num_features: C.
         eps: ε, added to χ².
-        momentum: Weight of the newest average in χ̂²; None for equal weights of all batches.
+        momentum: Weight of the newest average in χ̂², or 1/(number of batches) while that is larger; None for equal
+            weights of all batches.
         affine: Learn γ and β.
         window: Batches that are averaged: the batch size to act as, divided by the one there is.
         warmup_steps: Batches at the start that are normalized with their own statistics; so is every batch before the
