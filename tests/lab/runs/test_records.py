@@ -227,3 +227,13 @@ def test_trials_of_a_sweep_have_names_that_tell_them_apart(tmp_path: Path) -> No
     names = {RunStore(tmp_path).path(spec).name.rpartition("-")[0] for spec in plan.specs()}
     assert len(names) == len(plan.specs())
     assert any("damping0.01-batch-size16-seed0" in name for name in names)
+
+
+def test_a_wider_grid_and_another_baseline_keep_their_runs():
+    """What else is tried, what a run is set beside and how it is described are no part of it; what trains it is."""
+    method = SPEC.method
+    beside = replace(method, lrs=(*method.lrs, 1.0), baseline="AdamW", description="plain")
+    assert replace(SPEC, method=beside).key() == SPEC.key()
+    assert RunStore(Path()).path(replace(SPEC, method=beside)) == RunStore(Path()).path(SPEC)
+    other = replace(method, options=(("momentum", 0.8),))
+    assert replace(SPEC, method=other).key() != SPEC.key()
