@@ -106,7 +106,7 @@ def test_a_task_of_ones_own_is_diagnosed_and_begins_with_given_weights(own, tmp_
 
 
 def test_batches_without_an_end_are_told(own, tmp_path, monkeypatch):
-    monkeypatch.setattr("wellcond.lab.tasks.base.MOST", 20)
+    monkeypatch.setattr("wellcond.lab.tasks.base.MOST_BATCHES", 20)
     (tmp_path / "endless_opened.py").write_text(OWN.replace("for _ in range(6)", "while True"))
     with pytest.raises(LabError, match="gives more than 20 batches: an epoch must end"):
         make_plan(Settings(task="endless_opened.py:Mine"))

@@ -19,7 +19,6 @@ from wellcond.lab.methods.method import DEFAULT_METHODS
 from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.own_digest import held, source_digest, state_digest
 from wellcond.lab.runs.metric import Metric
-from wellcond.lab.runs.settings import MOST
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.batch_parts import rows_of
 from wellcond.lab.tasks.check import check_task
@@ -37,6 +36,9 @@ __all__ = [
     "Task",
     "TaskSeed",
 ]
+
+MOST_BATCHES = 1_000_000
+"""The most batches of an epoch that are counted: one that does not end is told."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +251,9 @@ class Task:
             try:
                 return len(batches)  # type: ignore[arg-type]
             except TypeError:
-                counted = sum(1 for _ in islice(batches, MOST + 1))
-        if counted > MOST:
-            raise DataError(f"batches(seed, epoch) gives more than {MOST} batches: an epoch must end")
+                counted = sum(1 for _ in islice(batches, MOST_BATCHES + 1))
+        if counted > MOST_BATCHES:
+            raise DataError(f"batches(seed, epoch) gives more than {MOST_BATCHES} batches: an epoch must end")
         return counted
 
     def steps_with(self, batch_size: int) -> int:
