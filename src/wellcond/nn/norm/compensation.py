@@ -1,4 +1,4 @@
-"""How the statistics of a layer's outputs follow its weight: derivatives, and a hook that hands the inputs over."""
+"""Derivatives of the statistics of a layer's outputs along its weight, and the hook that hands its inputs over."""
 
 from __future__ import annotations
 
