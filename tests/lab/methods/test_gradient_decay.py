@@ -14,7 +14,8 @@ def grads_after(*transforms, decay=0.0):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=decay)
-    wellcond.attach(optimizer, model, *transforms)
+    if transforms:
+        wellcond.attach(optimizer, model, *transforms)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.randn(4, 2, 6, 6).double()).square().sum().backward()
     optimizer.step()
