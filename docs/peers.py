@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from quoted_words import markdown
@@ -15,10 +16,10 @@ def peers_table(results: dict[str, Any]) -> str:
     """
     methods = results["methods"]
     baseline = next(method for method in methods if method["baseline"] == method["name"])
-    epochs, metric = str(results["epochs"]), results.get("metric")
-    sign = 1 if metric is None or metric["higher_is_better"] else -1
-    digits = 1 if metric is None else 3
-    score = "test accuracy in %" if metric is None else f"test {metric['name']}"
+    epochs, metric = str(results["epochs"]), results["metric"]
+    sign = 1 if metric["higher_is_better"] else -1
+    digits = 1 if metric["unit"] == "%" else 3
+    score = f"test {metric['name']}" + (" in %" if metric["unit"] == "%" else "")
 
     def gain(method: dict[str, Any]) -> float:
         return 0.0 if method is baseline else sign * _mean(method["equal_time"]["difference"])
@@ -40,21 +41,31 @@ def peers_table(results: dict[str, Any]) -> str:
         rows.append([*cells, f"{method['lr']:g}" + ("*" if method["lr_edge"] else "")])
     name = baseline["name"]
     heads = ["method", score, f"beside {name}", "at equal time", "by more than chance?", "time per step", "lr"]
-    edges = ["*: at an end of its grid; a better one may lie beyond."] if any(m["lr_edge"] for m in methods) else []
+    starred = ["*: at an end of its grid; a better one may lie beyond.", ""]
+    edges = starred if any(method["lr_edge"] for method in methods) else []
     versions, machine = results["versions"], results["machine"]
     made_by = f"wellcond {versions['wellcond']}, torch {versions['torch']}, {machine['processor']}, "
     lines = [
         f"{results['title']}; {results['seeds']} paired seeds; mean ± std, differences to {name} with a 95 % interval; "
         f"at equal time, each method has {name}'s wall time and a whole schedule in it. "
-        f"{len(baseline['lr_grid'])} learning rates were tried for each, chosen on validation.",
+        f"{len(baseline['lr_grid'])} learning rates were tried for each, chosen on validation"
+        f"{_with_seeds(results)}.",
         "",
         markdown(heads, rows),
         "",
         *edges,
-        *([""] if edges else []),
-        f"`{results['command']}` ({made_by}{machine['cores']} cores)",
+        f"<details><summary>The command ({made_by}{machine['cores']} cores)</summary><code>",
+        f"{escape(results['command'])}</code></details>",
     ]
     return "\n".join(lines)
+
+
+def _with_seeds(results: dict[str, Any]) -> str:
+    """Return how many of the seeds chose, where it was not all."""
+    chose = results["settings"].get("seeds that choose", results["seeds"])
+    if chose == results["seeds"]:
+        return ""
+    return f" with the first {chose} seeds" if chose > 1 else " with the first seed"
 
 
 def _mean(difference: dict[str, Any]) -> float:
