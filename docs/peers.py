@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 from quoted_words import markdown
+
+from wellcond.lab.comparison.statistics import paired_difference
 
 
 def peers_table(results: dict[str, Any]) -> str:
@@ -54,6 +57,7 @@ def peers_table(results: dict[str, Any]) -> str:
         markdown(heads, rows),
         "",
         *edges,
+        *_additions(methods, name, digits),
         f"<details><summary>The command ({made_by}{machine['cores']} cores)</summary><code>",
         f"{escape(results['command'])}</code></details>",
     ]
@@ -66,6 +70,24 @@ def _with_seeds(results: dict[str, Any]) -> str:
     if chose == results["seeds"]:
         return ""
     return f" with the first {chose} seeds" if chose > 1 else " with the first seed"
+
+
+def _additions(methods: list[dict[str, Any]], baseline: str, digits: int) -> list[str]:
+    """Return how methods with an addition, such as ``Muon+FD``, stand beside those without, after the last epoch."""
+    by_name = {method["name"]: method for method in methods}
+    said = []
+    for name, method in by_name.items():
+        plain = by_name.get(name.rpartition("+")[0])
+        if plain is None or plain["name"] == baseline or any(not each["test_score"] for each in _curves(method, plain)):
+            continue
+        mine, theirs = ([curve["test_score"][-1] for curve in each["curves"]] for each in (method, plain))
+        found = asdict(paired_difference(mine, theirs))
+        said.append(f"{name} beside {plain['name']} {_interval(found, digits)}")
+    return [f"After the last epoch, paired by seed: {'; '.join(said)}.", ""] if said else []
+
+
+def _curves(*methods: dict[str, Any]) -> list[dict[str, Any]]:
+    return [curve for method in methods for curve in method["curves"]]
 
 
 def _mean(difference: dict[str, Any]) -> float:
