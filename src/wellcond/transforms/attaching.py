@@ -49,7 +49,8 @@ def attach(
             and optimizer are as they were.
 
     Example:
-        >>> import wellcond
+        >>> import torch, wellcond
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())
@@ -79,7 +80,8 @@ def attachments(optimizer: object) -> list[Attachment]:
         TypeError: If it is no optimizer.
 
     Example:
-        >>> import wellcond
+        >>> import torch, wellcond
+        >>> from torch import nn
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> handle = wellcond.attach(optimizer, model, wellcond.GradientCentralization())

@@ -76,7 +76,7 @@ class StandIn(Task):
     def initial_model(self, model: str, seed: int, weights: str | None) -> nn.Module:
         if self.kind == "detection":
             fields = SimpleNamespace(image_size=None, pool=SimpleNamespace(classes=range(self.classes)))
-            return DetectionTask.initial_model(fields, model, seed, weights)  # type: ignore[arg-type]
+            return DetectionTask.network(fields, model, seed, weights)  # type: ignore[arg-type]
         if self.kind == "re-identification":
             return build_reid(select_reid(model), self.classes, weights)
         if self.kind == "segmentation":

@@ -111,9 +111,8 @@ def execute(plan: Plan, specs: Sequence[RunSpec], store: RunStore) -> Iterator[F
     if specs:
         from wellcond.lab.hardware.machine import training_device
 
-        engine = _engine(plan)
         plan.task.check(training_device(plan.settings.accelerator))
-        yield from engine.execute(plan, specs, store)
+        yield from _engine(plan).execute(plan, specs, store)
 
 
 def _engine(plan: Plan) -> Engine:
