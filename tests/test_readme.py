@@ -99,4 +99,4 @@ def test_every_table_it_quotes_names_the_command_that_made_it(page: Path) -> Non
     tables = re.findall(marks, page.read_text(encoding="utf-8"), re.DOTALL)
     assert tables
     for name, body in tables:
-        assert re.search(r"^`(wellcond|python) .*`", body, re.MULTILINE), name
+        assert re.search(r"^`?(wellcond|python) .*(`|</code>)", body, re.MULTILINE), name
