@@ -9,6 +9,7 @@ from torch import nn
 
 from wellcond.lab.errors import LabError, naming_errors
 from wellcond.lab.networks.weights import check_weights
+from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Defaults, SeedData, Task
 from wellcond.lab.tasks.open import open_task
@@ -24,6 +25,7 @@ class OpenedTask:
         task: The data and what one does with it.
         digest: The task's, as it was when it was opened.
         defaults: What the task suggests.
+        metric: What its scores are.
         model: The network's name.
         batch_size: Samples of a batch.
     """
@@ -32,6 +34,7 @@ class OpenedTask:
     task: Task
     digest: str
     defaults: Defaults
+    metric: Metric
     model: str
     batch_size: int
 
@@ -85,8 +88,7 @@ def opened_task(settings: Settings, task: Task | None = None) -> OpenedTask:
     # Before anything of a user's task is used: what it keeps of its work must not change what it is known by.
     digest = task.digest
     with naming_errors(f"{task.name}"):
-        defaults = task.defaults
-        task.metric  # noqa: B018
+        defaults, metric = task.defaults, task.metric
     batch_size = settings.batch_size or defaults.batch_size
     if batch_size > task.train_images:
         raise LabError(
@@ -98,4 +100,4 @@ def opened_task(settings: Settings, task: Task | None = None) -> OpenedTask:
             f"--batch-size must be at least {defaults.smallest_batch}, because the networks use batch normalization, "
             f"got {batch_size}"
         )
-    return OpenedTask(settings, task, digest, defaults, settings.model or defaults.model, batch_size)
+    return OpenedTask(settings, task, digest, defaults, metric, settings.model or defaults.model, batch_size)

@@ -182,7 +182,7 @@ def make_plan(
             environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
-            metric=task.metric,
+            metric=opened.metric,
             schedule=settings.schedule,
             warmup=settings.warmup,
             precision=settings.precision,

@@ -17,11 +17,11 @@ from wellcond.runtime.checks import checked, checks_itself, is_finite_number, sh
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class WeightCentralization(nn.Module):
-    """ŵ = w − mean of each output unit over its inputs; `weight_centralize` attaches it to a layer.
+class OfUnits(nn.Module):
+    """A parametrization by statistics of each output unit's weights; bases one that `parametrize` registers.
 
     Args:
-        module: The layer whose weight it centralizes.
+        module: The layer whose weight it makes.
         layout: The rule for that weight.
     """
 
@@ -35,6 +35,19 @@ class WeightCentralization(nn.Module):
     def leaves_a_mean(self) -> bool:
         """Whether the units may have a mean after this step."""
         return False
+
+    def _centred(self, weight: Tensor) -> Tensor:
+        wide = weight.to(statistics_dtype(weight.dtype))
+        return wide - self.layout.unit_mean(self.settings, wide)
+
+
+class WeightCentralization(OfUnits):
+    """ŵ = w − mean of each output unit over its inputs; `weight_centralize` attaches it to a layer.
+
+    Args:
+        module: The layer whose weight it centralizes.
+        layout: The rule for that weight.
+    """
 
     def forward(self, weight: Tensor) -> Tensor:
         """Centralize.
@@ -50,10 +63,6 @@ class WeightCentralization(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the weight itself: what is assigned to the layer's weight is what will be changed."""
         return weight
-
-    def _centred(self, weight: Tensor) -> Tensor:
-        wide = weight.to(statistics_dtype(weight.dtype))
-        return wide - self.layout.unit_mean(self.settings, wide)
 
 
 class WeightStandardization(WeightCentralization):

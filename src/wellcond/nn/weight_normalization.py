@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wellcond.layouts import Layout
-from wellcond.nn.standardize import WeightCentralization, layout_for
+from wellcond.nn.standardize import OfUnits, layout_for
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import checked
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class WeightNormalization(WeightCentralization):
+class WeightNormalization(OfUnits):
     """ŵ = g·v/‖v‖ of each output unit over its inputs; `weight_normalize` attaches it to a layer.
 
     Args:
@@ -35,7 +35,7 @@ class WeightNormalization(WeightCentralization):
         """Whether the units may have a mean after this step."""
         return not self.centred
 
-    def forward(self, length: Tensor, direction: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, length: Tensor, direction: Tensor) -> Tensor:
         """Normalize.
 
         Args:
@@ -48,7 +48,7 @@ class WeightNormalization(WeightCentralization):
         wide = self._wide(direction)
         return (wide * (length.to(wide.dtype) / self._length(wide))).to(direction.dtype)
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return g and v of a weight."""
         return self._length(self._wide(weight)).to(weight.dtype), weight
 

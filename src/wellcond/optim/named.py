@@ -36,7 +36,7 @@ class DWSGDM(Attached, DecoupledSGD):
 
     Args:
         model: The model; its layers' inputs are observed.
-        lr: Learning rate. 0.024 and 0.05 were best in two small runs; 0.02 is a first try.
+        lr: Learning rate. From 0.004 to 0.05 were best in small runs; 0.02 is a first try.
         momentum: Momentum, after the whitening.
         weight_decay: Decoupled, per unit of lr: each step multiplies the weights by 1 − lr · weight_decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.

@@ -24,6 +24,13 @@ LISTED: tuple[tuple[str, str], ...] = (
     ("W-SGDM-rank4 = SGDM + FeatureWhitening(rank=4)", "W-SGDM with factors of rank 4"),
     ("W-SGDM-bf16 = SGDM + FeatureWhitening(precision='bfloat16')", "W-SGDM with products in bfloat16"),
     ("FSGD-dense = SGDM + FeatureDescent(second_moment='dense')", "FSGD with whole second moments"),
+    (
+        "FSGD-decay-inside = SGD(momentum=0.9, weight_decay=0.0)"
+        " + wellcond.lab.methods.gradient_decay:GradientDecay(weight_decay=1e-3)"
+        " + FeatureDescent(second_moment='dense') + group(norms, biases, weight_decay=1e-3) + lrs=[0.03, 0.1, 0.3]"
+        " + baseline=SGDM",
+        "FSGD-dense with a decay of 0.001 that goes through the preconditioner",
+    ),
     ("MBN = SGDM + norm=mbn", "SGDM with Momentum Batch Normalization"),
     (
         "MBN-derived = SGDM + norm=mbn(schedule.target='derived')",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -313,10 +313,33 @@ def load_recipe(file: Path) -> Recipe:
         raise LabError(f"recipe {file.name}: {place + ': ' if place else ''}{said}") from None
 
 
-def bundled_recipes() -> Iterator[Recipe]:
-    """Yield every recipe that comes with the lab, in the order of their files' names, 6-3 before 6-10."""
+class Heading(NamedTuple):
+    """What a recipe that comes with the lab is called, read without checking what it holds.
+
+    Attributes:
+        names: What it is called, the first first.
+        title: What is reproduced.
+        source: Where it stands.
+        file: The recipe.
+    """
+
+    names: list[str]
+    title: str
+    source: str
+    file: Path
+
+
+def bundled_headings() -> Iterator[Heading]:
+    """Yield the heading of every recipe of the lab, in the order of their files' names, 6-3 before 6-10."""
     for file in sorted(_FOLDER.glob("*.toml"), key=_natural):
-        yield load_recipe(file)
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        yield Heading(content["names"], content["title"], content["source"], file)
+
+
+def bundled_recipes() -> Iterator[Recipe]:
+    """Yield every recipe that comes with the lab, in the same order."""
+    for heading in bundled_headings():
+        yield load_recipe(heading.file)
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
@@ -337,12 +360,12 @@ def find_recipe(name: str) -> Recipe:
     """
     if name.endswith(".toml"):
         return load_recipe(Path(name))
-    recipes = list(bundled_recipes())
-    by_name = {_dashed(called): recipe for recipe in recipes for called in recipe.names}
+    headings = list(bundled_headings())
+    by_name = {_dashed(called): heading.file for heading in headings for called in heading.names}
     for called in (_dashed(name), _plain(name)):
         if called in by_name:
-            return by_name[called]
-    raise unknown_name("table", name, [recipe.name for recipe in recipes])
+            return load_recipe(by_name[called])
+    raise unknown_name("table", name, [heading.names[0] for heading in headings])
 
 
 def _dashed(name: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from wellcond.layouts import Layout, layout_of
 from wellcond.nn.norm.moving_average import MovingAverageBatchNorm
 from wellcond.nn.norm.outline import Before, find_before
-from wellcond.nn.standardize import WeightCentralization, why_not_centralized
+from wellcond.nn.standardize import OfUnits, WeightCentralization, why_not_centralized
 
 _ADVICE = "Make the layers yourself, and call weight_centralize on those before them"
 
@@ -74,7 +74,7 @@ def _averages(norm: nn.Module) -> bool:
 
 
 def _is_centralized(module: nn.Module) -> bool:
-    return any(isinstance(step, WeightCentralization) and not step.leaves_a_mean for step in _steps(module))
+    return any(isinstance(step, OfUnits) and not step.leaves_a_mean for step in _steps(module))
 
 
 def _steps(module: nn.Module) -> list[nn.Module]:

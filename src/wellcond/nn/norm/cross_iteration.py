@@ -166,7 +166,8 @@ class CrossIterationBatchNorm(StatisticsNorm):
             assert self.past_var_at is not None
             at = self.past_mean_at, self.past_var_at
             mean, var = moved_moments((mean, var), at, taken.along(self.past_mean_slope, self.past_var_slope))
-        return tuple(before_update(each, dtype).clone() for each in (mean, var, used))  # type: ignore[return-value]
+        mean, var, used = (before_update(each, dtype).clone() for each in (mean, var, used))
+        return mean, var, used
 
     def _keep(self, own: Moments, input: Tensor, taken: Slopes | None) -> None:
         """Keep a batch's statistics, of ghost groups the first one's, and their slopes."""

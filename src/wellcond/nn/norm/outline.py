@@ -54,7 +54,7 @@ def trace_outline(model: nn.Module, is_layer: Callable[[nn.Module], bool], advic
     }
     try:
         return _Tracer(is_layer).trace(model, concrete_args=options)
-    except Exception as error:
+    except Exception as error:  # of the user's own forward, whatever it raises without numbers
         raise TypeError(
             f"the order of {type(model).__name__}'s layers cannot be told, since torch.fx cannot trace its forward: "
             f"{error}. {advice}"
