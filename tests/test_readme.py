@@ -89,7 +89,6 @@ def test_its_tables_are_those_of_the_committed_results() -> None:
 def test_the_readme_and_the_pages_on_methods_quote_measurements() -> None:
     pages = {"README.md", "docs/feature-preconditioning.md", "docs/normalization.md", "docs/normalizers.md"}
     pages |= {name_of(page) for page in (ROOT / "docs" / "techniques").glob("*.md")}
-    pages -= {"docs/techniques/averages-over-batches.md"}  # says that nothing is measured yet
     assert {name_of(page) for page in QUOTING} >= pages
 
 

@@ -49,7 +49,7 @@ LISTED: tuple[tuple[str, str], ...] = (
     ),
     ("BRN = SGDM + norm=brn", "SGDM with Batch Renormalization"),
     (
-        "MABN = SGDM + norm=mabn(window=16)",
+        "MABN = SGDM + norm=mabn(window=16) + lrs=[0.003, 0.01, 0.03]",
         "SGDM with Moving Average Batch Normalization of centralized weights: 16 batches' averages, also backward",
     ),
     ("CBN = SGDM + norm=cbn(window=8)", "SGDM with Cross-Iteration Batch Normalization over 8 batches"),
