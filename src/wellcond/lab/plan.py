@@ -186,6 +186,7 @@ def make_plan(
             schedule=settings.schedule,
             warmup=settings.warmup,
             precision=settings.precision,
+            channels_last=settings.channels_last,
             deterministic=settings.deterministic,
             label_smoothing=settings.label_smoothing,
             probe=settings.probe,

@@ -211,6 +211,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRECISIONS)} (default: %(default)s)",
     )
     training.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.channels_last,
+        help="keep networks of images in memory channels last, which many convolutions compute faster "
+        "(default: %(default)s)",
+    )
+    training.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         default=_DEFAULTS.deterministic,

@@ -65,6 +65,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--methods", metavar="A,B,...", help="methods to compare, by the source's labels (default: all)"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="paired seeds (default: the scale's)")
+    parser.add_argument(
+        "--trial-seeds",
+        type=int,
+        metavar="N",
+        help="choose each method's lr with the first N seeds; the others train at that lr alone (default: all)",
+    )
+    parser.add_argument(
+        "--equal-time",
+        action=argparse.BooleanOptionalAction,
+        help="train again for the baseline's wall time (default: as the recipe says)",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: %(default)s)")
     parser.add_argument(
         "--out",
@@ -95,12 +106,14 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     from wellcond.lab.reproduction.reproduce import collect, reproduce
 
     recipe = find_recipe(arguments.table)
+    if arguments.equal_time is not None:
+        recipe = recipe.model_copy(update={"equal_time": arguments.equal_time})
     scale: Scale = arguments.scale
     panels = scaled_panels(recipe, scale, _names("panels", arguments.panels), _names("methods", arguments.methods))
     paths = bind_data(arguments.data, needed_data(panels))
     places = bind_weights(arguments.weights, needed_weights(panels))
     panels = [panel.with_weights(places) for panel in panels]
-    settings = [panel.settings(paths, arguments.jobs, arguments.seeds) for panel in panels]
+    settings = [panel.settings(paths, arguments.jobs, arguments.seeds, arguments.trial_seeds) for panel in panels]
     default = f"reproduce-{recipe.name.replace(' ', '-')}-{scale}"
     out = arguments.out if arguments.out is not None else Path("runs") / default
     folder = writable_folder(Path(out))

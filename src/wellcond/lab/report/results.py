@@ -170,6 +170,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "schedule": plan.settings.schedule,
         "warmup": plan.settings.warmup,
         "precision": plan.settings.precision,
+        "channels_last": plan.settings.channels_last,
         "deterministic": plan.settings.deterministic,
         "label_smoothing": plan.settings.label_smoothing,
         "weights": plan.settings.weights,

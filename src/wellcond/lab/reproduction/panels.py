@@ -32,13 +32,16 @@ class ScaledPanel:
     methods: tuple[Method, ...]
     differs: dict[str, tuple[Any, Any]]
 
-    def settings(self, paths: Mapping[str, str], jobs: int, seeds: int | None) -> Settings:
+    def settings(
+        self, paths: Mapping[str, str], jobs: int, seeds: int | None, trial_seeds: int | None = None
+    ) -> Settings:
         """Return the settings of its comparison.
 
         Args:
             paths: Where each data set lies.
             jobs: Runs at the same time.
             seeds: Paired seeds; None for the recipe's.
+            trial_seeds: Seeds that every trial is trained with, and chosen by; None: all.
 
         Raises:
             LabError: If a value is out of its range.
@@ -46,7 +49,7 @@ class ScaledPanel:
         given = (
             self.fields
             | {field: paths[name] for field, name in self.places.items()}
-            | {"jobs": jobs}
+            | {"jobs": jobs, "trial_seeds": trial_seeds}
             | ({} if seeds is None else {"seeds": seeds})
         )
         sweeps = given.pop("sweeps", {})

@@ -52,6 +52,7 @@ class RunSpec:
         schedule: How the lr goes, in the form that `parse_schedule` reads.
         warmup: Epochs in which the lr rises at the beginning.
         precision: How training computes, in Lightning's names.
+        channels_last: Whether the network lies in memory channels last.
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
         probe: What is measured of the trained network; None for nothing.
@@ -82,6 +83,7 @@ class RunSpec:
     schedule: str = "cosine"
     warmup: float = 0.0
     precision: Precision = "32-true"
+    channels_last: bool = False
     deterministic: bool = False
     label_smoothing: float = 0.0
     probe: str | None = None

@@ -116,6 +116,7 @@ class Settings:
         schedule: How the lr goes, in the form that `parse_schedule` reads.
         warmup: Epochs in which the lr rises at the beginning.
         precision: One of `PRECISIONS`.
+        channels_last: Whether networks of images lie in memory channels last, which many convolutions compute faster.
         deterministic: Whether only deterministic algorithms may be used.
         label_smoothing: Share of the target that is spread over all classes, in training.
         probe: A name in `PROBES`: what is measured of each trained network; None for nothing.
@@ -158,6 +159,7 @@ class Settings:
     schedule: str = "cosine"
     warmup: float = 0.0
     precision: Precision = "32-true"
+    channels_last: bool = False
     deterministic: bool = False
     label_smoothing: float = 0.0
     probe: str | None = None

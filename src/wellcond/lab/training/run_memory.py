@@ -12,6 +12,7 @@ from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.runs.memory import Memory, Step, measure_memory
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.tasks.base import SeedData, Task
+from wellcond.lab.training.network import initial_network
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -45,8 +46,7 @@ class RunMemory:
 
     def _build(self, spec: RunSpec, data: SeedData) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
         method = spec.method
-        model = self.task.initial_model(spec.model, spec.seed, spec.weights)
-        model = method.with_layers(model, spec.ghost_batch).to(self.device).train()
+        model = initial_network(self.task, spec).to(self.device).train()
         optimizer, _ = method.build(model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
         batch = next(iter(data.batches()))
 

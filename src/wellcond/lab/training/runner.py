@@ -29,6 +29,7 @@ from wellcond.lab.training.checkpoint import CheckpointFile, Checkpointing, Keep
 from wellcond.lab.training.extras import collect_extras
 from wellcond.lab.training.measure import Measure, NormSteps, SharedBuffers
 from wellcond.lab.training.module import Training
+from wellcond.lab.training.network import initial_network
 from wellcond.lab.training.probes import probe_network
 from wellcond.lab.training.run_memory import RunMemory
 from wellcond.runtime.ranks import Ranks
@@ -87,7 +88,7 @@ class Runner:
     def _run(self, spec: RunSpec, file: CheckpointFile | None, kept: int) -> RunRecord:
         data = self.task.for_seed(spec, self.device, self.ranks.rank, self.ranks.size)
         sharded = self.strategy == "fsdp" and self.ranks.size > 1
-        training = Training(spec, self._network(spec), data, self.ranks.size, sharded)
+        training = Training(spec, initial_network(self.task, spec), data, self.ranks.size, sharded)
         measure = Measure(data, Stopwatch(self.device), spec.steps)
         batches = Budget(data.batches(), spec.steps)
         if kept:
@@ -135,11 +136,6 @@ class Runner:
         )
         return from_first(lambda: record)
 
-    def _network(self, spec: RunSpec) -> nn.Module:
-        model = self.task.initial_model(spec.model, spec.seed, spec.weights)
-        # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
-        return spec.method.with_layers(model, spec.ghost_batch)
-
     def _trained(self, spec: RunSpec, training: Training, sharded: bool) -> nn.Module:
         """Return the trained network, whole."""
         if not sharded:
@@ -147,7 +143,7 @@ class Runner:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         whole = get_model_state_dict(training.model, options=StateDictOptions(full_state_dict=True))
-        model = self._network(spec)
+        model = initial_network(self.task, spec)
         model.load_state_dict(whole)
         return model.to(self.device)
 
