@@ -2,7 +2,8 @@
 
 The command runs once, in this process, at a smoke scale. A reader who follows it opens each function when it is called
 for the first time. A *stay* is a row of such openings in one file; the next opening in another file ends it. Later
-calls of the same function are not followed again, so loops count once. Returns to a caller and imports do not count.
+calls of the same function are not followed again, so loops count once. Returns to a caller and imports do not count,
+nor does what a module calls while it is imported (a table of names that it builds).
 
     python tools/trips.py compare            # stays and files, in order
     python tools/trips.py reproduce --brief  # the two numbers
@@ -41,11 +42,14 @@ class Walk:
     root: str
     visits: list[tuple[str, str]] = field(default_factory=list)
     _opened: set[CodeType] = field(default_factory=set)
+    _imports: int = 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        """Take in a call, as ``sys.setprofile`` reports it."""
+        """Take in a call or a return, as ``sys.setprofile`` reports it."""
         code = frame.f_code
-        if event != "call" or code in self._opened or not self._counts(code):
+        if code.co_name == "<module>" and event in ("call", "return"):
+            self._imports += 1 if event == "call" else -1
+        if event != "call" or self._imports or code in self._opened or not self._counts(code):
             return
         self._opened.add(code)
         self._visit(code)

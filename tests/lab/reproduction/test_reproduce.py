@@ -148,6 +148,21 @@ def test_panels_methods_and_seeds_can_be_chosen(folder, accuracy):
     assert method["ends"] == accuracy["panels"][1]["methods"][1]["ends"][:2]
 
 
+def test_few_seeds_choose_the_lr_and_equal_time_can_be_left_out(folder, accuracy, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a run was started")
+
+    # All runs are kept: those of the whole grid, of which these are some.
+    monkeypatch.setattr("wellcond.lab.training.runner.Runner.run", refuse)
+    for panel in run(folder, "accuracy", "--trial-seeds", "1", "--no-equal-time")["panels"]:
+        assert panel["settings"]["seeds that choose"] == 1
+        for method in panel["methods"]:
+            scores = {point["lr"]: point["validation"] for point in method["lr_grid"]}
+            assert scores[method["lr"]] == max(scores.values())
+            assert method["equal_time"] is None
+            assert len(method["ends"]) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -198,6 +198,27 @@ def test_bfloat16_is_what_the_network_computes_in(plan, runner, monkeypatch):
     assert record.epochs[-1].train_loss != runner.run(spec).epochs[-1].train_loss
 
 
+@pytest.mark.parametrize("name", ["SGDM", "W-SGDM", "BSR"])
+def test_a_network_that_lies_channels_last_computes_so(plan, runner, monkeypatch, name):
+    """Every convolution's weight and, from the first one on, every feature map; the training is the same but rounding."""
+    kinds = []
+    original = torch.nn.functional.conv2d
+
+    def conv2d(images, weight, *rest, **options):
+        result = original(images, weight, *rest, **options)
+        kinds.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (weight, result)))
+        return result
+
+    spec = plan.spec(METHODS[name], METHODS[name].lrs[0], seed=0)
+    usual = runner.run(spec)
+    monkeypatch.setattr("torch.nn.functional.conv2d", conv2d)
+    record = runner.run(replace(spec, channels_last=True))
+    assert kinds
+    assert all(kinds)
+    assert spec.key() != replace(spec, channels_last=True).key()
+    assert record.epochs[0].train_loss == pytest.approx(usual.epochs[0].train_loss, rel=1e-3)
+
+
 def test_deterministic_algorithms_are_asked_for_during_the_run_alone(plan, runner, monkeypatch):
     seen = []
     original = Training.training_step
