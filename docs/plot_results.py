@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 
 from wellcond.lab.comparison.summary import read_summary
-from wellcond.lab.report.charts import Chart, curves
+from wellcond.lab.report.chart import Chart
+from wellcond.lab.report.charts import curves
 from wellcond.lab.report.drawing import draw_png
 from wellcond.lab.reproduction.across import across_charts
 from wellcond.lab.runs.metric import ACCURACY

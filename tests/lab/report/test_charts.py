@@ -14,9 +14,11 @@ from wellcond.lab.comparison.compare import compared
 from wellcond.lab.comparison.summary import Summary
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.plan import make_plan
-from wellcond.lab.report.charts import BASELINE, Bars, Chart, Series, Style, curves, gains, seeds, share_bars, trials
+from wellcond.lab.report.chart import Bars, Chart, Series
+from wellcond.lab.report.charts import curves, gains, seeds, share_bars, trials
 from wellcond.lab.report.drawing import chart_svg, colours, draw_png
 from wellcond.lab.report.shares import summarize_shares
+from wellcond.lab.report.styles import BASELINE, Style
 from wellcond.lab.runs.records import EpochRecord, RunRecord
 from wellcond.lab.runs.settings import Settings
 

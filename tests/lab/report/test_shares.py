@@ -14,9 +14,9 @@ from wellcond.__main__ import main
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.networks.registry import initial_model
 from wellcond.lab.plan import make_plan
-from wellcond.lab.report.charts import _BY_LAYERS, _BY_TECHNIQUE
 from wellcond.lab.report.findings import findings
 from wellcond.lab.report.shares import summarize_shares
+from wellcond.lab.report.styles import _BY_LAYERS, _BY_TECHNIQUE
 from wellcond.lab.runs.records import RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.extras import collect_extras, read_shares

@@ -200,7 +200,7 @@ def test_bfloat16_is_what_the_network_computes_in(plan, runner, monkeypatch):
 
 @pytest.mark.parametrize("name", ["SGDM", "W-SGDM", "BSR"])
 def test_a_network_that_lies_channels_last_computes_so(plan, runner, monkeypatch, name):
-    """Every convolution's weight and, from the first one on, every feature map; the training is the same but rounding."""
+    """Every weight of a convolution and every feature map lie so; training is the same but for rounding."""
     kinds = []
     original = torch.nn.functional.conv2d
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 from wellcond.lab.comparison.statistics import Spread, spread
 from wellcond.lab.comparison.summary import Curve, MethodSummary, Summary
+from wellcond.lab.report.chart import Bars, Chart, Series
 from wellcond.lab.report.formats import (
     difference_text,
     exact_text,
@@ -20,6 +20,7 @@ from wellcond.lab.report.formats import (
     share_text,
 )
 from wellcond.lab.report.shares import SharesSummary
+from wellcond.lab.report.styles import SHARE_STYLES, Style, method_style
 
 Axis = Literal["epochs", "seconds"]
 Quantity = Literal["score", "training score", "training loss", "test loss"]
@@ -28,157 +29,6 @@ Quantity = Literal["score", "training score", "training loss", "test loss"]
 _OVER: dict[Axis, str] = {"epochs": "epoch", "seconds": "training seconds"}
 # More names than these below an axis would run into each other; the legend has them all.
 _NAMED = 4
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a technique is drawn, in every chart.
-
-    Attributes:
-        light: Colour on a light background.
-        dark: Colour on a dark background.
-        marker: matplotlib's name of the marker.
-    """
-
-    light: str
-    dark: str
-    marker: str
-
-
-# Okabe and Ito's palette, which readers with any colour vision can tell apart; lighter on dark where it needs to be.
-BASELINE = Style("#555555", "#b4b4b4", "o")
-_BY_TECHNIQUE = {
-    ("GradientCentralization",): Style("#c98500", "#e69f00", "s"),
-    ("FeatureWhitening",): Style("#0072b2", "#4aa8e0", "^"),
-    ("FeatureDescent",): Style("#d55e00", "#ff7f2a", "D"),
-    ("GradientCentralization", "FeatureWhitening"): Style("#009e73", "#2fc79c", "v"),
-    ("GradientCentralization", "FeatureDescent"): Style("#b8609a", "#dd8fc0", "P"),
-}
-# The same colours with other markers: a panel that mixes layers and transforms still tells them apart.
-_BY_LAYERS = {
-    "ibn-b": Style("#b8609a", "#dd8fc0", "s"),
-    "wnn": Style("#0072b2", "#4aa8e0", "h"),
-    "gwnn": Style("#5b6abf", "#98a4ee", "D"),
-    "eigen": Style("#a0522d", "#d99a73", "^"),
-    "mbn": Style("#0072b2", "#4aa8e0", "<"),
-    "bsr": Style("#d55e00", "#ff7f2a", ">"),
-    "evalnorm": Style("#c98500", "#e69f00", "X"),
-    "brn": Style("#009e73", "#2fc79c", "p"),
-    "mabn": Style("#7a6a00", "#c9b93a", "X"),
-    "cbn": Style("#5b6abf", "#98a4ee", "v"),
-    "pn": Style("#b8609a", "#dd8fc0", "h"),
-    "gn": Style("#7a6a00", "#c9b93a", "*"),
-    "sn": Style("#0072b2", "#4aa8e0", "D"),
-    "ssn": Style("#6a51a3", "#a99be0", "X"),
-    "ibn": Style("#c98500", "#e69f00", "v"),
-    "ibn-a": Style("#c98500", "#e69f00", "p"),
-    "kn": Style("#d55e00", "#ff7f2a", "P"),
-    "iternorm": Style("#009e73", "#2fc79c", "s"),
-    "ln": Style("#5b6abf", "#98a4ee", "p"),
-    "in": Style("#a0522d", "#d99a73", "h"),
-    "wn": Style("#a0522d", "#d99a73", "*"),
-    "ws": Style("#7a6a00", "#c9b93a", "s"),
-    "nd": Style("#6a51a3", "#a99be0", "v"),
-    "dbn": Style("#b8609a", "#dd8fc0", "^"),
-}
-_OTHERS = tuple(_BY_TECHNIQUE.values())
-
-SHARE_STYLES = {
-    # From the bottom of a bar up; neighbours are apart in lightness, so that bars can be read without colour, too.
-    "in": Style("#e69f01", "#e69f00", "s"),
-    "ln": Style("#0072b3", "#2f8fd0", "s"),
-    "bn": Style("#a9b0b7", "#d5dade", "s"),
-}
-"""How the shares of the normalizers that are switched between are drawn."""
-
-
-STYLES = (BASELINE, *_BY_TECHNIQUE.values(), *_BY_LAYERS.values(), *SHARE_STYLES.values())
-"""Every style that a chart may use."""
-
-
-def method_style(method: MethodSummary, place: int = 0) -> Style:
-    """Return how a method is drawn.
-
-    Args:
-        method: The method.
-        place: Its place in the chart, which decides where no technique does: for another optimizer.
-    """
-    return style_of(method.is_baseline, method.transforms, method.layers or method.norm, place)
-
-
-def style_of(is_baseline: bool, transforms: tuple[str, ...], layers: str | None, place: int) -> Style:
-    """Return how a method is drawn, by what it does; `layers` is its kind of convolutions or norms, None for none."""
-    if is_baseline:
-        return BASELINE
-    other = _OTHERS[place % len(_OTHERS)]
-    return _BY_TECHNIQUE.get(transforms, other) if layers is None else _BY_LAYERS.get(layers, other)
-
-
-@dataclass(frozen=True)
-class Series:
-    """What a chart shows of one method.
-
-    Attributes:
-        name: The method.
-        style: How it is drawn.
-        x: Places on the horizontal axis.
-        y: Places on the vertical axis.
-        low: Lower ends of the intervals; empty for none.
-        high: Their upper ends.
-        said: What is said of each point when it is pointed at.
-        line: Style of the line that joins the points; empty for none.
-        chosen: The place of the point that has a ring; None for none.
-    """
-
-    name: str
-    style: Style
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    said: tuple[str, ...] = ()
-    line: str = ""
-    chosen: int | None = None
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Series over one pair of axes.
-
-    Attributes:
-        title: What is shown.
-        x_label: What is on the horizontal axis.
-        y_label: What is on the vertical axis, with its unit.
-        series: The methods.
-        y_range: The lowest and highest value to show; None fits what there is.
-        marks: (place, text) below the horizontal axis; empty for numbers.
-        whole: Whether only whole numbers stand below the horizontal axis.
-        band: Whether intervals are a band around a line rather than bars.
-        zero: Whether a line marks no difference.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    series: tuple[Series, ...]
-    y_range: tuple[float, float] | None = None
-    marks: tuple[tuple[float, str], ...] = ()
-    whole: bool = False
-    band: bool = False
-    zero: bool = False
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Stacked bars: the shares of each layer, and apart from them their average.
-
-    Attributes:
-        title: What is shown.
-        parts: (name, style, one height a layer, that of the average, what is said of each) of each part, from below.
-    """
-
-    title: str
-    parts: tuple[tuple[str, Style, tuple[float, ...], float, tuple[str, ...]], ...]
 
 
 def curves(summary: Summary, axis: Axis, quantity: Quantity = "score") -> list[Chart]:

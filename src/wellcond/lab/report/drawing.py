@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup, escape
 
-from wellcond.lab.report.charts import STYLES, Bars, Chart, Series, Style
+from wellcond.lab.report.chart import Bars, Chart, Series
+from wellcond.lab.report.styles import STYLES, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

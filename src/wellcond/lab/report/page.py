@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wellcond.lab.comparison.summary import Summary
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.report import charts, tables
-from wellcond.lab.report.charts import Bars, Chart
+from wellcond.lab.report.chart import Bars, Chart
 from wellcond.lab.report.drawing import chart_svg, colours
 from wellcond.lab.report.findings import findings, notes
 from wellcond.lab.report.shares import method_shares

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wellcond.lab.report.charts import BASELINE, SHARE_STYLES, Chart, Series, Style, style_of
+from wellcond.lab.report.chart import Chart, Series
 from wellcond.lab.report.formats import quantity_text
 from wellcond.lab.report.shares import PARTS
+from wellcond.lab.report.styles import BASELINE, SHARE_STYLES, Style, style_of
 from wellcond.lab.runs.metric import Metric
 
 
