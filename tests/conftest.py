@@ -1,9 +1,12 @@
 """Settings of every test."""
 
+import gc
 import signal
 import threading
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 import torch
 
 # The tests' tensors are tiny: threads would only wait for each other.
@@ -14,3 +17,14 @@ hypothesis.settings.load_profile("wellcond")
 # A runner without a terminal (nohup) ignores SIGHUP, and so would every process that a test starts.
 if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Let collections of garbage pass over the tests and what they import: millions of objects, and none goes away."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
