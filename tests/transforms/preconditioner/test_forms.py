@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening
 from wellcond.layouts import find_layers
 from wellcond.transforms.preconditioner import solves
@@ -225,11 +226,11 @@ def dense_step(transform_type: type, rows: Tensor, before: Tensor, mode: str, ta
     return before @ vectors @ torch.diag(damped**-transform_type.exponent) @ vectors.mT
 
 
-@BOTH
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("restore_norm", [True, False])
-@pytest.mark.parametrize(
-    "options", [{"second_moment": "low_rank"}, {"max_dim": 64}, {"second_moment": "dense", "max_dim": 64}]
+@parametrize_pairs(
+    ("options", [{"second_moment": "low_rank"}, {"max_dim": 64}, {"second_moment": "dense", "max_dim": 64}]),
+    ("mode", MODES),
+    ("restore_norm", [True, False]),
+    ("transform_type", {name: kind for kind, name in NAMES.items()}),
 )
 def test_a_sketch_is_exact_where_the_inputs_have_few_directions(
     transform_type: type, mode: str, restore_norm: bool, options: dict[str, Any]
@@ -409,9 +410,11 @@ def test_products_in_bfloat16_are_close_and_their_norm_is_recovered(transform_ty
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 2e-2
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@parametrize_pairs(
+    ("form", list(FORMS)),
+    ("precision", ["float32", "tf32", "bfloat16"]),
+    ("dtype", [torch.float64, torch.float32, torch.bfloat16]),
+)
 def test_what_is_kept_in_which_precision(form: str, precision: Any, dtype: torch.dtype) -> None:
     """Statistics in float32 or wider, always; what gradients are multiplied with in the precision asked for."""
     make, options, shape = FORMS[form]
@@ -474,10 +477,12 @@ def in_words(count: float) -> str:
     raise ValueError(count)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "embedding", "tied"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@parametrize_pairs(
+    ("form", [*FORMS, "embedding", "tied"]),
+    ("precision", ["float32", "bfloat16"]),
+    ("dtype", [torch.float64, torch.float32, torch.bfloat16]),
+    ("momentum", [0.0, 0.9]),
+)
 def test_the_report_says_how_many_bytes_are_kept(
     form: str, precision: Any, dtype: torch.dtype, momentum: float
 ) -> None:
