@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations, groupby, product
+from itertools import chain, combinations, groupby, product
 from typing import Any
 
 import pytest
@@ -57,16 +57,28 @@ def parametrize_pairs(
     """Run a test for a covering set of the axes' values; complete along the first axis, whatever the others are.
 
     Args:
-        axes: The arguments' names with their values, or with a mapping from what the test is called to a value.
+        axes: Each an argument's name, or several in one text, with its values, or with a mapping from what the test is
+            to be called to a value; of several arguments a value is a tuple.
         allowed: Takes a value of each axis; whether they can be together.
     """
-    names, given = zip(*axes, strict=True)
-    values = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in given]
-    ids, cases = [list(axis) for axis in values], [list(axis.values()) for axis in values]
+    names = [[name.strip() for name in text.split(",")] for text, _ in axes]
+    cases = [
+        list(values.items()) if isinstance(values, Mapping) else [(_called(value), value) for value in values]
+        for _, values in axes
+    ]
 
-    def at(row: Row) -> tuple[Any, ...]:
-        return tuple(case[place] for case, place in zip(cases, row, strict=True))
+    def at(row: Row) -> list[Any]:
+        return [axis[place][1] for axis, place in zip(cases, row, strict=True)]
 
-    rows = covering([len(case) for case in cases], lambda row: allowed(*at(row)))
-    called = ["-".join(axis[place] for axis, place in zip(ids, row, strict=True)) for row in rows]
-    return pytest.mark.parametrize(names, [at(row) for row in rows], ids=called)
+    rows = covering([len(axis) for axis in cases], lambda row: allowed(*at(row)))
+    arguments = []
+    for row in rows:
+        spread = [value if len(own) > 1 else (value,) for own, value in zip(names, at(row), strict=True)]
+        arguments.append(tuple(chain.from_iterable(spread)))
+    ids = ["-".join(axis[place][0] for axis, place in zip(cases, row, strict=True)) for row in rows]
+    return pytest.mark.parametrize(list(chain.from_iterable(names)), arguments, ids=ids)
+
+
+def _called(value: Any) -> str:
+    # The same in every process: no address of a function.
+    return str(getattr(value, "__name__", value))

@@ -29,11 +29,16 @@ def test_far_fewer_rows_than_the_product():
 
 
 def test_values_come_under_their_names():
-    axes = (("kind", {"one": 1, "two": 2}), ("cast", (False, True)), ("way", "ab"))
+    axes = (("kind", {"one": 1, "two": 2}), ("cast", (False, True)), ("left, right", [(int, "a"), (len, "b")]))
     mark = parametrize_pairs(*axes, allowed=lambda kind, cast, way: (kind, cast) != (2, True))
-    assert mark.args[0] == ("kind", "cast", "way")
-    assert all(
-        name == f"{'one' if kind == 1 else 'two'}-{cast}-{way}"
-        for name, (kind, cast, way) in zip(mark.kwargs["ids"], mark.args[1], strict=True)
-    )
-    assert {(kind, cast) for kind, cast, _ in mark.args[1]} == {(1, False), (1, True), (2, False)}
+    assert mark.args[0] == ["kind", "cast", "left", "right"]
+    called = {1: "one", 2: "two", (int, "a"): str((int, "a")), (len, "b"): str((len, "b"))}
+    for name, (kind, cast, *way) in zip(mark.kwargs["ids"], mark.args[1], strict=True):
+        assert name == f"{called[kind]}-{cast}-{called[tuple(way)]}"
+    assert {(kind, cast) for kind, cast, *_ in mark.args[1]} == {(1, False), (1, True), (2, False)}
+
+
+def test_values_of_one_name_are_different_cases():
+    mark = parametrize_pairs(("make", [lambda: 1, lambda: 2]), ("times", [1, 2]))
+    assert {(make(), times) for make, times in mark.args[1]} == set(product([1, 2], [1, 2]))
+    assert set(mark.kwargs["ids"]) == {"<lambda>-1", "<lambda>-2"}

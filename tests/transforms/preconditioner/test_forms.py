@@ -128,9 +128,11 @@ CONV_CASES: list[tuple[int, dict[str, Any], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("axes", "options", "shape"), CONV_CASES)
-@pytest.mark.parametrize("mode", MODES)
-@BOTH
+@parametrize_pairs(
+    ("axes, options, shape", CONV_CASES),
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+)
 def test_kronecker_form_is_its_definition(
     transform_type: type, mode: str, axes: int, options: dict[str, Any], shape: list[int]
 ) -> None:
@@ -296,9 +298,11 @@ def test_a_sketch_follows_the_leading_directions_of_a_spectrum_without_end() -> 
     assert errors[-1] <= errors[0]
 
 
-@BOTH
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@parametrize_pairs(
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("bias", [True, False]),
+)
 def test_a_truncated_form_is_the_dense_one_with_a_flat_tail(
     transform_type: type, bias: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,9 +443,11 @@ def train(model: nn.Module, optimizer: Any, steps: range, shape: list[int], dtyp
         optimizer.step()
 
 
-@BOTH
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@parametrize_pairs(
+    ("form", list(FORMS)),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("precision", ["float32", "bfloat16"]),
+)
 def test_resuming_is_exact_in_every_form(transform_type: type, form: str, precision: Any) -> None:
     make, options, shape = FORMS[form]
     chosen = transform_type(
@@ -675,9 +681,11 @@ def test_switches_and_their_statistics_survive_a_checkpoint(start: bool) -> None
 # solvers ------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("second_moment", ["dense", "kronecker"])
+@parametrize_pairs(
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("second_moment", ["dense", "kronecker"]),
+)
 def test_newton_schulz_trains_as_eigh_does(transform_type: type, mode: Any, second_moment: Any) -> None:
     trained = []
     for solver in ("eigh", "newton_schulz"):

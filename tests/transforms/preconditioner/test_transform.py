@@ -27,12 +27,15 @@ from preconditioned_by_hand import (
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization
 
 
-@BOTH
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("warmup", [False, True])
+@parametrize_pairs(
+    ("optimizer", list(OPTIMIZERS)),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("warmup", [False, True]),
+)
 def test_training_equals_the_plain_optimizer_on_preconditioned_gradients(
     transform_type: type, optimizer: str, warmup: bool
 ) -> None:
