@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from stopped_runs import COMPARED, compare, stop_after, uncounted
 
+from forked import forking
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.errors import LabError
@@ -215,12 +215,9 @@ def test_a_comparison_that_is_killed_again_and_again_gives_the_same_table(tmp_pa
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole = compare(str(tmp_path / "whole"), keep_every=3600.0)
-    # Processes that have imported everything already: starting anew takes seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stopped_runs", "wellcond.lab.training.runner", "wellcond.lab.tasks.open"])
     chance, killed, folder = random.Random(0), 0, tmp_path / "killed"
     while killed < KILLS or not list(folder.glob("*.ckpt")):
-        process = context.Process(target=compare, args=(str(folder),))
+        process = forking().Process(target=compare, args=(str(folder),))
         process.start()
         # After so many changes, however long they take on a busy machine.
         before = newest(folder)
