@@ -11,8 +11,9 @@ import torch
 
 # The tests' tensors are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
-# On a busy machine any example may take long.
-hypothesis.settings.register_profile("wellcond", deadline=None)
+# On a busy machine any example may take long. `--hypothesis-profile=thorough` tries many more of them.
+hypothesis.settings.register_profile("wellcond", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("wellcond")
 # A runner without a terminal (nohup) ignores SIGHUP, and so would every process that a test starts.
 if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
