@@ -48,7 +48,7 @@ def run_page(page: Path, folder: Path) -> Run:
     # As in a script, classes that the page defines are of __main__.
     process = forking().Process(target=exec, args=("\n".join(session), {"__name__": "__main__"}))
     process.start()
-    process.join(120)
+    process.join(600)  # far more than it takes, on a busy machine either
     if process.is_alive():
         process.kill()
         process.join()

@@ -25,6 +25,8 @@ from wellcond.lab.training.progress import RunProgress, StepProgress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
+# Seconds that nothing takes, on a busy machine either: what does has hung.
+HUNG = 600
 LONG = ["--train-images", "512", "--epochs", "400", "--checkpoint-every", "0.1", "--quiet"]
 # A comparison of one run, and so with one worker: each takes seconds to start.
 ONE_WORKER = ["compare", *LONG, "--methods", "SGDM", "--lrs", "SGD=0.1", "--seeds", "1", "--jobs", "2"]
@@ -43,13 +45,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], ready: Callable[[], bool], number: int, group: bool = False) -> str:
     """Send a signal when the command has come so far; return the one line that it says."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + HUNG
     while not ready():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=HUNG)
     assert process.returncode == 128 + number, errors
     assert out == ""
     lines = errors.splitlines()
@@ -84,7 +86,7 @@ def test_several_processes_of_one_run_end_together_and_go_on(tmp_path: Path) -> 
     before = seconds(tmp_path)
     assert not (tmp_path / "run.json").exists()
     process = start(*command)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=HUNG)
     assert (process.returncode, errors) == (0, "")
     after = seconds(tmp_path)
     assert len(after) == len(json.loads((tmp_path / "run.json").read_text())["epochs"]) == 40
@@ -210,14 +212,14 @@ def test_in_another_thread_nothing_is_handled() -> None:
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     process = start(*ONE_WORKER, "--out", str(tmp_path))
-    until = time.monotonic() + 120
+    until = time.monotonic() + HUNG
     while not any(tmp_path.glob("runs/*.ckpt")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
     process.kill()
     # Their ends of the pipes are closed when they have ended; communicate waits for that.
-    process.communicate(timeout=30)
+    process.communicate(timeout=HUNG)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*.ckpt")}
     time.sleep(1)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*.ckpt")} == files
