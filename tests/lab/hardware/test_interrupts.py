@@ -25,9 +25,9 @@ from wellcond.lab.training.progress import RunProgress, StepProgress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAID = {"SIGINT": "interrupted", "SIGTERM": "asked to end (SIGTERM)", "SIGHUP": "its terminal is gone (SIGHUP)"}
-# Seconds that nothing takes, on a busy machine either: what does has hung.
+# Seconds that nothing takes, on a busy machine either, but for a training that is `LONG`: what does has hung.
 HUNG = 600
-LONG = ["--train-images", "512", "--epochs", "400", "--checkpoint-every", "0.1", "--quiet"]
+LONG = ["--train-images", "512", "--epochs", "40000", "--checkpoint-every", "0.1", "--quiet"]
 # A comparison of one run, and so with one worker: each takes seconds to start.
 ONE_WORKER = ["compare", *LONG, "--methods", "SGDM", "--lrs", "SGD=0.1", "--seeds", "1", "--jobs", "2"]
 
