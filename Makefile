@@ -9,8 +9,9 @@ demo: $(VENV)/.lab
 	$(BIN)/wellcond compare --out runs/demo
 
 test: $(VENV)/.dev
-	# Two or more processes with one thread each: the tests are many and small.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	# Two or more processes with one thread each: the tests are many and small. Each process takes its share in
+	# their order, since a file's tests share what is costly to make, and at last some of another's.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

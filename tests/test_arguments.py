@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import diagnostics, optim
 from wellcond import nn as W
 from wellcond.runtime.checks import ArgumentError, checked
@@ -226,9 +227,11 @@ def test_sizes_of_linear_layers(name: str, value: int) -> None:
             layer(**LINEAR | {name: value})
 
 
-@pytest.mark.parametrize("layer", [kind for kind, valid in VALID.items() if valid is CONV])
-@pytest.mark.parametrize("name", ["kernel_size", "stride", "dilation"])
-@pytest.mark.parametrize("value", [0, -1, (3, 0), (3, 3, 3), (1.5, 1), 2**40])
+@parametrize_pairs(
+    ("value", [0, -1, (3, 0), (3, 3, 3), (1.5, 1), 2**40]),
+    ("name", ["kernel_size", "stride", "dilation"]),
+    ("layer", [kind for kind, valid in VALID.items() if valid is CONV]),
+)
 def test_geometry_of_convolutions(layer: type[nn.Module], name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         layer(**CONV | {name: value})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from forked import forking
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,7 +37,7 @@ class Run(NamedTuple):
 
 
 def run_page(page: Path, folder: Path) -> Run:
-    """Run a page in a process of its own, forked from one that has imported the library already."""
+    """Run a page in a process of its own."""
     out, err = folder / "out", folder / "err"
     mark = "\x00next block\x00"
     session = [f"import os, sys; sys.stdout, sys.stderr = open({str(out)!r}, 'w'), open({str(err)!r}, 'w')"]
@@ -44,12 +45,10 @@ def run_page(page: Path, folder: Path) -> Run:
     session.append("import warnings, wellcond; warnings.simplefilter('error', wellcond.WellcondWarning)")
     for block in SHOWN.finditer(page.read_text(encoding="utf-8")):
         session += [block["code"], f"print({mark!r}, end='')"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["wellcond"])
     # As in a script, classes that the page defines are of __main__.
-    process = context.Process(target=exec, args=("\n".join(session), {"__name__": "__main__"}))
+    process = forking().Process(target=exec, args=("\n".join(session), {"__name__": "__main__"}))
     process.start()
-    process.join(120)
+    process.join(600)  # far more than it takes, on a busy machine either
     if process.is_alive():
         process.kill()
         process.join()

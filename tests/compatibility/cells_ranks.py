@@ -86,7 +86,7 @@ def _found(names: tuple[str, ...]) -> dict[str, tuple[str, str]]:
         ]
         try:
             for process in processes:
-                process.wait(100)
+                process.wait(600)  # far more than it takes, on a busy machine either
         except subprocess.TimeoutExpired:
             pass
         finally:

@@ -11,18 +11,22 @@ import compatibility
 CELLS = all_cells()
 
 
+@pytest.fixture(scope="module")
+def shown() -> dict[tuple[str, str], tuple[str, str]]:
+    """What the page shows."""
+    return compatibility.shown_cells(compatibility.PAGE.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.area}: {cell.name}")
-def test_it_is_as_expected_and_as_the_page_says(cell: Cell) -> None:
+def test_it_is_as_expected_and_as_the_page_says(cell: Cell, shown: dict[tuple[str, str], tuple[str, str]]) -> None:
     found = run(cell)
     assert found.outcome in cell.expected, f"{found.outcome}: {found.message}"
-    shown = compatibility.shown_cells(compatibility.PAGE.read_text(encoding="utf-8"))
     assert shown.get((cell.area, cell.name)) == (found.outcome, compatibility.as_code(found.message)), (
         compatibility.HINT
     )
 
 
-def test_the_page_has_no_cell_that_is_not_tried() -> None:
-    shown = compatibility.shown_cells(compatibility.PAGE.read_text(encoding="utf-8"))
+def test_the_page_has_no_cell_that_is_not_tried(shown: dict[tuple[str, str], tuple[str, str]]) -> None:
     assert set(shown) == {(cell.area, cell.name) for cell in CELLS}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import (
     FeatureDescent,
     FeatureWhitening,
@@ -153,9 +154,7 @@ def test_changes_training_until_removed(transform: Any, make_optimizer: Any) -> 
     assert_same(plain, model)
 
 
-@transforms
-@optimizers
-@pytest.mark.parametrize("form", ["positional", "keyword"])
+@parametrize_pairs(("transform", TRANSFORMS), ("make_optimizer", OPTIMIZERS), ("form", ["positional", "keyword"]))
 def test_a_closure_is_as_good_as_gradients_that_are_there(transform: Any, make_optimizer: Any, form: str) -> None:
     """Trap 1: pre-step hooks run before the closure, so the gradient is not there yet."""
     model, other = net(), net()
@@ -174,31 +173,25 @@ def test_a_closure_is_as_good_as_gradients_that_are_there(transform: Any, make_o
     assert_same(model, other)
 
 
-@transforms
-@optimizers
-def test_resumes_exactly_at_every_step(transform: Any, make_optimizer: Any) -> None:
+@parametrize_pairs(("transform", TRANSFORMS), ("stopped_at", range(10)), ("make_optimizer", OPTIMIZERS))
+def test_resumes_exactly_at_every_step(transform: Any, stopped_at: int, make_optimizer: Any) -> None:
     """Also between two refreshes; through a file, with weights_only=True."""
     model = net()
     optimizer = make_optimizer(model.parameters())
     wellcond.attach(optimizer, model, *transform)
-    saved = []
-    for step in range(10):
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        saved.append(file)
-        train(model, optimizer, range(step, step + 1))
-    for stopped_at, file in enumerate(saved):
-        resumed = net()
-        theirs = make_optimizer(resumed.parameters())
-        wellcond.attach(theirs, resumed, *transform)
-        train(resumed, theirs, range(50, 53))  # whatever it did before must not show
-        file.seek(0)
-        checkpoint = torch.load(file, weights_only=make_optimizer is not OPTIMIZERS["AdaBelief"])
-        resumed.load_state_dict(checkpoint["model"])
-        theirs.load_state_dict(checkpoint["optimizer"])
-        if stopped_at == 0:
-            # A state dict without any state: the optimizer itself starts anew.
-            continue
+    train(model, optimizer, range(stopped_at))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, range(stopped_at, 10))
+    resumed = net()
+    theirs = make_optimizer(resumed.parameters())
+    wellcond.attach(theirs, resumed, *transform)
+    train(resumed, theirs, range(50, 53))  # whatever it did before must not show
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=make_optimizer is not OPTIMIZERS["AdaBelief"])
+    resumed.load_state_dict(checkpoint["model"])
+    theirs.load_state_dict(checkpoint["optimizer"])
+    if stopped_at > 0:  # or it is a state dict without any state: the optimizer itself starts anew
         train(resumed, theirs, range(stopped_at, 10))
         assert_same(model, resumed)
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
+from pairs import parametrize_pairs
 from wellcond.diagnostics._landscape import Landscape, landscape
 from wellcond.diagnostics._lipschitz import Lipschitz, Smoothness, dominant_eigenvalue, lipschitz
 from wellcond.nn import KalmanBatchNorm2d, MomentumBatchNorm2d, SwitchableNorm2d, WhitenedLinear
@@ -440,9 +441,11 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
         assert after[kind] == before[kind]
 
 
-@PROBES
-@pytest.mark.parametrize("make", [resnet, vit, encoder, momentum, switchable, kalman, whitened])
-@pytest.mark.parametrize("training", [True, False])
+@parametrize_pairs(
+    ("make", [resnet, vit, encoder, momentum, switchable, kalman, whitened]),
+    ("probe", [few_lipschitz, few_landscape]),
+    ("training", [True, False]),
+)
 def test_models_of_all_kinds_are_left_as_they_are_found(
     probe: Callable[..., Any], make: Callable[[], tuple[nn.Module, Tensor]], training: bool
 ) -> None:

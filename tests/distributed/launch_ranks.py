@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
+import os
+import runpy
 import sys
 import traceback
 import warnings
@@ -24,32 +25,38 @@ Check = Callable[[int, int], Any]
 
 def run_ranks(worker: ModuleType, world: int, folder: Path) -> Ranks:
     """Start the ranks, insist on exit code 0 from each within the time, and return what each of them saved."""
+    from forked import forking  # which a worker that is run by hand does not find
+
     assert worker.__file__ is not None
-    logs = [(folder / f"log{rank}.txt").open("w+") for rank in range(world)]
+    logs = [folder / f"log{rank}.txt" for rank in range(world)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(folder)], stdout=log, stderr=subprocess.STDOUT
-        )
+        forking().Process(target=_run_script, args=(worker.__file__, [str(rank), str(world), str(folder)], log))
         for rank, log in enumerate(logs)
     ]
     try:
+        for process in processes:
+            process.start()
         codes: list[int | str] = []
         for process in processes:
-            try:
-                codes.append(process.wait(TIMEOUT))
-            except subprocess.TimeoutExpired:
-                codes.append("timed out")
+            process.join(TIMEOUT)
+            codes.append("timed out" if process.exitcode is None else process.exitcode)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-    output = ""
-    for log in logs:
-        log.seek(0)
-        output += log.read()[-3000:]
-        log.close()
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    output = "".join(log.read_text()[-3000:] for log in logs)
     assert codes == [0] * world, f"exit codes {codes}\n{output}"
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _run_script(script: str, arguments: list[str], log: Path) -> None:
+    """Run a script as the interpreter does, and write what it says to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def results_of(ranks: Ranks, name: str) -> list[Any]:

@@ -112,11 +112,14 @@ def test_calibrating_a_checkpoint_changes_what_it_says_of_the_images() -> None:
     assert found["calibrated"] != found["as published"]
 
 
-@pytest.mark.parametrize("norm", ["bsr", "mbn"])
-def test_timm_fine_tunes(norm: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model = example("timm_finetune").main(epochs=1, norm=norm)
-    assert re.search(rf"{norm}: \d+\.\d% of \d+ test images", capsys.readouterr().out)
+def assert_fine_tuned(model: torch.nn.Module, norm: str, printed: str) -> None:
+    assert re.search(rf"{norm}: \d+\.\d% of \d+ test images", printed)
     assert not any(type(module) is torch.nn.BatchNorm2d for module in model.modules())
+
+
+def test_timm_fine_tunes(capsys: pytest.CaptureFixture[str]) -> None:
+    model = example("timm_finetune").main(epochs=1, norm="mbn")
+    assert_fine_tuned(model, "mbn", capsys.readouterr().out)
 
 
 def test_detection_learns() -> None:
@@ -218,12 +221,12 @@ def test_accelerate_resumes_exactly(tmp_path: Path) -> None:
     assert_identical(main(60, str(tmp_path), resume=26).state_dict(), whole.state_dict())
 
 
-def test_timm_resumes_exactly(tmp_path: Path) -> None:
+def test_timm_fine_tunes_and_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = example("timm_finetune").main
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder in (whole, resumed):
         folder.mkdir()
-    main(epochs=2, folder=str(whole))
+    assert_fine_tuned(main(epochs=2, folder=str(whole)), "bsr", capsys.readouterr().out)
     main(epochs=2, folder=str(resumed), resume=str(whole / "checkpoint-0.pth.tar"))
     wanted = torch.load(whole / "last.pth.tar")
     assert any("momentum_buffer" in entry for entry in wanted["optimizer"]["state"].values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,12 @@ from wellcond.lab.training.runner import Runner
 COMPARED = Settings(
     methods=("SGDM", "W-SGDM", "MBN"),
     lrs=(("SGD", (0.1,)),),
-    seeds=3,
-    epochs=3,
+    seeds=2,
+    epochs=2,
     train_images=256,
     validation_images=64,
     test_images=64,
     batch_size=16,
-    checkpoint_every=0.0,
 )
 
 
@@ -39,8 +39,11 @@ class StoppedError(Exception):
 
 @contextmanager
 def stop_at(steps: int) -> Iterator[None]:
-    """End every run in the block as soon as it has been kept after so many steps."""
+    """End every run in the block as soon as it has been kept after so many steps, and keep none before."""
     keep = Keeper._keep
+
+    def due(self, trainer):
+        return trainer.global_step == steps < self.file.spec.steps
 
     def keep_and_stop(self, trainer):
         keep(self, trainer)
@@ -48,6 +51,7 @@ def stop_at(steps: int) -> Iterator[None]:
             raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keeper, "_due", due)
         patch.setattr(Keeper, "_keep", keep_and_stop)
         yield
 
@@ -62,9 +66,9 @@ def uncounted(self: RunMemory, spec: RunSpec, data: SeedData) -> None:
     """Stand in for `RunMemory.of`, which collects the whole test process's garbage: that takes longer than a run."""
 
 
-def compare(folder: str) -> Comparison:
+def compare(folder: str, keep_every: float = 0.0) -> Comparison:
     """Carry out or continue a small comparison; its equal-time part, which hangs on times, is left out."""
     torch.set_num_threads(1)
     RunMemory.of = uncounted  # type: ignore[method-assign]  # in a process of its own, or under a fixture
-    store = RunStore(Path(folder))
-    return run_comparison(make_plan(COMPARED), store, RunProgress(Console(), quiet=True), equal_time=False)
+    plan, store = make_plan(replace(COMPARED, checkpoint_every=keep_every)), RunStore(Path(folder))
+    return run_comparison(plan, store, RunProgress(Console(), quiet=True), equal_time=False)

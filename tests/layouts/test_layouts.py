@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pairs import parametrize_pairs
 from wellcond.layouts import Layout, NormLayout, find_layers, layout_of, register_layout, registry
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -128,9 +129,11 @@ def test_conv_rows_times_weight_is_the_output(case: tuple[nn.Module, Tensor]) ->
     torch.testing.assert_close(product(layer, inputs), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("spatial", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize(("kernel", "dilation"), [(2, 1), (3, 2), (4, 1), (2, 3)])
+@parametrize_pairs(
+    ("mode", ["zeros", "reflect", "replicate", "circular"]),
+    ("spatial", [1, 2, 3]),
+    ("kernel, dilation", [(2, 1), (3, 2), (4, 1), (2, 3)]),
+)
 def test_same_padding_with_even_kernels_and_dilation(spatial: int, mode: str, kernel: int, dilation: int) -> None:
     """An odd total is padded one more on the far side; a mistake there shifts every row."""
     torch.manual_seed(0)

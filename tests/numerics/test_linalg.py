@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pairs import parametrize_pairs
 from wellcond.numerics import linalg
 from wellcond.numerics.linalg import choose_solver, largest_eigenvalue, symmetric_power, try_symmetric_power
 from wellcond.numerics.low_rank import low_rank_power, nystrom, try_low_rank_power
@@ -434,9 +435,11 @@ def assembled(eigenvectors: Tensor, eigenvalues: Tensor, tail: Tensor) -> Tensor
     return low_rank + tail[..., None, None] * (identity - eigenvectors @ eigenvectors.mT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
-@pytest.mark.parametrize("rank", [0, 1, 3, 6])
+@parametrize_pairs(
+    ("rank", [0, 1, 3, 6]),
+    ("dtype", [torch.float32, torch.float64]),
+    ("scale", [1e-20, 1.0, 1e20]),
+)
 def test_nystrom_is_exact_up_to_its_rank(rank: int, scale: float, dtype: torch.dtype) -> None:
     spectrum = [0.0] * (20 - rank) + [0.5 * (i + 1) for i in range(rank)]
     matrix = scale * with_spectrum(spectrum)[0]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import GradientCentralization
 
 STEPS = 8
@@ -625,9 +626,11 @@ def test_the_report_has_a_line_for_every_parameter_and_names_unknown_types() -> 
 # implementations of one optimizer -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
-@pytest.mark.parametrize("variant", [{"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}], ids=str)
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+@parametrize_pairs(
+    ("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad]),
+    ("variant", [{"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}]),
+    ("where", ["gradient", "update"]),
+)
 def test_foreach_fused_and_for_loop_give_the_same(
     where: str, variant: dict[str, bool], make: type[torch.optim.Optimizer]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ def layer() -> nn.Linear:
     return made
 
 
+@cache
 def classes() -> dict[str, type[Optimizer]]:
     return {
         name: kind

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization
 
 FORMS: dict[str, Any] = {
@@ -74,9 +75,11 @@ def built(start: str, change: Callable[[nn.Module], Any] | None) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("swap", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("change", CHANGES)
+@parametrize_pairs(
+    ("change", list(CHANGES)),
+    ("swap", [True, False]),
+    ("form", list(FORMS)),
+)
 def test_attaching_before_a_change_equals_attaching_after_it(change: str, form: str, swap: bool) -> None:
     start, act = CHANGES[change]
     if start == "meta" and not swap:

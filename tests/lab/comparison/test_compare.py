@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from forked import forking
 from wellcond.__main__ import main
 from wellcond.lab.comparison.compare import compared, run_comparison
 from wellcond.lab.comparison.estimate import estimate_seconds
@@ -55,9 +56,13 @@ LONG = 600
 
 # From inside, after the fourth run: from outside, a busy machine might let it finish before.
 DYING = """
-import os, signal, sys
+import os, signal
+import torch
 from wellcond.__main__ import main
 from wellcond.lab.runs.records import RunStore
+
+# As the process of this suite: the number of threads is part of what determines a run.
+torch.set_num_threads(1)
 
 save, saved = RunStore.save, []
 
@@ -68,38 +73,34 @@ def save_and_die(self, spec, record):
         os.kill(os.getpid(), signal.SIGKILL)
 
 RunStore.save = save_and_die
-sys.exit(main(sys.argv[1:]))
+main(arguments)
 """
 
 
-# As Ctrl-C, to every process of the group: in a step of the fourth run, or when a worker has done it.
+# As Ctrl-C, to every process of the group, when a worker has done the fourth run.
 INTERRUPTED = """
 import os, signal, sys
 from wellcond.__main__ import main
 from wellcond.lab.runs.records import RunStore
-from wellcond.lab.training.module import Training
 
-def interrupting(act, saving):
-    def first(self, *arguments):
-        if len(saved) == 3:
-            os.killpg(0, signal.SIGINT)
-        if saving:
-            saved.append(self)
-        return act(self, *arguments)
-    return first
+save, saved = RunStore.save, []
+
+def interrupt_and_save(self, *arguments):
+    if len(saved) == 3:
+        os.killpg(0, signal.SIGINT)
+    saved.append(self)
+    save(self, *arguments)
 
 if __name__ == "__main__":
-    saved = []
-    RunStore.save = interrupting(RunStore.save, True)
-    Training.training_step = interrupting(Training.training_step, False)
+    RunStore.save = interrupt_and_save
     sys.exit(main(sys.argv[1:]))
 """
 
 
-def end_itself(script: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Let a comparison in a process of its own end as the script says."""
+def interrupt_workers(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Let a comparison of two workers interrupt itself."""
     return subprocess.run(
-        [sys.executable, "-c", script, *SMALL, *more, "--out", str(folder)],
+        [sys.executable, "-c", INTERRUPTED, *SMALL, "--jobs", "2", "--out", str(folder)],
         capture_output=True,
         text=True,
         # As the process of this suite: the number of threads is part of what determines a run.
@@ -127,7 +128,11 @@ def test_the_same_command_again_runs_nothing(finished, monkeypatch):
 
 
 def test_a_killed_comparison_continues_to_the_same_numbers(finished, tmp_path):
-    assert end_itself(DYING, tmp_path).returncode == -signal.SIGKILL
+    command = [*SMALL, "--out", str(tmp_path)]
+    process = forking().Process(target=exec, args=(DYING, {"__name__": "__main__", "arguments": command}))
+    process.start()
+    process.join(LONG)
+    assert process.exitcode == -signal.SIGKILL
     kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*.json")}
     assert len(kept) == 4 < RUNS
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
@@ -149,16 +154,41 @@ def test_damaged_runs_are_run_again(finished, tmp_path):
     assert numbers(tmp_path) == numbers(finished)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_interrupting_keeps_what_is_finished(tmp_path, jobs):
-    ended = end_itself(INTERRUPTED, tmp_path, "--jobs", str(jobs))
-    assert ended.returncode == 130, ended.stderr
-    assert len(list(tmp_path.glob("runs/*.json"))) == 3
-    expected = f"wellcond: interrupted; 3 finished runs are kept in {tmp_path}; the same command continues.\n"
-    assert ended.stderr == expected
-    assert not list(tmp_path.glob("runs/.*"))
+def assert_interrupted_after_three_runs(folder: Path, code: int, errors: str) -> None:
+    assert code == 130, errors
+    assert errors == f"wellcond: interrupted; 3 finished runs are kept in {folder}; the same command continues.\n"
+    assert len(list(folder.glob("runs/*.json"))) == 3
+    assert not list(folder.glob("runs/.*"))
 
 
+def test_interrupting_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    from wellcond.lab.training.module import Training
+
+    train = Training.training_step
+
+    def training_step(self, *arguments):
+        if len(list(tmp_path.glob("runs/*.json"))) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(self, *arguments)
+
+    monkeypatch.setattr(Training, "training_step", training_step)
+    code = main([*SMALL, "--out", str(tmp_path)])
+    assert_interrupted_after_three_runs(tmp_path, code, capsys.readouterr().err)
+
+
+def test_interrupting_workers_keeps_what_is_finished(tmp_path):
+    ended = interrupt_workers(tmp_path)
+    assert_interrupted_after_three_runs(tmp_path, ended.returncode, ended.stderr)
+
+
+@pytest.fixture
+def _quick_workers(monkeypatch):
+    """Fork the workers from a process that has imported what takes seconds; others begin them as users do."""
+    context = forking()
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: context)
+
+
+@pytest.mark.usefixtures("_quick_workers")
 def test_workers_find_the_numbers_of_one_process(finished, tmp_path):
     # Two workers of one thread each, as this suite's process has one.
     assert main([*SMALL, "--out", str(tmp_path), "--jobs", "2"]) == 0
@@ -188,6 +218,7 @@ def test_a_failing_run_is_named_with_its_traceback(finished, tmp_path, monkeypat
     assert numbers(tmp_path) == numbers(finished)
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_a_worker_that_fails_ends_the_comparison(tmp_path, monkeypatch, capsys):
     # The workers read the data again: it is gone by then.
     from wellcond.lab.engines import local as workers
@@ -198,9 +229,10 @@ def test_a_worker_that_fails_ends_the_comparison(tmp_path, monkeypatch, capsys):
         process.start()
 
     monkeypatch.setattr(workers, "_start_deaf_to_interrupts", start_without_data)
-    assert main([*SMALL, "--out", str(tmp_path), "--jobs", "2"]) == 1
+    one = ["--methods", "SGDM", "--lrs", "SGD=0.03"]
+    assert main([*SMALL, *one, "--out", str(tmp_path), "--jobs", "2"]) == 1
     errors = capsys.readouterr().err
-    assert "the run SGDM lr 0.03 seed 0" in errors or "the run W-SGDM lr 0.03 seed 0" in errors
+    assert "the run SGDM lr 0.03 seed 0" in errors
     assert "there is no gone.parquet" in errors
 
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 from normalizer_tables import normalizers_table
 from PIL import Image
+from stopped_runs import uncounted
 
 from wellcond.__main__ import main
 from wellcond.lab.comparison.statistics import paired_difference
@@ -16,6 +17,7 @@ from wellcond.lab.reproduction.across import across_charts
 from wellcond.lab.reproduction.claims import check_claim
 from wellcond.lab.reproduction.recipe import ClaimTable
 from wellcond.lab.runs.metric import ACCURACY
+from wellcond.lab.training.run_memory import RunMemory
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
@@ -28,7 +30,10 @@ TABLE = ClaimTable(statement=STATEMENT, method="SN", share="ln", panels=["m = 32
 def smoke(tmp_path_factory):
     """The folder of the recipe's smoke scale."""
     folder = tmp_path_factory.mktemp("normalizers")
-    assert main(["reproduce", "normalizers", "--scale", "smoke", "--quiet", "--out", str(folder)]) == 0
+    arguments = ["--scale", "smoke", "--quiet", "--no-equal-time", "--out", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunMemory, "of", uncounted)
+        assert main(["reproduce", "normalizers", *arguments]) == 0
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 from stopped_runs import COMPARED, compare, stop_after, uncounted
 
+from forked import forking
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.errors import LabError
@@ -214,13 +214,10 @@ def test_a_budget_ends_where_the_run_does():
 def test_a_comparison_that_is_killed_again_and_again_gives_the_same_table(tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = compare(str(tmp_path / "whole"))
-    # Processes that have imported everything already: starting anew takes seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stopped_runs", "wellcond.lab.training.runner", "wellcond.lab.tasks.open"])
+    whole = compare(str(tmp_path / "whole"), keep_every=3600.0)
     chance, killed, folder = random.Random(0), 0, tmp_path / "killed"
     while killed < KILLS or not list(folder.glob("*.ckpt")):
-        process = context.Process(target=compare, args=(str(folder),))
+        process = forking().Process(target=compare, args=(str(folder),))
         process.start()
         # After so many changes, however long they take on a busy machine.
         before = newest(folder)
@@ -246,7 +243,7 @@ def test_a_comparison_that_is_killed_again_and_again_gives_the_same_table(tmp_pa
         spec: measured(run) for spec, run in whole.records.items()
     }
     assert table(finished) == table(whole)
-    assert sorted(file.suffix for file in folder.iterdir()) == [".json"] * 9
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json"] * 6
 
 
 def newest(folder: Path) -> int:

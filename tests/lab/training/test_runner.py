@@ -49,6 +49,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit_though_stopped(plan, runner,
     checkpoints = Checkpointing(tmp_path, every=0.0)
     stop_after(runner.task, checkpoints, spec, steps=8)
     assert checkpoints.file(spec).step() == 8
+    checkpoints = Checkpointing(tmp_path, every=3600.0)
     again = Runner(open_task(plan.settings), torch.device("cpu"), checkpoints=checkpoints).run(spec)
     assert without_seconds(first) == without_seconds(again)
     assert [epoch.steps for epoch in first.epochs] == [6, 12]

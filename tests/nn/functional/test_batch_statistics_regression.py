@@ -34,29 +34,29 @@ def variance_problem(rng: np.random.Generator, rows: int, weights: Array, noise:
     return features, features @ weights + noise * rng.standard_normal(rows)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_mean_is_least_squares(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    features = np.stack([rng.standard_normal(9) * 3 + 2, np.ones(9)], 1)
-    targets = rng.standard_normal(9)
-    expected = np.linalg.lstsq(features, targets, rcond=None)[0]
-    np.testing.assert_allclose(solve(features, targets), expected, rtol=1e-9, atol=1e-9)
+def test_mean_is_least_squares() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        features = np.stack([rng.standard_normal(9) * 3 + 2, np.ones(9)], 1)
+        targets = rng.standard_normal(9)
+        expected = np.linalg.lstsq(features, targets, rcond=None)[0]
+        np.testing.assert_allclose(solve(features, targets), expected, 1e-9, 1e-9, err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("true", [(0.4, 0.2, 0.5), (0.5, -0.3, 1.0), (-0.2, 0.1, 0.3), (0.7, 0.1, -0.5)], ids=str)
-def test_variance_is_clamped_least_squares(seed: int, true: tuple[float, ...]) -> None:
-    features, targets = variance_problem(np.random.default_rng(seed), 12, np.array(true), 0.3)
-    expected = np.maximum(np.linalg.lstsq(features, targets, rcond=None)[0], 0)
-    np.testing.assert_allclose(solve(features, targets, "clamp"), expected, rtol=1e-8, atol=1e-8)
+def test_variance_is_clamped_least_squares(true: tuple[float, ...]) -> None:
+    for seed in range(20):
+        features, targets = variance_problem(np.random.default_rng(seed), 12, np.array(true), 0.3)
+        expected = np.maximum(np.linalg.lstsq(features, targets, rcond=None)[0], 0)
+        np.testing.assert_allclose(solve(features, targets, "clamp"), expected, 1e-8, 1e-8, err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("true", [(0.4, 0.2, 0.5), (0.5, -0.3, 1.0), (-0.2, 0.1, 0.3), (-1.0, -1.0, -1.0)], ids=str)
-def test_variance_is_non_negative_least_squares(seed: int, true: tuple[float, ...]) -> None:
-    features, targets = variance_problem(np.random.default_rng(seed), 7, np.array(true), 0.5)
-    expected, _ = nnls(features, targets)
-    np.testing.assert_allclose(solve(features, targets, "nnls"), expected, rtol=1e-7, atol=1e-7)
+def test_variance_is_non_negative_least_squares(true: tuple[float, ...]) -> None:
+    for seed in range(40):
+        features, targets = variance_problem(np.random.default_rng(seed), 7, np.array(true), 0.5)
+        expected, _ = nnls(features, targets)
+        np.testing.assert_allclose(solve(features, targets, "nnls"), expected, 1e-7, 1e-7, err_msg=f"seed {seed}")
 
 
 @settings(max_examples=300, deadline=None)

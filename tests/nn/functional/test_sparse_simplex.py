@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pairs import parametrize_pairs
 from wellcond.nn.functional.sparse_simplex import sparsemax, sparsestmax
 
 FLOAT64 = torch.float64
@@ -218,24 +219,25 @@ def test_the_radius_may_be_a_tensor() -> None:
 # ties: the authors' code is 0/0 there -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
-@pytest.mark.parametrize("radius", [*(step / 20 for step in range(21)), 2 / 6**0.5, 0.5**0.5])
-@pytest.mark.parametrize(
-    "values",
-    [
-        [1.0, 1.0, 1.0],
-        [0.1, 0.1, 0.1],
-        [1.0, 1.0],
-        [0.7, 0.7, 0.7, 0.7],
-        [1.0, 1.0, 0.0],
-        [0.0, 1.0, 1.0],
-        [0.5, 0.5, 0.4],
-        [0.6, 0.3, 0.3],
-        [0.4, 0.4, 0.4, 0.1],
-        [0.3, 0.6, 0.6, 0.3],
-        [1 / 3, 1 / 3, 1 / 3 + 1e-9],
-    ],
-    ids=str,
+@parametrize_pairs(
+    (
+        "values",
+        [
+            [1.0, 1.0, 1.0],
+            [0.1, 0.1, 0.1],
+            [1.0, 1.0],
+            [0.7, 0.7, 0.7, 0.7],
+            [1.0, 1.0, 0.0],
+            [0.0, 1.0, 1.0],
+            [0.5, 0.5, 0.4],
+            [0.6, 0.3, 0.3],
+            [0.4, 0.4, 0.4, 0.1],
+            [0.3, 0.6, 0.6, 0.3],
+            [1 / 3, 1 / 3, 1 / 3 + 1e-9],
+        ],
+    ),
+    ("radius", [*(step / 20 for step in range(21)), 2 / 6**0.5, 0.5**0.5]),
+    ("dtype", [torch.float32, FLOAT64]),
 )
 def test_ties(values: list[float], radius: float, dtype: torch.dtype) -> None:
     v = torch.tensor(values, dtype=dtype, requires_grad=True)

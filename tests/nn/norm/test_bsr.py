@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from pairs import parametrize_pairs
 from wellcond.nn import BSRBatchNorm1d, BSRBatchNorm2d
 from wellcond.numerics.moments import Moments, merge_unequal
 
@@ -82,10 +83,12 @@ def close(actual: object, expected: object, tolerance: float = 1e-8) -> None:
 # ------------------------------------------------------------------------------------------------------- the regression
 
 
-@ways
-@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
-@pytest.mark.parametrize("group_size", [None, 2])
-@pytest.mark.parametrize("exact", [True, False])
+@parametrize_pairs(
+    ("momentum", [0.1, 0.5, None]),
+    ("nonneg", ["clamp", "nnls"]),
+    ("group_size", [None, 2]),
+    ("exact", [True, False]),
+)
 def test_weights_are_those_of_weighted_least_squares(
     nonneg: str, momentum: float | None, group_size: int | None, exact: bool
 ) -> None:
@@ -186,10 +189,12 @@ def test_disparity_is_less_than_the_moving_average_has(nonneg: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
-@pytest.mark.parametrize("memory", ["contiguous", "channels last"])
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("affine", [True, False])
+@parametrize_pairs(
+    ("momentum", [0.1, 0.5, None]),
+    ("dtype", [torch.float32, FLOAT64, torch.bfloat16]),
+    ("memory", ["contiguous", "channels last"]),
+    ("affine", [True, False]),
+)
 def test_training_is_batch_norm_bit_for_bit(
     momentum: float | None, memory: str, dtype: torch.dtype, affine: bool
 ) -> None:

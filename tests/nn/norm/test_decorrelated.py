@@ -12,6 +12,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pairs import parametrize_pairs
 from wellcond.nn.norm.decorrelated import BatchWhitening, DecorrelatedBatchNorm2d
 from wellcond.nn.norm.iternorm import IterNorm2d
 
@@ -96,10 +97,12 @@ def covariance_of(y: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the formula
 
 
-@layers
-@widths
-@pytest.mark.parametrize("momentum", [0.3, None])
-@pytest.mark.parametrize("affine", [True, False])
+@parametrize_pairs(
+    ("make", LAYERS),
+    ("width", [1, 2, 3, 6]),
+    ("momentum", [0.3, None]),
+    ("affine", [True, False]),
+)
 def test_follows_the_formula(
     make: Callable[..., BatchWhitening], width: int, momentum: float | None, affine: bool
 ) -> None:
@@ -203,11 +206,11 @@ def awkward(name: str) -> Tensor:
     return x
 
 
-@layers
-@modes
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize(
-    "name", ["usual", "constant channel", "constant", "equal channels", "isotropic", "fewer values than channels"]
+@parametrize_pairs(
+    ("name", ["usual", "constant channel", "constant", "equal channels", "isotropic", "fewer values than channels"]),
+    ("make", LAYERS),
+    ("training", {"training": True, "evaluation": False}),
+    ("width", [2, 4]),
 )
 def test_gradients(make: Callable[..., BatchWhitening], training: bool, width: int, name: str) -> None:
     layer = with_affine(make(4, width, eps=1e-2).double())
@@ -253,11 +256,13 @@ def test_not_a_number_gives_no_error(make: Callable[..., BatchWhitening]) -> Non
 # ------------------------------------------------------------------------------------------------- memory, precision
 
 
-@layers
-@modes
-@widths
-@pytest.mark.parametrize("size", [(4, 3), (1, 2)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64], ids=str)
+@parametrize_pairs(
+    ("make", LAYERS),
+    ("training", {"training": True, "evaluation": False}),
+    ("width", [1, 2, 3, 6]),
+    ("size", [(4, 3), (1, 2)]),
+    ("dtype", [torch.float32, FLOAT64]),
+)
 def test_channels_last(
     make: Callable[..., BatchWhitening], training: bool, width: int, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -279,10 +284,12 @@ def test_channels_last(
     close(dict(twin.named_buffers()), dict(layer.named_buffers()), tolerance)
 
 
-@layers
-@modes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cast", [False, True], ids=["float32 module", "cast module"])
+@parametrize_pairs(
+    ("make", LAYERS),
+    ("training", {"training": True, "evaluation": False}),
+    ("dtype", [torch.bfloat16, torch.float16]),
+    ("cast", {"float32 module": False, "cast module": True}),
+)
 def test_half_precision(make: Callable[..., BatchWhitening], training: bool, dtype: torch.dtype, cast: bool) -> None:
     """The output is rounded once; nothing before it is, or W would multiply that."""
     layer = with_affine(make(6))

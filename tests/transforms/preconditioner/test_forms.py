@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening
 from wellcond.layouts import find_layers
 from wellcond.transforms.preconditioner import solves
@@ -127,9 +128,11 @@ CONV_CASES: list[tuple[int, dict[str, Any], list[int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("axes", "options", "shape"), CONV_CASES)
-@pytest.mark.parametrize("mode", MODES)
-@BOTH
+@parametrize_pairs(
+    ("axes, options, shape", CONV_CASES),
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+)
 def test_kronecker_form_is_its_definition(
     transform_type: type, mode: str, axes: int, options: dict[str, Any], shape: list[int]
 ) -> None:
@@ -225,11 +228,11 @@ def dense_step(transform_type: type, rows: Tensor, before: Tensor, mode: str, ta
     return before @ vectors @ torch.diag(damped**-transform_type.exponent) @ vectors.mT
 
 
-@BOTH
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("restore_norm", [True, False])
-@pytest.mark.parametrize(
-    "options", [{"second_moment": "low_rank"}, {"max_dim": 64}, {"second_moment": "dense", "max_dim": 64}]
+@parametrize_pairs(
+    ("options", [{"second_moment": "low_rank"}, {"max_dim": 64}, {"second_moment": "dense", "max_dim": 64}]),
+    ("mode", MODES),
+    ("restore_norm", [True, False]),
+    ("transform_type", {name: kind for kind, name in NAMES.items()}),
 )
 def test_a_sketch_is_exact_where_the_inputs_have_few_directions(
     transform_type: type, mode: str, restore_norm: bool, options: dict[str, Any]
@@ -295,9 +298,11 @@ def test_a_sketch_follows_the_leading_directions_of_a_spectrum_without_end() -> 
     assert errors[-1] <= errors[0]
 
 
-@BOTH
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@parametrize_pairs(
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("bias", [True, False]),
+)
 def test_a_truncated_form_is_the_dense_one_with_a_flat_tail(
     transform_type: type, bias: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,9 +414,11 @@ def test_products_in_bfloat16_are_close_and_their_norm_is_recovered(transform_ty
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 2e-2
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@parametrize_pairs(
+    ("form", list(FORMS)),
+    ("precision", ["float32", "tf32", "bfloat16"]),
+    ("dtype", [torch.float64, torch.float32, torch.bfloat16]),
+)
 def test_what_is_kept_in_which_precision(form: str, precision: Any, dtype: torch.dtype) -> None:
     """Statistics in float32 or wider, always; what gradients are multiplied with in the precision asked for."""
     make, options, shape = FORMS[form]
@@ -436,9 +443,11 @@ def train(model: nn.Module, optimizer: Any, steps: range, shape: list[int], dtyp
         optimizer.step()
 
 
-@BOTH
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@parametrize_pairs(
+    ("form", list(FORMS)),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("precision", ["float32", "bfloat16"]),
+)
 def test_resuming_is_exact_in_every_form(transform_type: type, form: str, precision: Any) -> None:
     make, options, shape = FORMS[form]
     chosen = transform_type(
@@ -474,10 +483,12 @@ def in_words(count: float) -> str:
     raise ValueError(count)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "embedding", "tied"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@parametrize_pairs(
+    ("form", [*FORMS, "embedding", "tied"]),
+    ("precision", ["float32", "bfloat16"]),
+    ("dtype", [torch.float64, torch.float32, torch.bfloat16]),
+    ("momentum", [0.0, 0.9]),
+)
 def test_the_report_says_how_many_bytes_are_kept(
     form: str, precision: Any, dtype: torch.dtype, momentum: float
 ) -> None:
@@ -670,9 +681,11 @@ def test_switches_and_their_statistics_survive_a_checkpoint(start: bool) -> None
 # solvers ------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("second_moment", ["dense", "kronecker"])
+@parametrize_pairs(
+    ("mode", MODES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("second_moment", ["dense", "kronecker"]),
+)
 def test_newton_schulz_trains_as_eigh_does(transform_type: type, mode: Any, second_moment: Any) -> None:
     trained = []
     for solver in ("eigh", "newton_schulz"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening
 from wellcond.transforms.preconditioner import form, products
 
@@ -50,9 +51,11 @@ def trained(options: dict[str, Any], norm: Any, kind: Any, dtype: torch.dtype) -
     return [parameter.detach().clone() for parameter in net.parameters()]
 
 
-@pytest.mark.parametrize("kind", [FeatureWhitening, FeatureDescent])
-@pytest.mark.parametrize("norm", ["restore", "fixed", "none"])
-@pytest.mark.parametrize("name", OPTIONS)
+@parametrize_pairs(
+    ("name", list(OPTIONS)),
+    ("kind", [FeatureWhitening, FeatureDescent]),
+    ("norm", ["restore", "fixed", "none"]),
+)
 def test_all_ways_agree(name: str, norm: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(OPTIONS[name], norm, kind, torch.float64)
     for at_once, multiplied_out in ((1, 289), (1 << 18, 0), (1, 0)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wellcond
+from pairs import parametrize_pairs
 from wellcond import FeatureDescent, FeatureWhitening
 from wellcond.numerics.tap_blocks import cosine_basis
 
@@ -78,9 +79,11 @@ def by_definition(layer: Any, x: Tensor, before: Tensor, exponent: float, dampin
     return torch.stack(changed)
 
 
-@BOTH
-@pytest.mark.parametrize("mode", ["relative", "mean", "absolute"])
-@pytest.mark.parametrize(("axes", "options", "shape"), CASES)
+@parametrize_pairs(
+    ("axes, options, shape", CASES),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("mode", ["relative", "mean", "absolute"]),
+)
 def test_tap_blocks_are_their_definition(
     transform_type: type, mode: str, axes: int, options: dict[str, Any], shape: list[int]
 ) -> None:
@@ -108,9 +111,11 @@ def test_sketched_blocks_lose_nothing_where_channels_have_few_directions(transfo
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6 * float(results[0].abs().max()))
 
 
-@BOTH
-@pytest.mark.parametrize("form", ["dense", "kronecker", "blocks", "low_rank"])
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+@parametrize_pairs(
+    ("form", ["dense", "kronecker", "blocks", "low_rank"]),
+    ("transform_type", [FeatureWhitening, FeatureDescent]),
+    ("scale", [1.0, 1e-12, 1e12]),
+)
 def test_a_fixed_norm_is_that_of_an_orthogonal_matrix_whatever_the_gradients(
     transform_type: type, form: Any, scale: float
 ) -> None:

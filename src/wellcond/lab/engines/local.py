@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +19,13 @@ from wellcond.lab.engines.select import Finished, RunFailedError, given_task, to
 from wellcond.lab.errors import DataError
 from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.plan import Plan
-from wellcond.lab.runs.records import RunSpec, RunStore
+from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.tasks.open import open_task
+
+if TYPE_CHECKING:
+    from wellcond.lab.training.runner import Runner
 
 
 class ThisProcess:
@@ -69,23 +74,23 @@ class WorkerProcesses:
                 )
                 _start_deaf_to_interrupts(process)
                 there.close()
-                spec = waiting.pop()
-                here.send(spec)
-                running[here] = (process, spec)
+                running[here] = (process, waiting.pop())
+                _ask(here, running[here][1])
             while running:
                 for connection in wait(list(running)):
                     assert isinstance(connection, Connection)
-                    process, spec = running.pop(connection)
+                    process, spec = running[connection]
                     try:
-                        finished = told_by_worker(spec, connection.recv())
-                    except EOFError:
+                        answer = connection.recv()
+                    except (EOFError, ConnectionError):  # the latter where it has not read what it was asked
                         process.join()
                         raise RunFailedError(spec, f"its process ended with exit code {process.exitcode}") from None
+                    finished = told_by_worker(spec, answer)
                     if waiting:
-                        following = waiting.pop()
-                        connection.send(following)
-                        running[connection] = (process, following)
+                        running[connection] = (process, waiting.pop())
+                        _ask(connection, running[connection][1])
                     else:
+                        del running[connection]
                         connection.close()
                         process.join()
                     yield finished
@@ -107,6 +112,12 @@ def _start_deaf_to_interrupts(process: SpawnProcess) -> None:
             signal.signal(number, earlier)
 
 
+def _ask(connection: Connection, spec: RunSpec) -> None:
+    """Send a worker its next run; that it has ended shows where its answer is read."""
+    with suppress(ConnectionError):
+        connection.send(spec)
+
+
 def _end_with_the_parent() -> None:
     """End this process when its parent does, however that ends: its run would write beside that of the next command."""
     parent = multiprocessing.parent_process()
@@ -118,18 +129,27 @@ def _end_with_the_parent() -> None:
 def _work(connection: Connection, settings: Settings, given: Task | None, threads: int, store: RunStore) -> None:
     """Serve runs until the connection closes; answer each with its record, a mistake in the data, or a traceback."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    try:
-        from wellcond.lab.training.checkpoint import Checkpointing
-        from wellcond.lab.training.runner import Runner
-
-        torch.set_num_threads(threads)
-        checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
-        runner = Runner(given or open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
+    run: Callable[[RunSpec], RunRecord] | None = None
+    # The connection's errors alone: a run may raise the same ones, when it reads a file that was cut off for example.
+    with suppress(EOFError, ConnectionError):
         while True:
-            connection.send(runner.run(connection.recv()))
-    except (EOFError, BrokenPipeError):
-        return
-    except DataError as error:
-        connection.send(error)
-    except Exception:
-        connection.send(traceback.format_exc())
+            spec = connection.recv()
+            answer: RunRecord | DataError | str
+            try:
+                if run is None:
+                    run = _runner(settings, given, threads, store).run
+                answer = run(spec)
+            except DataError as error:
+                answer = error
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
+
+
+def _runner(settings: Settings, given: Task | None, threads: int, store: RunStore) -> Runner:
+    from wellcond.lab.training.checkpoint import Checkpointing
+    from wellcond.lab.training.runner import Runner
+
+    torch.set_num_threads(threads)
+    checkpoints = Checkpointing(store.folder, settings.checkpoint_every)
+    return Runner(given or open_task(settings), training_device(settings.accelerator), checkpoints=checkpoints)
