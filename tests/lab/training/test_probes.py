@@ -26,7 +26,7 @@ def test_disparity_is_that_of_the_methods_own_inference(plan, place, kind):
     method = plan.methods[place]
     spec = plan.spec(method, 0.1, seed=0)
     data = plan.task.for_seed(spec, torch.device("cpu"), 0, 1)
-    model = method.with_layers(plan.task.initial_model(plan.model, 0, None), 4)
+    model = method.with_layers(plan.task.initial_model(plan.template.model, 0, None), 4)
     images = [batch[0] for batch in islice(data.batches(), 8)]
     model(images[0])  # statistics of its own
     expected = disparity(model, images, batch_size=4).mean[kind]

@@ -24,12 +24,12 @@ from wellcond.lab.networks.mlp import Mlp, select_mlp
 from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import Classification, Objective, Regression
 from wellcond.lab.tasks.rows import FixedRows, Rows, RowsSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _logger = logging.getLogger(__name__)
 # Chosen once: every comparison on the same data tests on the same rows.
@@ -112,7 +112,7 @@ class TableTask(DataTask):
             "validation": self._rows(encoded, drawn.validation, device),
             "test": self._rows(encoded, self.test, device),
         }
-        objective = self._objective(drawn.train, spec.label_smoothing)
+        objective = self._objective(drawn.train, spec)
         training = FixedRows(self._rows(encoded, drawn.train, device))
         return RowsSeed(training, held_out, objective, spec, device, _PIECE, rank, ranks)
 
@@ -126,10 +126,10 @@ class TableTask(DataTask):
         targets = torch.from_numpy(target.labels[rows] if target.classes else target.numbers[rows])
         return Rows(encoded[torch.from_numpy(rows)].to(device), targets.to(device))
 
-    def _objective(self, train: Indices, label_smoothing: float) -> Objective:
+    def _objective(self, train: Indices, spec: SeedSpec) -> Objective:
         target = self.table.target
         if target.classes:
-            return Classification(len(target.classes), label_smoothing)
+            return Classification(len(target.classes), spec.label_smoothing)
         numbers = target.numbers[train]
         errors = target.numbers[self.test] - target.numbers[self.pool].mean()
         return Regression(
