@@ -274,7 +274,8 @@ def _check_ranks(settings: Settings, methods: Sequence[Method], batch_size: int,
 
 def _check_kind(settings: Settings, task: Task) -> None:
     for name, option in options_of(TrainingOptions).items():
-        if option.only_for not in (None, task.kind) and (value := getattr(settings, name)):
+        value = getattr(settings, name)
+        if option.only_for not in (None, task.kind) and value != option.default:
             raise LabError(f"--{option.flag} is for {option.only_for}, got {value} for {task.kind}")
 
 

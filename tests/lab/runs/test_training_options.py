@@ -1,4 +1,4 @@
-"""An option of training is one field: commands, files, results and kept runs have it by itself, and few files name it."""
+"""An option of training is one field: commands, files, results and kept runs go through it, and few files name it."""
 
 from __future__ import annotations
 

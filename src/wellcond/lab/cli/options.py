@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import split_list
 from wellcond.lab.runs.option import options_of
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.trials import Sweep
-
-_DEFAULTS = Settings()
 
 
 def add_method_options(group: argparse._ActionsContainer, default: str) -> None:
@@ -56,11 +54,10 @@ def add_options(to: argparse._ActionsContainer, group: str) -> None:
     hints = get_type_hints(Settings)
     for name, option in options_of(Settings).items():
         if option.group == group and option.offered:
-            default = getattr(_DEFAULTS, name)
             to.add_argument(
                 f"--{option.flag}",
                 dest=name,
-                default=list(default) if isinstance(default, tuple) else default,
+                default=list(option.default) if isinstance(option.default, tuple) else option.default,
                 help=option.help,
                 **_reading(hints[name], option.metavar),
             )
@@ -68,14 +65,15 @@ def add_options(to: argparse._ActionsContainer, group: str) -> None:
 
 def _reading(hint: Any, metavar: str | None) -> dict[str, Any]:
     """Return how argparse reads an option whose field has this type."""
-    kinds = {hint, *get_args(hint)}
-    if bool in kinds:
+    if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if hint == tuple[tuple[str, str], ...]:
         return {"metavar": metavar, "nargs": "+", "action": "extend", "type": _pair}
     if hint == tuple[Sweep, ...]:
         return {"metavar": metavar, "action": "append"}
-    return {"metavar": metavar, "type": next((kind for kind in (int, float) if kind in kinds), None)}
+    # A list is one text, which the command takes apart; a field that may be left open has None beside its type.
+    number = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
+    return {"metavar": metavar, "type": number}
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ class Option:
 
     Attributes:
         group: The options that a command offers it with.
+        default: Its value unless it is given.
         help: What it means, as a command's help says it.
         metavar: What stands for its value there; None for a switch.
         flag: What commands call it, without the dashes.
@@ -35,6 +36,7 @@ class Option:
     """
 
     group: str
+    default: Any
     help: str
     metavar: str | None = None
     flag: str = ""
@@ -54,7 +56,7 @@ def option(group: str, default: object, help: str, metavar: str | None = None, *
         metavar: What stands for its value there; None for a switch.
         **more: Further attributes of `Option`.
     """
-    return field(default=default, metadata={"option": Option(group, help, metavar, **more)})
+    return field(default=default, metadata={"option": Option(group, default, help, metavar, **more)})
 
 
 @cache

@@ -256,13 +256,13 @@ class Settings(TrainingOptions, _Compared):
         options = options_of(Settings)
         if self.task is None:
             for name, said in options.items():
-                if said.group == "task" and getattr(self, name):
+                if said.group == "task" and getattr(self, name) != said.default:
                     raise LabError(f"--{said.flag} is for a task of your own: --task module:Name")
             return
         if self.data != DIGITS:
             raise LabError(f"--data {self.data} cannot go with --task {self.task}, which has its own data")
         for name, said in options.items():
-            if said.by_task and getattr(self, name):
+            if said.by_task and getattr(self, name) != said.default:
                 raise LabError(f"--{said.flag} is for --data; --task {self.task} decides it itself (see --task-args)")
         for flag, given in (("task-args", self.task_args), ("data-args", self.data_args)):
             names = [key for key, _ in given]
