@@ -79,7 +79,7 @@ def check_options(given: Any) -> None:
     Raises:
         LabError: If a value is none that its option may have.
     """
-    for name, said in options_of(type(given)).items():
+    for name, said in options_of(given.__class__).items():
         value = getattr(given, name)
         if value is not None and said.check is not None:
             said.check(said.flag, value)

@@ -73,7 +73,7 @@ class TableTask(DataTask):
     @cached_property
     def metric(self) -> Metric:
         """The score that counts."""
-        return self._objective(self.pool, 0.0).metric
+        return self._objective(self.pool).metric
 
     @cached_property
     def chance(self) -> float:
@@ -112,7 +112,7 @@ class TableTask(DataTask):
             "validation": self._rows(encoded, drawn.validation, device),
             "test": self._rows(encoded, self.test, device),
         }
-        objective = self._objective(drawn.train, spec)
+        objective = self._objective(drawn.train, spec.label_smoothing)
         training = FixedRows(self._rows(encoded, drawn.train, device))
         return RowsSeed(training, held_out, objective, spec, device, _PIECE, rank, ranks)
 
@@ -126,10 +126,10 @@ class TableTask(DataTask):
         targets = torch.from_numpy(target.labels[rows] if target.classes else target.numbers[rows])
         return Rows(encoded[torch.from_numpy(rows)].to(device), targets.to(device))
 
-    def _objective(self, train: Indices, spec: SeedSpec) -> Objective:
+    def _objective(self, train: Indices, smoothing: float = 0.0) -> Objective:
         target = self.table.target
         if target.classes:
-            return Classification(len(target.classes), spec.label_smoothing)
+            return Classification(len(target.classes), smoothing)
         numbers = target.numbers[train]
         errors = target.numbers[self.test] - target.numbers[self.pool].mean()
         return Regression(
