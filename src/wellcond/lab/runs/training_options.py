@@ -10,12 +10,14 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.runs.option import MOST, number, one_of, option, whole
-from wellcond.lab.training.probes import PROBES
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+PROBES = ("disparity", "condition")
+"""What can be measured of a trained network beyond its scores; `lab/training/probes.py` does."""
 
 _network = partial(option, "network")
 _training = partial(option, "training")
