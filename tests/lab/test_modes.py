@@ -160,7 +160,8 @@ def run_all(plan: Plan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
             asked.append(spec)
             cost = 0.02 if spec.method.name == "W-SGDM" else 0.01
             epochs = -(-spec.steps // spec.steps_per_epoch)
-            yield spec, record(spec, [90.0 + spec.steps / 100] * epochs, cost * spec.batch_size / plan.batch_size)
+            cost *= spec.batch_size / plan.template.batch_size
+            yield spec, record(spec, [90.0 + spec.steps / 100] * epochs, cost)
 
     monkeypatch.setattr("wellcond.lab.comparison.compare.execute", execute)
     return run_comparison(plan, RunStore(folder), RunProgress(Console(), quiet=True)), asked

@@ -31,7 +31,7 @@ def test_it_is_the_task_that_methods_are_compared_on(settings):
     mine, theirs = opened.data(3, CPU), plan.task.for_seed(spec, CPU, 0, 1)
     for one, other in zip(islice(mine.batches(), 2), islice(theirs.batches(), 2), strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
-    network, same = (task.initial_model(plan.model, 3, None) for task in (opened.task, plan.task))
+    network, same = (task.initial_model(plan.template.model, 3, None) for task in (opened.task, plan.task))
     assert all(torch.equal(*pair) for pair in zip(network.parameters(), same.parameters(), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -11,9 +11,9 @@ from wellcond.lab.errors import LabError, naming_errors
 from wellcond.lab.networks.weights import check_weights
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec, TrainingOptions
 from wellcond.lab.tasks.base import Defaults, SeedData, Task
 from wellcond.lab.tasks.open import open_task
-from wellcond.lab.tasks.seed_spec import OneSeed
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,23 @@ class OpenedTask:
         """
         return self.task.initial_model(self.model, seed, weights)
 
+    def spec(self, seed: int, batch_size: int | None = None) -> SeedSpec:
+        """Return what a seed's data, network and loss are made from.
+
+        Args:
+            seed: The seed.
+            batch_size: Samples of a batch; None for those of `batch_size`.
+        """
+        options = {field.name: getattr(self.settings, field.name) for field in fields(TrainingOptions)}
+        decided = {"model": self.model, "batch_size": batch_size or self.batch_size}
+        return SeedSpec(
+            **options | decided,
+            seed=seed,
+            augmentation=self.task.augmentation,
+            train_images=self.task.train_images,
+            validation_images=self.task.validation_images,
+        )
+
     def data(self, seed: int, device: torch.device, batch_size: int | None = None) -> SeedData:
         """Return a seed's data in one process, every file of it checked.
 
@@ -58,18 +75,8 @@ class OpenedTask:
         Raises:
             LabError: If a file is missing or broken, or the task is not what it must be.
         """
-        task, settings = self.task, self.settings
-        task.check(device)
-        of_seed = OneSeed(
-            seed,
-            self.model,
-            batch_size or self.batch_size,
-            task.augmentation,
-            task.train_images,
-            task.validation_images,
-            settings.label_smoothing,
-        )
-        return task.for_seed(of_seed, device, rank=0, ranks=1)
+        self.task.check(device)
+        return self.task.for_seed(self.spec(seed, batch_size), device, rank=0, ranks=1)
 
 
 def opened_task(settings: Settings, task: Task | None = None) -> OpenedTask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,12 @@ from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.hardware.machine import environment, training_device
 from wellcond.lab.methods.method import Method, Refresh, baselines, given_grids, select_methods, with_lrs
-from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.weights import digest_of
 from wellcond.lab.opened_task import opened_task
+from wellcond.lab.runs.option import options_of
 from wellcond.lab.runs.records import RunSpec
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import TrainingOptions
 from wellcond.lab.tasks.base import Task
 from wellcond.lab.trials import RUN_OPTIONS, Trial, make_trials
 
@@ -33,10 +34,6 @@ class Plan:
         task: The data and what one does with it.
         methods: What is compared.
         baselines: From a method's name to its baseline's.
-        epochs: Epochs of a run.
-        batch_size: Images of a batch.
-        model: The network's name.
-        refresh: The preconditioners' intervals.
         target: Test score to count epochs to; None: the first baseline's final score decides.
         threads: Torch's threads in each job.
         template: What all runs share.
@@ -46,10 +43,6 @@ class Plan:
     task: Task
     methods: tuple[Method, ...]
     baselines: dict[str, str]
-    epochs: int
-    batch_size: int
-    model: str
-    refresh: Refresh
     target: float | None
     threads: int
     template: RunSpec
@@ -62,7 +55,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Steps of a run of all epochs."""
-        return self.epochs * self.steps_per_epoch
+        return self.template.epochs * self.steps_per_epoch
 
     def spec(self, method: Method, lr: float, seed: int, steps: int | None = None) -> RunSpec:
         """Return one run of the comparison, of all epochs unless it says how many steps."""
@@ -95,7 +88,7 @@ class Plan:
             options["ghost_batch"] = None
         if steps is None and "batch_size" in options:
             per_epoch = self.task.steps_with(int(str(options["batch_size"])))
-            options |= {"steps_per_epoch": per_epoch, "steps": self.epochs * per_epoch}
+            options |= {"steps_per_epoch": per_epoch, "steps": self.template.epochs * per_epoch}
         return tuple(replace(spec, **options) for spec in specs)  # type: ignore[arg-type]
 
     @property
@@ -139,61 +132,39 @@ def make_plan(
     # What is named is read before any data is: to find a name misspelt must not take a minute.
     methods = None if settings.methods is None else _methods(settings.methods, settings, lrs, more)
     opened = opened_task(settings, task)
-    task, defaults, model, batch_size = opened.task, opened.defaults, opened.model, opened.batch_size
+    task, defaults, batch_size = opened.task, opened.defaults, opened.batch_size
     if methods is None:
         settings = replace(settings, methods=defaults.methods)
         methods = _methods(defaults.methods, settings, lrs, more)
-    _check_ghost_batch(settings, batch_size)
-    _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
     epochs = settings.epochs or defaults.epochs
     steps_per_epoch = task.steps_with(batch_size)
     steps = epochs * steps_per_epoch
+    settings.check_together(epochs, batch_size, steps)
+    _check_kind(settings, task)
+    _check_ranks(settings, methods, batch_size, defaults.smallest_batch)
+    _check_scaling(settings, methods)
     refresh = Refresh.for_run_of(steps)
-    refresh = Refresh(settings.stats_every or refresh.stats_every, settings.solve_every or refresh.solve_every)
-    _check_training(settings, task, methods, epochs, steps)
-    _check_methods(methods, task, model, settings, refresh)
     threads = max(1, torch.get_num_threads() // settings.jobs)
-    plan = Plan(
-        settings=settings,
-        task=task,
-        methods=methods,
-        baselines=baselines(methods),
-        epochs=epochs,
-        batch_size=batch_size,
-        model=model,
-        refresh=refresh,
-        target=defaults.target if settings.target is None else settings.target,
-        threads=threads,
-        template=RunSpec(
-            method=methods[0],
-            lr=methods[0].lrs[0],
-            seed=0,
-            steps=steps,
-            stats_every=refresh.stats_every,
-            solve_every=refresh.solve_every,
-            model=model,
-            batch_size=batch_size,
-            ghost_batch=settings.ghost_batch,
-            augmentation=task.augmentation,
-            train_images=task.train_images,
-            validation_images=task.validation_images,
-            data=opened.digest,
-            # Of the first rank's machine: all have to agree on what is kept.
-            environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            metric=opened.metric,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            precision=settings.precision,
-            channels_last=settings.channels_last,
-            deterministic=settings.deterministic,
-            label_smoothing=settings.label_smoothing,
-            probe=settings.probe,
-            weights=settings.weights,
-            weights_digest=None if settings.weights is None else digest_of(settings.weights),
-        ),
+    decided = {
+        "epochs": epochs,
+        "stats_every": settings.stats_every or refresh.stats_every,
+        "solve_every": settings.solve_every or refresh.solve_every,
+    }
+    template = RunSpec(
+        **vars(opened.spec(seed=0)) | decided,
+        method=methods[0],
+        lr=methods[0].lrs[0],
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        metric=opened.metric,
+        data=opened.digest,
+        weights_digest=None if settings.weights is None else digest_of(settings.weights),
+        # Of the first rank's machine: all have to agree on what is kept.
+        environment=from_first(lambda: environment(settings.jobs, threads, *_training_place(settings))),
     )
+    _check_methods(methods, task, template)
+    target = defaults.target if settings.target is None else settings.target
+    plan = Plan(settings, task, methods, baselines(methods), target, threads, template)
     _check_trials(plan)
     return plan
 
@@ -218,10 +189,13 @@ def regrouped(plan: Plan, ghost_batch: int | None) -> Plan:
     Raises:
         LabError: If the groups are larger than the batch, or a method cannot take them.
     """
-    settings = replace(plan.settings, ghost_batch=ghost_batch)
-    _check_ghost_batch(settings, plan.batch_size)
-    _check_methods(plan.methods, plan.task, plan.model, settings, plan.refresh)
-    return replace(plan, settings=settings, template=replace(plan.template, ghost_batch=ghost_batch))
+    settings, template = (
+        replace(plan.settings, ghost_batch=ghost_batch),
+        replace(plan.template, ghost_batch=ghost_batch),
+    )
+    template.check_together(template.epochs, template.batch_size, template.steps)
+    _check_methods(plan.methods, plan.task, template)
+    return replace(plan, settings=settings, template=template)
 
 
 def output_folder(plan: Plan, out: str | None) -> Path:
@@ -264,11 +238,6 @@ def _make_writable(folder: Path) -> None:
         raise LabError(f"--out {folder}: cannot write there ({error.strerror or error})") from error
 
 
-def _check_ghost_batch(settings: Settings, batch_size: int) -> None:
-    if settings.ghost_batch is not None and settings.ghost_batch > batch_size:
-        raise LabError(f"--ghost-batch must be at most the batch size ({batch_size}), got {settings.ghost_batch}")
-
-
 def _training_place(settings: Settings) -> tuple[object, ...]:
     """Return what of the processes and devices decides a run's numbers, beside the machine."""
     here = launched()
@@ -296,43 +265,41 @@ def _check_ranks(settings: Settings, methods: Sequence[Method], batch_size: int,
         raise LabError(f"--ghost-batch must be at most a process's share of a batch ({share})")
     if settings.jobs > 1 or settings.engine != "local":
         raise LabError("--jobs and --engine ray are for runs of one process each")
-    if settings.strategy == "fsdp" and settings.precision == "16-mixed":
+    if settings.strategy == "fsdp" and settings.scales_gradients:
         raise LabError("--precision 16-mixed scales gradients, which --strategy fsdp does not; bf16-mixed works")
     for method in methods:
         if method.second_order:
             raise LabError(f"method {method.name} differentiates its gradients, which cannot be done on several ranks")
 
 
-def _check_training(settings: Settings, task: Task, methods: Sequence[Method], epochs: int, steps: int) -> None:
-    schedule = parse_schedule(settings.schedule)
-    if schedule.kind == "step" and schedule.milestones[0] * steps < epochs:
-        raise LabError(f"--schedule {settings.schedule}: changes the lr more often than once a step")
-    if settings.warmup >= epochs:
-        raise LabError(f"--warmup must be shorter than the run ({epochs} epochs), got {settings.warmup:g}")
-    if settings.label_smoothing and task.kind != "classification":
-        raise LabError(f"--label-smoothing is for classification, got {settings.label_smoothing:g} for {task.kind}")
-    if settings.precision == "16-mixed":
-        if training_device(settings.accelerator).type != "cuda":
-            raise LabError("--precision 16-mixed needs a CUDA device; bf16-mixed works without")
-        for method in methods:
-            if method.second_order:
-                raise LabError(f"method {method.name} cannot train with --precision 16-mixed, which scales gradients")
+def _check_kind(settings: Settings, task: Task) -> None:
+    for name, option in options_of(TrainingOptions).items():
+        value = getattr(settings, name)
+        if option.only_for not in (None, task.kind) and value != option.default:
+            raise LabError(f"--{option.flag} is for {option.only_for}, got {value} for {task.kind}")
 
 
-def _check_methods(methods: Sequence[Method], task: Task, model: str, settings: Settings, refresh: Refresh) -> None:
-    """Build every method once, so that options that a transform or a layer refuses are told now."""
-    network = task.initial_model(model, 0, settings.weights)
+def _check_scaling(settings: Settings, methods: Sequence[Method]) -> None:
+    if not settings.scales_gradients:
+        return
+    if training_device(settings.accelerator).type != "cuda":
+        raise LabError("--precision 16-mixed needs a CUDA device; bf16-mixed works without")
     for method in methods:
-        _check_method(method, network, settings.ghost_batch, refresh)
+        if method.second_order:
+            raise LabError(f"method {method.name} cannot train with --precision 16-mixed, which scales gradients")
 
 
-def _check_method(method: Method, network: torch.nn.Module, ghost_batch: int | None, refresh: Refresh) -> None:
-    try:
-        method.build(method.with_layers(copy.deepcopy(network), ghost_batch), method.lrs[0], refresh)
-    except LabError:
-        raise
-    except Exception as error:  # of a user's own optimizer, whatever it raises
-        raise LabError(f"method {method.name}: {error or type(error).__name__}") from error
+def _check_methods(methods: Iterable[Method], task: Task, spec: RunSpec) -> None:
+    """Build every method once, so that options that a transform or a layer refuses are told now."""
+    network = task.initial_model(spec.model, 0, spec.weights)
+    for method in methods:
+        try:
+            layers = method.with_layers(copy.deepcopy(network), spec.ghost_batch)
+            method.build(layers, method.lrs[0], spec.refresh)
+        except LabError:
+            raise
+        except Exception as error:  # of a user's own optimizer, whatever it raises
+            raise LabError(f"method {method.name}: {error or type(error).__name__}") from error
 
 
 def _check_trials(plan: Plan) -> None:
@@ -362,9 +329,8 @@ def _check_trials(plan: Plan) -> None:
             raise LabError(
                 f"--sweep: ghost_batch must be at most batch_size ({spec.batch_size}), got {spec.ghost_batch}"
             )
-    network = task.initial_model(plan.model, 0, settings.weights)
-    for method in dict.fromkeys(trial.method for trials in plan.trials.values() for trial in trials):
-        _check_method(method, network, settings.ghost_batch, plan.refresh)
+    swept = dict.fromkeys(trial.method for trials in plan.trials.values() for trial in trials)
+    _check_methods(swept, task, plan.template)
 
 
 def _listed(values: Sequence[object]) -> str:

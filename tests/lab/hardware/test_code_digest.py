@@ -31,8 +31,10 @@ TELLS_ALONE = {
     "lab.runs.figures",
     "lab.runs.files",
     "lab.runs.metric",
+    "lab.runs.option",
     "lab.runs.records",
     "lab.runs.settings",
+    "lab.runs.training_options",
     "lab.source_text",
     "lab.trials",
 }

@@ -50,7 +50,8 @@ def plan_of(task, **settings):
 
 def test_a_run_measures_the_users_scores():
     plan = plan_of(Sums())
-    assert (plan.steps_per_epoch, plan.epochs, plan.batch_size, plan.model) == (7, 2, 16, "Sequential")
+    all_runs = plan.template
+    assert (plan.steps_per_epoch, all_runs.epochs, all_runs.batch_size, all_runs.model) == (7, 2, 16, "Sequential")
     record = Runner(plan.task, CPU).run(plan.spec(plan.methods[1], 0.03, seed=1))
     assert [epoch.steps for epoch in record.epochs] == [7, 14]
     last = record.epochs[-1]

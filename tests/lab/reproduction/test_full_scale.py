@@ -154,7 +154,7 @@ def test_every_panel_plans_at_full_scale(name, weights, published):
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
             plan = make_plan(settings, StandIn(panel.data, settings.validation_images or 1000))
         assert [method.name for method in plan.methods] == [method.name for method in panel.methods]
-        assert plan.epochs == settings.epochs
+        assert plan.template.epochs == settings.epochs
         assert plan.steps > 0
 
 

@@ -23,7 +23,22 @@ from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.records import EpochRecord, RunRecord, RunSpec, RunStore
 from wellcond.lab.runs.settings import Settings
 
-SPEC = RunSpec(METHODS["SGDM"], 0.1, 0, 20, 5, 25, "convnet", 32, None, "none", 320, 32, "data", "here", 2)
+SPEC = RunSpec(
+    method=METHODS["SGDM"],
+    lr=0.1,
+    seed=0,
+    steps=20,
+    epochs=2,
+    stats_every=5,
+    solve_every=25,
+    model="convnet",
+    batch_size=32,
+    augmentation="none",
+    train_images=320,
+    validation_images=32,
+    data="data",
+    environment="here",
+)
 EPOCHS = (
     EpochRecord(10, 1.0, 0.5, 80.0, 0.4, 81.0, 0.4, {"top-5": 99.0}, train_score=85.0),
     EpochRecord(20, 2.0, 0.4, 100.0, None, 0.0, None),

@@ -151,7 +151,7 @@ def test_a_text_is_parted_in_its_order(tmp_path):
 def test_bits_per_character_of_a_network_that_knows_nothing(tmp_path):
     plan = make_plan(settings_of(write_text(tmp_path)))
     data = plan.task.for_seed(plan.spec(METHODS["AdamW"], 0.01, 0), CPU, 0, 1)
-    model = plan.task.initial_model(plan.model, 0, None)
+    model = plan.task.initial_model(plan.template.model, 0, None)
     nn.init.zeros_(model.head.weight)
     with torch.no_grad():
         found = data.evaluate(model, "test", Stopwatch(CPU))
@@ -172,7 +172,7 @@ def test_a_text_shorter_than_its_blocks(tmp_path, length):
 def test_the_shortest_text(tmp_path):
     (tmp_path / "short.txt").write_text((PHRASE * 4)[:258])
     plan = make_plan(settings_of(tmp_path / "short.txt"))
-    assert (plan.task.train_images, plan.batch_size, plan.steps) == (1, 1, 2)
+    assert (plan.task.train_images, plan.template.batch_size, plan.steps) == (1, 1, 2)
     with pytest.raises(LabError, match="2 that train need 322"):
         open_task(settings_of(tmp_path / "short.txt", train_images=2))
 

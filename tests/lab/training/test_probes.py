@@ -11,7 +11,8 @@ from wellcond.diagnostics import disparity
 from wellcond.lab.errors import LabError
 from wellcond.lab.plan import make_plan
 from wellcond.lab.runs.settings import Settings
-from wellcond.lab.training.probes import probe_network
+from wellcond.lab.runs.training_options import PROBES
+from wellcond.lab.training.probes import MEASURES, probe_network
 from wellcond.lab.training.runner import Runner
 
 
@@ -26,11 +27,15 @@ def test_disparity_is_that_of_the_methods_own_inference(plan, place, kind):
     method = plan.methods[place]
     spec = plan.spec(method, 0.1, seed=0)
     data = plan.task.for_seed(spec, torch.device("cpu"), 0, 1)
-    model = method.with_layers(plan.task.initial_model(plan.model, 0, None), 4)
+    model = method.with_layers(plan.task.initial_model(plan.template.model, 0, None), 4)
     images = [batch[0] for batch in islice(data.batches(), 8)]
     model(images[0])  # statistics of its own
     expected = disparity(model, images, batch_size=4).mean[kind]
     assert probe_network(model, data, spec) == {"probe": {"disparity": pytest.approx(expected)}}
+
+
+def test_each_probe_that_can_be_named_is_measured():
+    assert set(MEASURES) == set(PROBES)
 
 
 def test_a_run_keeps_it(plan):

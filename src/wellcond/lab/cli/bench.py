@@ -14,7 +14,7 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.hardware.interrupts import interruptible
 from wellcond.lab.methods.method import Refresh, select_methods
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
-from wellcond.lab.runs.settings import check_whole
+from wellcond.lab.runs.option import check_whole
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from wellcond.lab.cli.before_after import calibrate_and_show, opened
 from wellcond.lab.cli.options import add_data_options
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
-from wellcond.lab.runs.settings import check_whole
+from wellcond.lab.runs.option import check_whole
 
 if TYPE_CHECKING:
     pass

@@ -10,9 +10,7 @@ from wellcond.lab.cli.kept_runs import keeping_runs
 from wellcond.lab.cli.options import (
     add_data_options,
     add_method_options,
-    add_model_options,
-    add_process_options,
-    add_search_options,
+    add_options,
     add_task_options,
     add_training_options,
     given_methods,
@@ -26,7 +24,7 @@ from wellcond.lab.methods.method import DEFAULT_METHODS, TEXT_METHODS, parse_lrs
 from wellcond.lab.runs.comparison_file import read_comparison
 from wellcond.lab.runs.locks import locked
 from wellcond.lab.runs.records import RunStore
-from wellcond.lab.runs.settings import ENGINES, Settings
+from wellcond.lab.runs.settings import Settings
 from wellcond.lab.trials import parse_sweep
 
 _DESCRIPTION = """\
@@ -68,7 +66,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = Settings()
     parser.add_argument(
         "file",
         nargs="?",
@@ -86,11 +83,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="lr grid of all methods over this optimizer, e.g. SGD=0.02,0.06,0.2; may be given for several "
         "(default: see `wellcond list`)",
     )
-    what.add_argument(
-        "--seeds", type=int, default=defaults.seeds, metavar="N", help="paired seeds (default: %(default)s)"
-    )
-    add_search_options(what)
-    add_model_options(parser)
+    add_options(what, "search")
     add_training_options(parser)
     add_data_options(parser)
     add_task_options(parser)
@@ -98,29 +91,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     output.add_argument(
         "--out", action=OutputFolder, metavar="DIR", help="folder of the results (default: runs/compare-<data>)"
     )
-    output.add_argument(
-        "--target", type=float, metavar="SCORE", help="test score to count the epochs to, in the score's unit"
-    )
-    output.add_argument(
-        "--jobs",
-        type=int,
-        default=defaults.jobs,
-        metavar="N",
-        help="runs at the same time on a machine (default: %(default)s, for clean times)",
-    )
-    output.add_argument(
-        "--engine",
-        default=defaults.engine,
-        metavar="NAME",
-        help=f"what executes the runs, {' or '.join(ENGINES)}: this machine, or those of a Ray cluster "
-        "(default: %(default)s)",
-    )
-    output.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="the Ray cluster (default: that of RAY_ADDRESS, else one of this machine alone)",
-    )
-    add_process_options(output)
+    add_options(output, "runs")
+    add_options(output, "processes")
     output.add_argument(
         "--quiet", action="store_true", help="no progress, no tables: only errors and the files' places"
     )

@@ -16,7 +16,8 @@ from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_output_folder
 from wellcond.lab.hardware.interrupts import interruptible
-from wellcond.lab.runs.settings import MOST, check_seed, check_whole
+from wellcond.lab.runs.option import MOST, check_whole
+from wellcond.lab.runs.settings import check_seed
 from wellcond.lab.training.progress import StepProgress
 
 if TYPE_CHECKING:

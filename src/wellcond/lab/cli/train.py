@@ -16,8 +16,7 @@ from rich.console import Console
 
 from wellcond.lab.cli.options import (
     add_data_options,
-    add_model_options,
-    add_process_options,
+    add_options,
     add_task_options,
     add_training_options,
     given_settings,
@@ -31,8 +30,9 @@ from wellcond.lab.hardware.launch import from_first, launched
 from wellcond.lab.methods.method import select_methods
 from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
 from wellcond.lab.runs.locks import locked
+from wellcond.lab.runs.option import check_whole
 from wellcond.lab.runs.records import RunRecord, RunSpec, RunStore
-from wellcond.lab.runs.settings import Settings, check_seed, check_whole
+from wellcond.lab.runs.settings import Settings, check_seed
 
 if TYPE_CHECKING:
     from wellcond.lab.plan import Plan
@@ -76,7 +76,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     what.add_argument("--lr", type=float, metavar="LR", help="highest lr (default: the middle of the method's grid)")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
-    add_model_options(parser)
     add_training_options(parser)
     add_data_options(parser)
     add_task_options(parser)
@@ -88,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     output.add_argument(
         "--log-every", type=int, default=20, metavar="N", help="steps between two logged losses (default: %(default)s)"
     )
-    add_process_options(output)
+    add_options(output, "processes")
     output.add_argument("--quiet", action="store_true", help="no progress: only errors and the files' places")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from wellcond.lab.hardware.machine import training_device
 from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.plan import Plan
 from wellcond.lab.runs.records import RunSpec, RunStore
+from wellcond.lab.training.network import initial_network
 
 _STEPS = 3
 
@@ -50,9 +52,8 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             task = plan.task
-            network = task.initial_model(plan.model, 0, None)
-            model = method.with_layers(network, spec.ghost_batch).to(device)
-            optimizer, handle = method.build(model, spec.lr, plan.refresh)
+            model = initial_network(task, replace(spec, weights=None)).to(device)
+            optimizer, handle = method.build(model, spec.lr, spec.refresh)
             data = task.for_seed(spec, device, rank=0, ranks=1)
             batches = data.batches().endless()
 
@@ -68,7 +69,7 @@ def _seconds_of_run(plan: Plan, spec: RunSpec) -> float:
                 handle.remove()
     finally:
         torch.set_num_threads(threads)
-    evaluated = plan.epochs * (plan.task.validation_images + plan.task.test_images)
+    evaluated = spec.epochs * (plan.task.validation_images + plan.task.test_images)
     return spec.steps * step + evaluated * image
 
 

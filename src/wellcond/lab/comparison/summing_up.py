@@ -29,7 +29,7 @@ from wellcond.lab.trials import Trial
 def summarize(comparison: Comparison) -> Summary:
     """Return the comparison in numbers, rounded once: files and tables hold the same ones."""
     plan, chance = comparison.plan, comparison.plan.task.chance
-    last = plan.epochs
+    last = plan.template.epochs
     early = None if last == 1 else min(2, last - 1)
     first = comparison.methods[plan.baselines[plan.methods[0].name]]
     target = _target(plan, fmean(_scores(first.runs, last, chance)))
@@ -113,7 +113,7 @@ def _summarize_method(
         epochs_to_target=fmean(reached) if reached else None,
         reached_target=len(reached),
         early_difference=difference(early),
-        final_difference=difference(plan.epochs),
+        final_difference=difference(plan.template.epochs),
         milliseconds_per_step=1000 * median(times) if times else None,
         time_ratio=found.time_ratio,
         evaluation_ratio=None if same_network else found.evaluation_ratio,
@@ -147,7 +147,7 @@ def _edge(value: Any, grid: Sequence[Any]) -> str | None:
 
 def _to_target(found: MethodRuns, plan: Plan, target: float, chance: float) -> ToTarget:
     last, p_value, sign = 0, None, plan.task.metric.sign
-    for epoch in range(1, plan.epochs + 1):
+    for epoch in range(1, plan.template.epochs + 1):
         scores = _scores(found.runs, epoch, chance)
         p_value = probability_within([sign * score for score in scores], sign * target)
         if p_value is not None and p_value < LEVEL:
@@ -161,7 +161,7 @@ def _to_target(found: MethodRuns, plan: Plan, target: float, chance: float) -> T
 
 def _shares(comparison: Comparison, found: MethodRuns, chance: float) -> tuple[AtShare, ...]:
     plan, baseline = comparison.plan, comparison.methods[found.baseline]
-    full = _scores(baseline.runs, plan.epochs, chance)
+    full = _scores(baseline.runs, plan.template.epochs, chance)
     shares = []
     for share, timed in found.timed.items():
         ends = _ends(timed.runs, chance)
@@ -198,7 +198,7 @@ def _equal_time(comparison: Comparison, found: MethodRuns, timed: TimedRuns, cha
         for other in comparison.methods.values()
         if other.baseline == found.baseline and other is not found and other is not baseline and 1.0 in other.timed
     }
-    difference = paired_difference(ends, _scores(baseline.runs, plan.epochs, chance))
+    difference = paired_difference(ends, _scores(baseline.runs, plan.template.epochs, chance))
     return EqualTime(timed.steps, spread(ends), difference, others)
 
 

@@ -19,8 +19,10 @@ from wellcond.lab.report.page import render_report
 from wellcond.lab.report.table import to_csv
 from wellcond.lab.runs.comparison_file import FILE_NAME, write_comparison
 from wellcond.lab.runs.files import replacing, rounded, to_json, write_atomically
+from wellcond.lab.runs.option import options_of
 from wellcond.lab.runs.records import RunRecord, RunSpec
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import TrainingOptions
 from wellcond.lab.tasks.base import Task
 
 FORMAT = 2
@@ -157,23 +159,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "samples": plan.task.samples,
         **plan.task.describe(),
         **_numbers(plan.task),
-        "model": plan.model,
         "methods": [method.name for method in plan.methods],
         "seeds": plan.settings.seeds,
         **_search(plan.settings),
-        "epochs": plan.epochs,
-        "batch_size": plan.batch_size,
-        "ghost_batch": plan.settings.ghost_batch,
+        **{name: getattr(plan.template, name) for name, said in options_of(TrainingOptions).items() if said.offered},
         "steps_per_epoch": plan.steps_per_epoch,
-        "stats_every": plan.refresh.stats_every,
-        "solve_every": plan.refresh.solve_every,
-        "schedule": plan.settings.schedule,
-        "warmup": plan.settings.warmup,
-        "precision": plan.settings.precision,
-        "channels_last": plan.settings.channels_last,
-        "deterministic": plan.settings.deterministic,
-        "label_smoothing": plan.settings.label_smoothing,
-        "weights": plan.settings.weights,
         "jobs": plan.settings.jobs,
         "threads": plan.threads,
         **_processes(plan.settings),

@@ -26,7 +26,7 @@ from wellcond.lab.given_paths import check_input_file
 from wellcond.lab.methods.method import Method
 from wellcond.lab.methods.method import method as read_method
 from wellcond.lab.runs.settings import Scale, Settings
-from wellcond.lab.training.probes import PROBES
+from wellcond.lab.runs.training_options import PROBES
 
 if sys.version_info >= (3, 11):
     import tomllib

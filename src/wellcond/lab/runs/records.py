@@ -8,14 +8,15 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from wellcond.lab.methods.method import Method, Refresh
 from wellcond.lab.runs.figures import check_count, check_number
 from wellcond.lab.runs.files import partial, write_atomically
 from wellcond.lab.runs.metric import ACCURACY, Metric
+from wellcond.lab.runs.training_options import SeedSpec
 
 if TYPE_CHECKING:
-    from wellcond.lab.methods.method import Method
     from wellcond.lab.runs.memory import Memory
 
 # Of a file's name; with its digest and ending it stays below the 255 bytes that file systems take.
@@ -24,73 +25,46 @@ _LONGEST = 200
 Coverage: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-"""How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
-
-@dataclass(frozen=True)
-class RunSpec:
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(SeedSpec):
     """Everything that determines a run's result, its seconds included.
 
     Attributes:
-        method: How to train.
-        lr: The highest lr of the schedule.
-        seed: Weights, split, order and augmentation follow from it, the same for every method.
-        steps: Training steps of the run.
+        epochs: Epochs that the schedule is made for; `steps` may be fewer than they have, at equal wall time.
         stats_every: Steps between two gatherings of second moments.
         solve_every: Steps between two solves.
-        model: The network's name.
-        batch_size: Images of a batch.
-        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
-        augmentation: What training images go through.
-        train_images: Images that train.
-        validation_images: Images that validate.
-        data: The task's fingerprint.
-        epochs: Epochs that the schedule is made for; `steps` may be fewer than they have, at equal wall time.
+        method: How to train.
+        lr: The highest lr of the schedule.
+        steps: Training steps of the run.
         steps_per_epoch: Batches of an epoch.
         metric: What the scores are.
-        schedule: How the lr goes, in the form that `parse_schedule` reads.
-        warmup: Epochs in which the lr rises at the beginning.
-        precision: How training computes, in Lightning's names.
-        channels_last: Whether the network lies in memory channels last.
-        deterministic: Whether only deterministic algorithms may be used.
-        label_smoothing: Share of the target that is spread over all classes, in training.
-        probe: What is measured of the trained network; None for nothing.
-        weights: File of the weights that the run begins with; None draws them.
-        weights_digest: Digest of that file.
+        data: The task's fingerprint.
+        weights_digest: Digest of the weights that the run begins with; None draws them.
+        environment: The machine, the versions and the sharing of cores that the seconds were measured with.
         swept: What a sweep has set, as pairs of an option's name and its value: a part of the name, which other fields
             hold already.
-        environment: The machine, the versions and the sharing of cores that the seconds were measured with.
     """
 
+    # Of what the options may leave open, the length of the run has decided these.
+    epochs: int = field()
+    stats_every: int = field()
+    solve_every: int = field()
     method: Method
     lr: float
-    seed: int
     steps: int
-    stats_every: int
-    solve_every: int
-    model: str
-    batch_size: int
-    ghost_batch: int | None
-    augmentation: str
-    train_images: int
-    validation_images: int
-    data: str
-    environment: str
-    epochs: int
     steps_per_epoch: int = 1
     metric: Metric = ACCURACY
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    precision: Precision = "32-true"
-    channels_last: bool = False
-    deterministic: bool = False
-    label_smoothing: float = 0.0
-    probe: str | None = None
-    weights: str | None = None
+    data: str
     weights_digest: str | None = None
+    environment: str
     # The same run whether a sweep or the method itself sets an option.
     swept: tuple[tuple[str, object], ...] = field(default=(), compare=False)
+
+    @property
+    def refresh(self) -> Refresh:
+        """The preconditioners' intervals."""
+        return Refresh(self.stats_every, self.solve_every)
 
     @property
     def name(self) -> str:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
-from wellcond.lab.data.named_data import DIGITS
-from wellcond.lab.errors import LabError, unknown_name
-from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.runs.records import Precision
-from wellcond.lab.training.probes import PROBES
+from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
+from wellcond.lab.errors import LabError
+from wellcond.lab.runs.option import check_options, check_whole, number, one_of, option, options_of, whole
+from wellcond.lab.runs.training_options import TrainingOptions
 from wellcond.lab.trials import Search, Sweep, check_sweep
 
 Scale = Literal["smoke", "small", "full"]
 """How much a recipe trains."""
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 ENGINES = ("local", "ray")
 """What can execute runs: this machine, or the machines of a Ray cluster."""
@@ -29,39 +26,14 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda")
 """What trains; ``"auto"`` is a CUDA device if there is one."""
 
-
 MODES = ("final", "target")
 """What trials are chosen for: the score at the end, or the fewest epochs to a target."""
 
-MOST = 1_000_000
-"""The most of anything that is counted and not otherwise limited: epochs, steps, images."""
-
-_MOST_COUNTED = 10**9
-# What built-in data leave open and a task of one's own does not.
-_OF_DATA = (
-    *("model", "train_images", "validation_images", "test_images", "image_size", "augmentation"),
-    *("batch_size", "label_smoothing", "probe"),
-)
-_LIMITS = {"seeds": 1000, "image_size": 4096}
-
-
-def check_whole(option: str, value: int, least: int = 1, most: int = MOST) -> None:
-    """Check an integer.
-
-    Args:
-        option: What it was given by, without the dashes.
-        value: The integer.
-        least: The least that it may be.
-        most: The most.
-
-    Raises:
-        LabError: If it is less or more.
-    """
-    if value < least:
-        rule = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise LabError(f"--{option} must be {rule}, got {value}")
-    if value > most:
-        raise LabError(f"--{option} must be at most {most}, got {value}")
+_data = partial(option, "data")
+_search = partial(option, "search")
+_task = partial(option, "task")
+_runs = partial(option, "runs")
+_processes = partial(option, "processes")
 
 
 def check_seed(seed: int) -> None:
@@ -81,182 +53,226 @@ def most_processes() -> int:
     return max(8, 2 * (os.cpu_count() or 1))
 
 
-@dataclass(frozen=True)
-class Settings:
+def _check_shares(flag: str, shares: tuple[float, ...]) -> None:
+    listed = ",".join(f"{share:g}" for share in shares)
+    if not all(0 < share <= 1 for share in shares):
+        raise LabError(f"--{flag} must be above 0 and at most 1, got {listed}")
+    if len(set(shares)) < len(shares):
+        raise LabError(f"--{flag} must name each fraction once, got {listed}")
+
+
+def _check_sweeps(flag: str, sweeps: tuple[Sweep, ...]) -> None:
+    for sweep in sweeps:
+        check_sweep(*sweep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """What is compared, on which data, and which trials of each method."""
+
+    data: str = _data(
+        DIGITS,
+        "digits, a file (a text, a table, frozen features, images as .parquet), or a folder of data: parquet files, "
+        "CIFAR, a folder of images a class, ... (see `wellcond list data`; default: %(default)s)",
+        "WHAT",
+    )
+    methods: tuple[str, ...] | None = None
+    lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    test_data: str | None = _data(
+        None,
+        "of segmentation: measure on the images of this folder, of another place or style (default: on the data's own)",
+        "DIR",
+    )
+    target_column: str | None = _data(None, "of a table: the column that is to be told (default: the last)", "NAME")
+    kind: str | None = _data(
+        None,
+        "of a table: classification or regression (default: by whether the target is of words or few integers)",
+        "NAME",
+    )
+    train_images: int | None = _data(
+        None,
+        "images (rows of a table, blocks of a text in an epoch) that train (default: digits 1000, texts 512, else all)",
+        "N",
+        check=whole(),
+        by_task=True,
+    )
+    validation_images: int | None = _data(
+        None,
+        "images, rows or blocks that choose the lr (default: a tenth; digits: 398)",
+        "N",
+        flag="val-images",
+        check=whole(),
+        by_task=True,
+    )
+    test_images: int | None = _data(
+        None,
+        "images, rows or blocks that measure (default: a fifth, of a text a tenth, or the test file; digits: 399)",
+        "N",
+        check=whole(),
+        by_task=True,
+    )
+    image_size: int | None = _data(
+        None,
+        "average-pool the images to SxS (default: as they are); files of images are cut to it (default: 224)",
+        "S",
+        check=whole(4096),
+        by_task=True,
+    )
+    augmentation: str | None = _data(
+        None,
+        f"{', '.join(AUGMENTATIONS)} (default: none for digits, else crop-flip)",
+        "NAME",
+        flag="augment",
+        by_task=True,
+    )
+    seeds: int = _search(5, "paired seeds (default: %(default)s)", "N", check=whole(1000))
+    sweeps: tuple[Sweep, ...] = _search(
+        (),
+        "also try these values of an option, e.g. damping=0.01,0.1,1 or weight_decay=0,5e-4, of every method that has "
+        "it (batch_size and ghost_batch: all); the others try more lrs, so that all try equally many; may be given for "
+        "several",
+        "OPTION=A,B,...",
+        flag="sweep",
+        check=_check_sweeps,
+    )
+    search: Search = _search(  # noqa: RUF009  # a field
+        "grid",
+        "grid (all combinations) or random (points between the ends of each range) (default: %(default)s)",
+        "NAME",
+        check=one_of(get_args(Search)),
+    )
+    trials: int | None = _search(
+        None, "trials of each method in a random search (default: as many as a grid)", "N", check=whole()
+    )
+    trial_seeds: int | None = _search(
+        None,
+        "train every trial with the first N seeds only, which choose; with the other seeds only the chosen trial of "
+        "each method (default: all)",
+        "N",
+        check=whole(),
+    )
+    mode: str = _search(
+        "final",
+        f"{' or '.join(MODES)}: what trials are chosen for on validation, the score at the end or the fewest epochs to "
+        "--target, as speed-run boards count them (default: %(default)s)",
+        "NAME",
+        check=one_of(MODES),
+    )
+    time_shares: tuple[float, ...] = _search(
+        (1.0,),
+        "also train every method for these fractions of its baseline's time, each with a complete schedule "
+        "(default: 1, equal time)",
+        "A,B,...",
+        flag="time-fractions",
+        check=_check_shares,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingOptions, _Compared):
     """What was asked for; None stands for the default that suits the data.
 
+    A field with a help text is an option of the commands. The others:
+
     Attributes:
-        data: ``"digits"``, a parquet file, or a folder in one of `LAYOUTS`.
-        task: Import path of a task of one's own, in the place of data; None: `data` says it.
-        task_args: What it is built with: names and texts.
-        data_module: Import path of the LightningDataModule of a `task` that is a LightningModule.
-        data_args: What that is built with.
-        score: Which of the task's scores counts, such as ``"val_acc:max"``.
-        task_is_given: Whether the task is an object that was handed over, which `task` only names.
         methods: Names in `METHODS`, or methods as they are written; None: those that the task names.
-        model: A name in `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         lrs: lr grids by optimizer, where they are not the methods' own.
-        seeds: How many paired seeds.
-        epochs: Epochs of a run.
-        train_images: Images that train.
-        validation_images: Images that choose the lr.
-        test_images: Images that measure.
-        test_data: Of segmentation: another folder, whose images measure; None for the data's own.
-        target_column: The column of a table that is to be told; None for the last.
-        kind: What is learned of a table's target, one of `KINDS`; None for what it looks like.
-        image_size: Height and width to average-pool the images to, or to cut files of images to.
-        augmentation: A name in `AUGMENTATIONS`.
-        batch_size: Images of a batch.
-        ghost_batch: Images of the groups that batch statistics are taken over in training; None for the whole batch.
-        stats_every: Steps between two gatherings of second moments.
-        solve_every: Steps between two solves.
-        target: Test score, in percent, to count the epochs to.
-        jobs: Runs at the same time on a machine.
-        weights: File of the weights that runs begin with, or ``torchvision:NAME`` of published ones; None draws them.
-        schedule: How the lr goes, in the form that `parse_schedule` reads.
-        warmup: Epochs in which the lr rises at the beginning.
-        precision: One of `PRECISIONS`.
-        channels_last: Whether networks of images lie in memory channels last, which many convolutions compute faster.
-        deterministic: Whether only deterministic algorithms may be used.
-        label_smoothing: Share of the target that is spread over all classes, in training.
-        probe: A name in `PROBES`: what is measured of each trained network; None for nothing.
-        engine: ``"local"`` for this machine, ``"ray"`` for those of a Ray cluster.
-        ray_address: The cluster; None: RAY_ADDRESS names it, or else it is this machine alone.
-        strategy: One of `STRATEGIES`.
-        devices: Processes of this machine that train each run together; None: as many as were started.
-        accelerator: One of `ACCELERATORS`.
-        checkpoint_every: Seconds between two checkpoints of an unfinished run; 0 makes one after every step.
-        mode: One of `MODES`.
-        time_shares: Shares of the baseline's time in which methods train again, each with a schedule of its own.
-        sweeps: Options that are swept beside the lr, with their values.
-        search: How trials are laid out, ``"grid"`` or ``"random"``.
-        trials: Trials of each method in a random search; None: as many as the longest grid has.
-        trial_seeds: Seeds that every trial is trained with, and chosen by; the others train only the chosen trial of
-            each method. None: all.
+        task_is_given: Whether the task is an object that was handed over, which `task` only names.
     """
 
-    data: str = DIGITS
-    methods: tuple[str, ...] | None = None
-    model: str | None = None
-    lrs: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    seeds: int = 5
-    epochs: int | None = None
-    train_images: int | None = None
-    validation_images: int | None = None
-    test_images: int | None = None
-    test_data: str | None = None
-    target_column: str | None = None
-    kind: str | None = None
-    image_size: int | None = None
-    augmentation: str | None = None
-    batch_size: int | None = None
-    ghost_batch: int | None = None
-    stats_every: int | None = None
-    solve_every: int | None = None
-    target: float | None = None
-    jobs: int = 1
-    weights: str | None = None
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    precision: Precision = "32-true"
-    channels_last: bool = False
-    deterministic: bool = False
-    label_smoothing: float = 0.0
-    probe: str | None = None
-    engine: str = "local"
-    ray_address: str | None = None
-    strategy: str = "auto"
-    devices: int | None = None
-    accelerator: str = "auto"
-    checkpoint_every: float = 30.0
-    mode: str = "final"
-    time_shares: tuple[float, ...] = (1.0,)
-    sweeps: tuple[Sweep, ...] = ()
-    search: Search = "grid"
-    trials: int | None = None
-    trial_seeds: int | None = None
-    task: str | None = None
-    task_args: tuple[tuple[str, str], ...] = ()
-    data_module: str | None = None
-    data_args: tuple[tuple[str, str], ...] = ()
-    score: str | None = None
+    target: float | None = _runs(
+        None, "test score to count the epochs to, in the score's unit", "SCORE", check=number("a finite number")
+    )
+    jobs: int = _runs(
+        1, "runs at the same time on a machine (default: %(default)s, for clean times)", "N", check=whole()
+    )
+    engine: str = _runs(
+        "local",
+        f"what executes the runs, {' or '.join(ENGINES)}: this machine, or those of a Ray cluster "
+        "(default: %(default)s)",
+        "NAME",
+        check=one_of(ENGINES),
+    )
+    ray_address: str | None = _runs(
+        None, "the Ray cluster (default: that of RAY_ADDRESS, else one of this machine alone)", "ADDRESS"
+    )
+    accelerator: str = _processes(
+        "auto",
+        f"{', '.join(ACCELERATORS)} (default: %(default)s, a CUDA device if there is one)",
+        "NAME",
+        check=one_of(ACCELERATORS),
+    )
+    devices: int | None = _processes(
+        None,
+        "processes of this machine that train each run together, each with its share of a batch and a CUDA device of "
+        "its own if there are any; for several machines start the command with torchrun or srun (default: 1)",
+        "N",
+        check=lambda flag, value: check_whole(flag, value, most=most_processes()),
+    )
+    strategy: str = _processes(
+        "auto",
+        f"{', '.join(STRATEGIES)}: how several processes train together, with a network each (ddp) or with its weights "
+        "sharded (fsdp) (default: %(default)s)",
+        "NAME",
+        check=one_of(STRATEGIES),
+    )
+    checkpoint_every: float = _processes(
+        30.0,
+        "how often an unfinished run is kept, to go on from there (default: %(default)g)",
+        "SECONDS",
+        check=number("0 or more seconds", 0),
+    )
+    task: str | None = _task(
+        None,
+        "a class with model, batches, loss and scores (see wellcond.lab.Task), importable from the current folder, "
+        "such as my_project.training:MyTask or training.py:MyTask; or a LightningModule",
+        "MODULE:NAME",
+    )
+    task_args: tuple[tuple[str, str], ...] = _task(
+        (), "what the class is built with; values as TOML writes them, other texts as they are", "NAME=VALUE"
+    )
+    data_module: str | None = _task(
+        None, "the LightningDataModule of a LightningModule (default: the module's own loaders)", "MODULE:NAME"
+    )
+    data_args: tuple[tuple[str, str], ...] = _task((), "what the LightningDataModule is built with", "NAME=VALUE")
+    score: str | None = _task(
+        None,
+        "which of the task's scores counts, such as val_acc:max (default: its metric; of a LightningModule the logged "
+        "val_* that is an accuracy, or val_loss)",
+        "NAME:max|min",
+    )
     task_is_given: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "train_images", "validation_images", "test_images", "image_size"):
-            self._check_positive(name)
-        for name in ("batch_size", "ghost_batch", "stats_every", "solve_every", "jobs", "devices"):
-            self._check_positive(name)
-        for name in ("trials", "trial_seeds"):
-            self._check_positive(name)
-        if self.target is not None and not math.isfinite(self.target):
-            raise LabError(f"--target must be a finite number, got {self.target:g}")
-        parse_schedule(self.schedule)
-        if not 0 <= self.warmup < math.inf:
-            raise LabError(f"--warmup must be 0 or more epochs, got {self.warmup:g}")
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.probe is not None and self.probe not in PROBES:
-            raise unknown_name("probe", self.probe, PROBES)
-        if not 0 <= self.label_smoothing < 1:
-            raise LabError(f"--label-smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
-        if not 0 <= self.checkpoint_every < math.inf:
-            raise LabError(f"--checkpoint-every must be 0 or more seconds, got {self.checkpoint_every:g}")
-        if not all(0 < share <= 1 for share in self.time_shares):
-            raise LabError(f"--time-fractions must be above 0 and at most 1, got {_listed(self.time_shares)}")
-        if len(set(self.time_shares)) < len(self.time_shares):
-            raise LabError(f"--time-fractions must name each fraction once, got {_listed(self.time_shares)}")
-        for sweep in self.sweeps:
-            check_sweep(*sweep)
+        check_options(self)
         if self.trials is not None and self.search != "random":
             raise LabError("--trials is for --search random; a grid has all combinations")
         if self.trial_seeds is not None and self.trial_seeds > self.seeds:
             raise LabError(f"--trial-seeds must be at most the number of seeds ({self.seeds}), got {self.trial_seeds}")
-        for name, known in (
-            ("strategy", STRATEGIES),
-            ("accelerator", ACCELERATORS),
-            ("mode", MODES),
-            ("search", get_args(Search)),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
         self._check_engine()
         self._check_task()
 
     def _check_task(self) -> None:
+        options = options_of(Settings)
         if self.task is None:
-            for name in ("task_args", "data_module", "data_args", "score"):
-                if getattr(self, name):
-                    raise LabError(f"--{name.replace('_', '-')} is for a task of your own: --task module:Name")
+            for name, said in options.items():
+                if said.group == "task" and getattr(self, name) != said.default:
+                    raise LabError(f"--{said.flag} is for a task of your own: --task module:Name")
             return
         if self.data != DIGITS:
             raise LabError(f"--data {self.data} cannot go with --task {self.task}, which has its own data")
-        for name in _OF_DATA:
-            if getattr(self, name):
-                option = name.replace("_", "-").replace("validation", "val").replace("augmentation", "augment")
-                raise LabError(f"--{option} is for --data; --task {self.task} decides it itself (see --task-args)")
-        for name, given in (("task-args", self.task_args), ("data-args", self.data_args)):
+        for name, said in options.items():
+            if said.by_task and getattr(self, name) != said.default:
+                raise LabError(f"--{said.flag} is for --data; --task {self.task} decides it itself (see --task-args)")
+        for flag, given in (("task-args", self.task_args), ("data-args", self.data_args)):
             names = [key for key, _ in given]
             if len(set(names)) < len(names):
-                raise LabError(f"--{name} must give each name once, got {', '.join(names)}")
+                raise LabError(f"--{flag} must give each name once, got {', '.join(names)}")
 
     def _check_engine(self) -> None:
-        if self.engine not in ENGINES:
-            raise unknown_name("engine", self.engine, ENGINES)
-        if self.engine == "ray" and importlib.util.find_spec("ray") is None:
+        if self.engine == "local":
+            check_whole("jobs", self.jobs, most=most_processes())
+            if self.ray_address is not None:
+                raise LabError("--ray-address is for --engine ray only")
+        elif importlib.util.find_spec("ray") is None:
             raise LabError("--engine ray needs Ray, which is not installed: pip install 'wellcond[ray]'")
-        if self.engine != "ray" and self.ray_address is not None:
-            raise LabError("--ray-address is for --engine ray only")
-
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        most = _LIMITS.get(name, MOST if name == "epochs" else _MOST_COUNTED)
-        if name == "devices" or (name == "jobs" and self.engine == "local"):
-            most = most_processes()
-        check_whole(name.replace("_", "-").replace("validation", "val"), value, most=most)
-
-
-def _listed(numbers: tuple[float, ...]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)

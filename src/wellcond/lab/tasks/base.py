@@ -20,11 +20,11 @@ from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.own_digest import held, source_digest, state_digest
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.batch_parts import rows_of
 from wellcond.lab.tasks.check import check_task
 from wellcond.lab.tasks.evaluation import ROLES, Evaluation, Role
 from wellcond.lab.tasks.seed_data import SeedData, TaskSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 __all__ = [
     "ROLES",

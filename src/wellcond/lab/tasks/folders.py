@@ -29,10 +29,10 @@ from wellcond.lab.data.views import (
 from wellcond.lab.errors import LabError
 from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.classification import ClassifiedSeed, ImageClassification
 from wellcond.lab.tasks.counts import count_images
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _IMAGE_SIZE = 224
 # From so many images on, the sources' own network, epochs and batch size.

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from wellcond.lab.data.randomness import seeded
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import SeedData, Task
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 
 class DataTask(Task, ABC):

@@ -17,10 +17,10 @@ from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.data.splits import derived_seed, draw_split
 from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.classification import ClassifiedSeed, ImageClassification
 from wellcond.lab.tasks.counts import checked_counts, count_images
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _DIGITS_DEFAULTS = Defaults(model="convnet", epochs=6, batch_size=32, target=95.0)
 _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)

@@ -43,16 +43,16 @@ class Classification:
 
     Attributes:
         classes: How many there are to tell apart.
-        label_smoothing: Share of the target that is spread over all classes, in training.
+        smoothing: Share of the target that is spread over all classes, in training.
     """
 
     classes: int
-    label_smoothing: float = 0.0
+    smoothing: float = 0.0
     metric = ACCURACY
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [n, classes]."""
-        return F.cross_entropy(output, targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(output, targets, label_smoothing=self.smoothing)
 
     def train_score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return how many are right."""

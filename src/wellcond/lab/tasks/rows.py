@@ -13,10 +13,10 @@ from wellcond.lab.data.batches import share_of
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Evaluation, Role
 from wellcond.lab.tasks.given_data import DrawnSeed
 from wellcond.lab.tasks.objectives import Objective
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 
 class Rows(NamedTuple):

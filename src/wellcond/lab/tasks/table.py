@@ -24,12 +24,12 @@ from wellcond.lab.networks.mlp import Mlp, select_mlp
 from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.runs.metric import Metric
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import Classification, Objective, Regression
 from wellcond.lab.tasks.rows import FixedRows, Rows, RowsSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _logger = logging.getLogger(__name__)
 # Chosen once: every comparison on the same data tests on the same rows.
@@ -73,7 +73,7 @@ class TableTask(DataTask):
     @cached_property
     def metric(self) -> Metric:
         """The score that counts."""
-        return self._objective(self.pool, 0.0).metric
+        return self._objective(self.pool).metric
 
     @cached_property
     def chance(self) -> float:
@@ -126,10 +126,10 @@ class TableTask(DataTask):
         targets = torch.from_numpy(target.labels[rows] if target.classes else target.numbers[rows])
         return Rows(encoded[torch.from_numpy(rows)].to(device), targets.to(device))
 
-    def _objective(self, train: Indices, label_smoothing: float) -> Objective:
+    def _objective(self, train: Indices, smoothing: float = 0.0) -> Objective:
         target = self.table.target
         if target.classes:
-            return Classification(len(target.classes), label_smoothing)
+            return Classification(len(target.classes), smoothing)
         numbers = target.numbers[train]
         errors = target.numbers[self.test] - target.numbers[self.pool].mean()
         return Regression(

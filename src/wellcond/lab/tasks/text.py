@@ -19,11 +19,11 @@ from wellcond.lab.networks.gpt import Gpt, select_gpt
 from wellcond.lab.networks.gpt_specs import GPTS
 from wellcond.lab.networks.weights import load_weights
 from wellcond.lab.runs.settings import Settings
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import NextToken
 from wellcond.lab.tasks.rows import Rows, RowsSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 _logger = logging.getLogger(__name__)
 # A run of minutes on two cores: a text of any length is seen in part in each epoch, and as a whole over them.

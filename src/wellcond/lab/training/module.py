@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 import wellcond
 from wellcond.lab.hardware.strategies import shard
-from wellcond.lab.methods.method import Refresh
 from wellcond.lab.methods.norms import NormSchedule, trained_norm
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.runs.records import Coverage, RunSpec
@@ -94,7 +93,7 @@ class Training(pl.LightningModule):
             norm.fit_to_run(self.model, spec.steps)
             self.norm_schedule = norm.make_schedule(self.model, spec.steps, spec.steps_per_epoch, members)
             self.decay = norm.make_decay(self.model, members, spec.stats_every)
-        optimizer, self.handle = spec.method.build(self.model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
+        optimizer, self.handle = spec.method.build(self.model, spec.lr, spec.refresh)
         schedule = parse_schedule(spec.schedule).scheduler(optimizer, spec.epochs, spec.steps, spec.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

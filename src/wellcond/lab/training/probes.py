@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from wellcond.lab.methods.norms import trained_norm
 
-# The names of probes are checked before torch is needed.
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -71,11 +70,11 @@ def _condition(spectrum: Spectrum) -> float:
     return values[0] / min(value for value in values if value > spectrum.resolution * values[0])
 
 
-PROBES: dict[str, Callable[[nn.Module, list[torch.Tensor], RunSpec], dict[str, float]]] = {
+MEASURES: dict[str, Callable[[nn.Module, list[torch.Tensor], RunSpec], dict[str, float]]] = {
     "disparity": probe_disparity,
     "condition": probe_condition,
 }
-"""From a probe's name to what measures it: figures by name."""
+"""From a name in `PROBES` to what measures it: figures by name."""
 
 
 def probe_network(model: nn.Module, data: SeedData, spec: RunSpec) -> dict[str, Any]:
@@ -89,4 +88,4 @@ def probe_network(model: nn.Module, data: SeedData, spec: RunSpec) -> dict[str, 
     if spec.probe is None:
         return {}
     images = [batch[0] for batch in islice(data.batches(), _BATCHES)]
-    return {"probe": PROBES[spec.probe](model, images, spec)}
+    return {"probe": MEASURES[spec.probe](model, images, spec)}

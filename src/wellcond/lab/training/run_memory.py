@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wellcond.lab.methods.method import Refresh
 from wellcond.lab.methods.optimizers import take_step
 from wellcond.lab.runs.memory import Memory, Step, measure_memory
 from wellcond.lab.runs.records import RunSpec
@@ -47,7 +46,7 @@ class RunMemory:
     def _build(self, spec: RunSpec, data: SeedData) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
         method = spec.method
         model = initial_network(self.task, spec).to(self.device).train()
-        optimizer, _ = method.build(model, spec.lr, Refresh(spec.stats_every, spec.solve_every))
+        optimizer, _ = method.build(model, spec.lr, spec.refresh)
         batch = next(iter(data.batches()))
 
         def loss() -> Tensor:

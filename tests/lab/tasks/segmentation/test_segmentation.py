@@ -159,7 +159,8 @@ def test_a_batch_without_a_pixel_that_counts(tmp_path):
     plan = make_plan(settings_of(write_voc(tmp_path)))
     data = plan.task.for_seed(plan.spec(METHODS["SGDM"], 0.1, 0), CPU, 0, 1)
     batch = next(iter(data.batches()))
-    loss = data.loss(plan.task.initial_model(plan.model, 0, None), batch._replace(labels=batch.labels.fill_(255)))
+    network = plan.task.initial_model(plan.template.model, 0, None)
+    loss = data.loss(network, batch._replace(labels=batch.labels.fill_(255)))
     assert float(loss.detach()) == 0.0
 
 

@@ -24,13 +24,13 @@ from wellcond.lab.data.streams import loading_processes
 from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
 from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 
 AUGMENTATIONS = ("none", "flip")
 # The source's network, schedule of 12 epochs and batch; from so many images on.

@@ -21,6 +21,7 @@ from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
@@ -38,7 +39,6 @@ from wellcond.lab.tasks.reid.images import (
 from wellcond.lab.tasks.reid.networks import build_reid, reid_loss
 from wellcond.lab.tasks.reid.scores import guessing_precision, search_scores
 from wellcond.lab.tasks.reid.specs import select_reid
-from wellcond.lab.tasks.seed_spec import SeedSpec
 from wellcond.runtime.models import unwrapped
 from wellcond.runtime.ranks import Ranks
 

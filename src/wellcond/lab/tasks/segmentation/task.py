@@ -23,10 +23,10 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_data
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
+from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
-from wellcond.lab.tasks.seed_spec import SeedSpec
 from wellcond.lab.tasks.segmentation.formats import SegmentationFiles, find_segmentation
 from wellcond.lab.tasks.segmentation.networks import build_segmenter
 from wellcond.lab.tasks.segmentation.scores import IGNORED, confusion, mean_iou
