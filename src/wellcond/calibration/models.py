@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from wellcond.calibration.estimates import KINDS, Average, kind_for
+from wellcond.calibration.estimates import ESTIMATORS, Average, estimator_for
 from wellcond.calibration.feeding import ELSEWHERE, Limits
 from wellcond.calibration.progress import CalibrationProgress, Show
 from wellcond.calibration.replay import Passed, Seen, named_batch_norms, training_pass
-from wellcond.calibration.undoing import Before, thawed_meanwhile, undone_on_error
-from wellcond.calibration.watching import Watch
+from wellcond.calibration.undoing import Snapshot, thawed_meanwhile, undone_on_error
+from wellcond.calibration.watching import CalibrationWatch
 from wellcond.nn.convert.frozen import frozen_norms, lookalikes
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import is_other_norm, keep_report
@@ -124,8 +124,8 @@ def calibrate(
     if batch_size is not None:
         check_positive_integer("batch_size", batch_size)
     what = ("bn" if batch_size is None else "bsr") if what is None else what
-    if what not in KINDS:
-        raise ValueError(f"what must be one of {', '.join(map(repr, KINDS))}, got {what!r}")
+    if what not in ESTIMATORS:
+        raise ValueError(f"what must be one of {', '.join(map(repr, ESTIMATORS))}, got {what!r}")
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"momentum must lie in (0, 1] or be None, got {momentum!r}")
     for name, most in (("max_batches", max_batches), ("max_samples", max_samples)):
@@ -148,13 +148,13 @@ def calibrate(
             chosen = set(layers.values())
             convert_norm(inner, what, lambda name, module: module in chosen, **options)
         norms = {name: cast(_BatchNorm, layer) for name, layer in layers.items()}
-        kinds = {name: kind_for(what, layer, batch_size is None, momentum) for name, layer in norms.items()}
-        averages = {name: kinds[name].average(layer, momentum) for name, layer in norms.items()}
-        watch = Watch(norms, until, progress)
+        estimators = {name: estimator_for(what, layer, batch_size is None, momentum) for name, layer in norms.items()}
+        averages = {name: estimators[name].average(layer, momentum) for name, layer in norms.items()}
+        watch = CalibrationWatch(norms, until, progress)
 
         def observe(name: str, seen: Seen) -> None:
             weight = 1.0 if batch_size is not None else float(seen.batches.elements)
-            averages[name].add(kinds[name].values(norms[name], seen), weight)
+            averages[name].add(estimators[name].values(norms[name], seen), weight)
             watch.observe(name, seen, weight)
 
         passed, error = Passed(0, 0, batch_size, 0), None
@@ -171,7 +171,7 @@ def calibrate(
         missed = [name for name, average in averages.items() if average.batches == 0]
         with torch.no_grad():
             for name in layers.keys() - missed:
-                kinds[name].replace(norms[name], averages[name])
+                estimators[name].replace(norms[name], averages[name])
     _report(model, inner, what, were, layers, missed, watch.last)
     if missed:
         batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
@@ -217,7 +217,7 @@ def calibrated(
         BatchNorm2d 0
     """
     inner = unwrapped(model)
-    before = Before([*named_batch_norms(inner)[0].values(), *frozen_norms(inner)])
+    before = Snapshot([*named_batch_norms(inner)[0].values(), *frozen_norms(inner)])
     try:
         yield calibrate(model, loader, batch_size, what, **options)
     finally:

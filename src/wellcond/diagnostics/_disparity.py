@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Seen, double_of, named_batch_norms
-from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.passes import check_reached, observed_pass, quoted_names
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.evalnorm import mixed_moments
@@ -207,7 +207,7 @@ def disparity(
     passed = observed_pass(inner, loader, batch_size, layers, observe, call, max_batches)
     found = {name: own.averages() for name, own in sums.items() if own.batches}
     check_reached(passed, sums, found)
-    if missed := listed(name for name in sums if name not in found):
+    if missed := quoted_names(name for name in sums if name not in found):
         warnings.warn(
             f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )

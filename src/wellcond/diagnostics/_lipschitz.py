@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, listed, loss_of, norm_of, widened
+from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, quoted_names, widened
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.layouts import Layer
 from wellcond.numerics.moments import statistics_dtype
@@ -223,7 +223,7 @@ def lipschitz(
             )
             used = [(layer, own) for layer, own in zip(layers, gradients, strict=True) if own is not None]
             if not used:
-                names = listed(layer.name for layer in layers)
+                names = quoted_names(layer.name for layer in layers)
                 raise ValueError(f"the loss does not depend on any of the weights {names}")
 
             def smoothness(*own: tuple[Layer, Tensor]) -> Smoothness:

@@ -28,7 +28,7 @@ from wellcond.diagnostics.laws import (
     plot_density,
     plot_distribution,
 )
-from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.passes import check_reached, observed_pass, quoted_names
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.momentum import MomentumBatchNorm
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
@@ -287,12 +287,12 @@ def batch_noise(
     measured = {name: own.noise(name, batch_size, momenta[name]) for name, own in reached.items()}
     found = {name: noise for name, noise in measured.items() if noise is not None}
     if not found:
-        raise ValueError(f"there is no noise to measure in {listed(measured)}: {_STILL}")
+        raise ValueError(f"there is no noise to measure in {quoted_names(measured)}: {_STILL}")
     problems = []
     if missed := batches.keys() - reached.keys():
-        problems.append(f"no batch of {batch_size} samples reached {listed(sorted(missed))}")
+        problems.append(f"no batch of {batch_size} samples reached {quoted_names(sorted(missed))}")
     if still := measured.keys() - found.keys():
-        problems.append(f"{listed(sorted(still))} has no noise: {_STILL}")
+        problems.append(f"{quoted_names(sorted(still))} has no noise: {_STILL}")
     if problems:
         warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=3)
     return BatchNoise(batch_size, found)
@@ -423,9 +423,9 @@ def _batch_norms(model: nn.Module, where: Predicate | None) -> tuple[dict[str, _
     if not names:
         # By their names, as those of other libraries share no base.
         others = Counter(type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower())
-        listed = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "none"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "none"
         raise ValueError(
-            f"{type(model).__name__} has no batch normalization, whose noise is measured; its normalizations: {listed}"
+            f"{type(model).__name__} has no batch normalization, whose noise is measured; its normalizations: {kinds}"
         )
     selected = [own[0] for layer, own in names.items() if where is None or any(where(name, layer) for name in own)]
     if not selected:

@@ -22,7 +22,7 @@ from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate
 from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
 from wellcond.transforms.centralize import GradientCentralization
-from wellcond.transforms.observe import Probe
+from wellcond.transforms.observe import CallHook
 from wellcond.transforms.sharding import is_sharded
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -132,20 +132,20 @@ def check_reached(passed: Passed, names: Iterable[str], reached: Collection[str]
         return
     if 0 < passed.largest < (passed.batch_size or 0):
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
-    raise ValueError(f"no batch reached any of the batch normalizations {listed(names)}")
+    raise ValueError(f"no batch reached any of the batch normalizations {quoted_names(names)}")
 
 
-def listed(names: Iterable[str]) -> str:
+def quoted_names(names: Iterable[str]) -> str:
     """Return names as an error lists them.
 
-    >>> listed(["0", "head.fc"])
+    >>> quoted_names(["0", "head.fc"])
     "'0', 'head.fc'"
     """
     return ", ".join(map(repr, names))
 
 
 @contextlib.contextmanager
-def shown(calls: Iterable[tuple[nn.Module, Callable[..., None], Callable[..., None] | None]]) -> Iterator[None]:
+def calls_shown(calls: Iterable[tuple[nn.Module, Callable[..., None], Callable[..., None] | None]]) -> Iterator[None]:
     """Show calls of modules to those who gather, with kernels that call every layer.
 
     Args:
@@ -230,7 +230,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 if isinstance(value, PastStatistics):
                     vars(module)[name] = copy.copy(value)
             for key, hook in module._forward_hooks.items():
-                if isinstance(hook, Probe):
+                if isinstance(hook, CallHook):
                     module._forward_hooks[key] = _no_hook
         yield
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Side = Literal["input", "output"]
-Figure = Literal["eigenvalues", "condition", "effective_rank", "whitening_error"]
+SpectrumQuantity = Literal["eigenvalues", "condition", "effective_rank", "whitening_error"]
 
 _SIDES: tuple[Side, ...] = ("input", "output")
 # More lines than this in one plot are not told apart.
@@ -239,7 +239,7 @@ class FeatureSpectrum:
         self,
         ax: Axes | None = None,
         *,
-        quantity: Figure = "eigenvalues",
+        quantity: SpectrumQuantity = "eigenvalues",
         side: Side = "output",
         layers: Sequence[str] | None = None,
         label: str | None = None,

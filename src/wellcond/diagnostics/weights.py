@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 from wellcond.diagnostics.passes import centred_layers, sizes_of, widened
-from wellcond.diagnostics.tables import average, spread, table
+from wellcond.diagnostics.tables import deviation_of, mean_of, table
 
 # Of |row mean|, in powers of ten: fixed, so that two histograms can be laid over each other.
 _EXPONENTS = tuple(exponent / 4 for exponent in range(-48, 9))
@@ -44,12 +44,12 @@ class LayerWeightMeans:
     @property
     def mean(self) -> float:
         """The average of the row means."""
-        return average(self.means)
+        return mean_of(self.means)
 
     @property
     def std(self) -> float:
         """The standard deviation of the row means (divided by their number)."""
-        return spread(self.means)
+        return deviation_of(self.means)
 
     @property
     def largest(self) -> float:

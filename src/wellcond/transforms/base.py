@@ -10,7 +10,7 @@ that the closure computes (once without a closure), the optimizer's own update, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -26,6 +26,7 @@ from wellcond.runtime.ranks import Ranks
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"
+TransformSlots: TypeAlias = "Iterable[tuple[GradientTransform, Slot]]"
 
 
 @dataclass(frozen=True)

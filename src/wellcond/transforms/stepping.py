@@ -32,7 +32,7 @@ class Follower(Protocol):
     def names(self) -> tuple[str, ...]:
         """The names of its transforms."""
 
-    def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
+    def gradients_are_there(self, optimizer: Optimizer, step: StepRecord) -> None:
         """Act on gradients before the optimizer uses them: in each step, or each time its closure was run."""
 
     def step_is_done(self, optimizer: Optimizer) -> None:
@@ -45,7 +45,7 @@ class Follower(Protocol):
         """Act on a state that was loaded."""
 
 
-class Step:
+class StepRecord:
     """What is remembered within one optimizer step: whether its statistics were taken in.
 
     Args:
@@ -106,7 +106,7 @@ class StepHooks:
             return None
         positional = len(args) > 1 and callable(args[1])
         closure = args[1] if positional else kwargs.get("closure")
-        step = Step(closure is not None)
+        step = StepRecord(closure is not None)
         if closure is None:
             self._follower.gradients_are_there(optimizer, step)
             return None

@@ -21,7 +21,7 @@ from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan, regrouped
-from wellcond.lab.report.findings import findings
+from wellcond.lab.report.findings import describe_comparison
 from wellcond.lab.runs.records import EpochRecord, RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.progress import RunProgress
@@ -265,7 +265,7 @@ def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
     assert comparison.methods["W-SGDM"].time_ratio == 2.0
     summary = summarize(comparison)
     assert [method.equal_time for method in summary.methods] == [None, None]
-    assert not any("equal time" in line for line in findings(summary))
+    assert not any("equal time" in line for line in describe_comparison(summary))
 
 
 def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):

@@ -230,7 +230,7 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} GB"
 
 
-Column: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
+SummaryColumn: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
 """What stands above a column, and its cell for a method."""
 
 
@@ -261,23 +261,26 @@ class Columns:
 
     def __init__(self, summary: Summary) -> None:
         self.summary = summary
-        self.chosen: Column = ("lr" if not summary.sweeps else "chosen", plain(lr_text))
-        self.target: Column = (
+        self.chosen: SummaryColumn = ("lr" if not summary.sweeps else "chosen", plain(lr_text))
+        self.target: SummaryColumn = (
             f"epochs to {target_score(summary)}",
             plain(lambda method: target_text(method, summary)),
         )
-        self.evaluation: Column = (f"time/{summary.sample}", plain(lambda method: ratio_text(method.evaluation_ratio)))
-        self.time: Column = ("time/step", plain(time_text))
-        self.equal_difference: Column = (
+        self.evaluation: SummaryColumn = (
+            f"time/{summary.sample}",
+            plain(lambda method: ratio_text(method.evaluation_ratio)),
+        )
+        self.time: SummaryColumn = ("time/step", plain(time_text))
+        self.equal_difference: SummaryColumn = (
             "difference at equal time",
             lambda method: difference_cell(method.equal_time.difference if method.equal_time else None, summary),
         )
 
-    def score(self, epoch: int) -> Column:
+    def score(self, epoch: int) -> SummaryColumn:
         """Return the score after an epoch."""
         return f"epoch {epoch}", lambda method: score_cell(method.scores[epoch], self.summary)
 
-    def difference(self, epoch: int) -> Column:
+    def difference(self, epoch: int) -> SummaryColumn:
         """Return the difference to the baseline after the early or the last epoch."""
 
         def cell(method: MethodSummary) -> Cell:
@@ -292,7 +295,7 @@ class Columns:
         early = self.summary.early_epoch
         return [*([] if early is None else [early]), self.summary.epochs]
 
-    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> Column:
+    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> SummaryColumn:
         """Return the mean over the seeds of what an epoch's record holds, after the last epoch that each has."""
 
         def cell(method: MethodSummary) -> Cell:

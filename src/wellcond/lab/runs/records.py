@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 # Of a file's name; with its digest and ending it stays below the 255 bytes that file systems take.
 _LONGEST = 200
 
-Coverage: TypeAlias = list[dict[str, Any]]
+CoverageRows: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
 
@@ -82,7 +82,7 @@ class RunSpec:
     metric: Metric = ACCURACY
     schedule: str = "cosine"
     warmup: float = 0.0
-    precision: Precision = "32-true"
+    precision: TrainingPrecision = "32-true"
     channels_last: bool = False
     deterministic: bool = False
     label_smoothing: float = 0.0
@@ -198,7 +198,7 @@ class RunRecord:
     extras: dict[str, Any] = field(default_factory=dict)
     memory: Memory | None = None
     machine: str = ""
-    coverage: dict[str, Coverage] = field(default_factory=dict)
+    coverage: dict[str, CoverageRows] = field(default_factory=dict)
     stopped: bool = False
 
     @property

@@ -11,14 +11,14 @@ from typing import Literal, get_args
 from wellcond.lab.data.named_data import DIGITS
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.runs.records import Precision
+from wellcond.lab.runs.records import TrainingPrecision
 from wellcond.lab.training.probes import PROBES
 from wellcond.lab.trials import Search, Sweep, check_sweep
 
 Scale = Literal["smoke", "small", "full"]
 """How much a recipe trains."""
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 
 ENGINES = ("local", "ray")
 """What can execute runs: this machine, or the machines of a Ray cluster."""
@@ -158,7 +158,7 @@ class Settings:
     weights: str | None = None
     schedule: str = "cosine"
     warmup: float = 0.0
-    precision: Precision = "32-true"
+    precision: TrainingPrecision = "32-true"
     channels_last: bool = False
     deterministic: bool = False
     label_smoothing: float = 0.0

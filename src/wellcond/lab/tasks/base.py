@@ -29,6 +29,7 @@ from wellcond.lab.tasks.seed_spec import SeedSpec
 __all__ = [
     "ROLES",
     "Defaults",
+    "DefaultsBySize",
     "Evaluation",
     "Metric",
     "Role",
@@ -60,6 +61,25 @@ class Defaults:
     target: float | None = None
     smallest_batch: int = 2
     methods: tuple[str, ...] = DEFAULT_METHODS
+
+
+@dataclass(frozen=True)
+class DefaultsBySize:
+    """Defaults of small data, and of data as large as the sources'.
+
+    Attributes:
+        small: For fewer samples.
+        large: The sources' own, from `least` samples on.
+        least: How many samples are many.
+    """
+
+    small: Defaults
+    large: Defaults
+    least: int
+
+    def of(self, samples: int) -> Defaults:
+        """Return what suits this many samples that do not test."""
+        return self.large if samples >= self.least else self.small
 
 
 class Task:

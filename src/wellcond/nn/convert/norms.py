@@ -14,7 +14,7 @@ from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, loo
 from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, disconnect, options_of
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.nn.convert.single_values import RefuseSingleValues
-from wellcond.nn.convert.then_activation import Norm, fused_type, parts_of
+from wellcond.nn.convert.then_activation import NormClass, fused_type, parts_of
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.runtime.checks import Predicate, check_choice, check_positive_integer, checked
 
@@ -28,7 +28,7 @@ class _Found(NamedTuple):
 
 class _Change(NamedTuple):
     layer: nn.Module
-    to: Norm
+    to: NormClass
     state: dict[str, Any]
 
 
@@ -250,7 +250,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     return _Change(layer, target if fused is None else fused_type(target, fused), _merge(layer, plain, new))
 
 
-def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
+def _plain_type(layer: _BatchNorm) -> tuple[NormClass, NormClass | None]:
     """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
     kind = type(layer)
     if kind in DIMENSIONS:
@@ -272,7 +272,7 @@ def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
     )
 
 
-def _check_state(layer: _BatchNorm, target: Norm) -> None:
+def _check_state(layer: _BatchNorm, target: NormClass) -> None:
     """Refuse what a constructor would not have made, and what the target has no place for."""
     overridden = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
     if overridden:
@@ -300,7 +300,7 @@ def _check_state(layer: _BatchNorm, target: Norm) -> None:
         )
 
 
-def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mapping[str, Any]) -> nn.Module:
+def _build(layer: _BatchNorm, plain: NormClass, target: NormClass, to: str, options: Mapping[str, Any]) -> nn.Module:
     """Make a layer of the target type with the arguments that the given layer was made with, and the options."""
     ours = isinstance(layer, StatisticsNorm)
     arguments = arguments_for(layer, target is plain, to, target, options)
@@ -338,7 +338,7 @@ def _take_statistics(new: _BatchNorm, layer: _BatchNorm, options: Mapping[str, A
     new.train(layer.training)
 
 
-def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
+def _merge(layer: _BatchNorm, plain: NormClass, new: nn.Module) -> dict[str, Any]:
     """Return the state of `layer` with what makes it a `plain` layer replaced by what makes `new` one of its kind."""
     of_plain = _blank(plain)
     of_module = vars(nn.Module())
@@ -360,7 +360,7 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _blank(plain: Norm) -> nn.Module:
+def _blank(plain: NormClass) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
     required = [name for name, argument in options_of(plain).items() if argument.default is argument.empty]
     return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.

@@ -40,7 +40,7 @@ def count_of(slot: Slot, key: str) -> int:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SolveSchedule:
     """When factorizations are due.
 
     Attributes:
@@ -49,7 +49,7 @@ class Schedule:
         warmup: Whether to factorize early too, after 1, 2, 4, … times ``stats_every`` steps below ``solve_every``.
 
     Example:
-        >>> schedule = Schedule(stats_every=2, solve_every=10, warmup=True)
+        >>> schedule = SolveSchedule(stats_every=2, solve_every=10, warmup=True)
         >>> [step for step in range(25) if schedule.due_until(step) > schedule.due_until(step - 1)]
         [0, 2, 4, 8, 10, 20]
     """

@@ -23,8 +23,8 @@ from wellcond.nn.norm.kalman.graph import (
     Summed,
     Through,
     count_uses,
-    moved,
-    parts_of,
+    renumbered,
+    sources_of,
 )
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 from wellcond.nn.norm.outline import trace_outline
@@ -145,7 +145,7 @@ class _Plan:
         """Return the graph of those nodes that a layer's prediction is made of."""
         uses = count_uses(self.nodes, self.priors.values())
         places = {index: place for place, index in enumerate(index for index, count in enumerate(uses) if count > 0)}
-        nodes = [moved(self.nodes[index], places) for index in places]
+        nodes = [renumbered(self.nodes[index], places) for index in places]
         return StatisticsGraph(self.layers, nodes, {name: places[index] for name, index in self.priors.items()})
 
     def add(self, node: Node) -> int:
@@ -166,7 +166,7 @@ class _Plan:
         node = self.nodes[index]
         if isinstance(node, Filtered):
             return self.layers[node.layer].num_features
-        widths = [self.width(part) for part in parts_of(node)]
+        widths = [self.width(part) for part in sources_of(node)]
         return widths[0] if isinstance(node, Summed) else sum(widths)
 
     def without_operations(self, index: int) -> list[int]:
@@ -174,12 +174,12 @@ class _Plan:
         node = self.nodes[index]
         if self._is_plain(index):
             return [index]
-        found = [leaf for part in parts_of(node) for leaf in self.without_operations(part)]
+        found = [leaf for part in sources_of(node) for leaf in self.without_operations(part)]
         return list(dict.fromkeys(found))
 
     def _is_plain(self, index: int) -> bool:
         node = self.nodes[index]
-        return not isinstance(node, Through) and all(self._is_plain(part) for part in parts_of(node))
+        return not isinstance(node, Through) and all(self._is_plain(part) for part in sources_of(node))
 
 
 # by name ------------------------------------------------------------------------------------------------------------
