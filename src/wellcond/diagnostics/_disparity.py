@@ -48,7 +48,7 @@ class LayerDisparity:
 
 @dataclass(frozen=True, repr=False)
 class Disparity:
-    """What `disparity` found; printed, it is a table.
+    """The result of `disparity`; printed, it is a table.
 
     Kinds of evaluation: ``"ema"``, running statistics; ``"evalnorm_fixed"``, EvalNorm with α = β = 1/m, which every
     layer could use; ``"evalnorm"``, the mixture of `EvalNorm*` layers; ``"bsr"``, the predictions of `BSRBatchNorm*`

@@ -100,7 +100,7 @@ class Smoothness:
 
 @dataclass(frozen=True, repr=False)
 class Lipschitz:
-    """What `lipschitz` found; printed, it is a table.
+    """The result of `lipschitz`; printed, it is a table.
 
     Attributes:
         loss: Of the batch.

@@ -83,7 +83,7 @@ class LayerGradients:
 
 @dataclass(frozen=True, repr=False)
 class GradientStatistics:
-    """What `gradient_statistics` or a `GradientRecorder` found; printed, it is a table.
+    """The result of `gradient_statistics` or of a `GradientRecorder`; printed, it is a table.
 
     Attributes:
         over: What a layer's values are over: ``"batch"`` of a model that stays, or ``"iteration"`` of its training.

@@ -93,7 +93,7 @@ class LayerNoise:
 
 @dataclass(frozen=True, repr=False)
 class BatchNoise:
-    """What `batch_noise` found; printed, it is a table.
+    """The result of `batch_noise`; printed, it is a table.
 
     Attributes:
         batch_size: m.

@@ -205,7 +205,7 @@ class LayerSpectrum:
 
 @dataclass(frozen=True, repr=False)
 class FeatureSpectrum:
-    """What `feature_spectrum` found; printed, it is a table.
+    """The result of `feature_spectrum`; printed, it is a table.
 
     Attributes:
         centred: Whether the spectra are of covariances, or of raw second moments E[x xᵀ].

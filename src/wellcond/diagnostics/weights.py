@@ -66,7 +66,7 @@ class LayerWeightMeans:
 
 @dataclass(frozen=True, repr=False)
 class WeightMeans:
-    """What `weight_means` found; printed, it is a table.
+    """The result of `weight_means`; printed, it is a table.
 
     Attributes:
         layers: By the weight's qualified name, in the model's order.

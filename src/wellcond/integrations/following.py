@@ -1,4 +1,4 @@
-"""What the frameworks' callbacks share: a schedule that follows a count, and the counts of what is attached."""
+"""The base of the frameworks' callbacks: a schedule that follows a count, and the counts of what is attached."""
 
 from __future__ import annotations
 

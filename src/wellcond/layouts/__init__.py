@@ -1,4 +1,4 @@
-"""What each layer type's parameters mean: which axis is the output unit, and which rows its input offers them.
+"""The meaning of each layer type's parameters: the axis of output units, and the rows that its input offers them.
 
 A layout sees a weight as matrices ``[groups, out, *inputs]`` — one row per output unit — and the layer's input as the
 rows ``[groups, n, d]`` which those matrices multiply. Nothing else in the library hard-codes an axis.

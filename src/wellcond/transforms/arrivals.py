@@ -1,4 +1,4 @@
-"""Which calls of a layer led to the gradient that its weight has: only their rows count.
+"""Finds the calls of a layer that led to the gradient of its weight: only their rows count.
 
 A call is noted in the forward pass. It counts once the gradient of its output has come and the gradient of the weight
 was computed in the same backward pass. A call whose output is dropped frees what it holds together with its graph.
@@ -37,7 +37,7 @@ class LayerCall:
 
 
 class Signal(IntEnum):
-    """What a backward pass has shown so far."""
+    """The progress of a backward pass."""
 
     REACHED = 0
     """The gradient of a call's output has come."""

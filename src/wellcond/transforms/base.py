@@ -31,7 +31,7 @@ TransformSlots: TypeAlias = "Iterable[tuple[GradientTransform, Slot]]"
 
 @dataclass(frozen=True)
 class Decay:
-    """What the optimizer's weight decay does to one parameter in the coming step.
+    """The effect of the optimizer's weight decay on one parameter in the coming step.
 
     Attributes:
         gradient: λ where the optimizer adds λ·w to the gradient it is handed (coupled, L2), in that gradient's own
@@ -69,7 +69,7 @@ class Coverage:
 
 @dataclass(eq=False)
 class Terms:
-    """What an optimizer says of the coming step to all weights of one parameter group.
+    """An optimizer's settings of the coming step, for all weights of one parameter group.
 
     Attributes:
         decay: The weights' decay; None if the optimizer does not say how it applies it.

@@ -1,4 +1,4 @@
-"""How a transform's state is named, taken out of a state dict, and checked, and how it follows its weight."""
+"""Names a transform's state, takes it out of a state dict, checks it, and lets it follow its weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transform sees of a model: forward hooks where it wants inputs, and the sums over rows that count.
+"""Shows a model to a transform: forward hooks where it wants inputs, and the sums over rows that count.
 
 A hook is in place only while its layer's input is wanted; an ordinary pass runs no code of ours. What the hook sees
 counts once the weight's gradient has come from it (`arrivals`).
@@ -35,14 +35,14 @@ WatchedUse = tuple[GradientTransform, Slot, int]
 
 
 class Observing(Protocol):
-    """What takes in the calls that a hook shows; it must not raise."""
+    """An observer of the calls that a hook shows; it must not raise."""
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Take in one forward call of one module."""
 
 
 class Gate:
-    """Whether a window is open: some input is due now."""
+    """A window that is open while some input is due."""
 
     def __init__(self) -> None:
         self.open = False

@@ -14,7 +14,7 @@ from wellcond.transforms.checkpoint import read_state, set_state, state_key, tak
 
 
 class Published:
-    """What an attachment has shown in an optimizer's state, and what is being loaded into it."""
+    """The tensors that an attachment has shown in an optimizer's state, and those that are being loaded into it."""
 
     def __init__(self) -> None:
         self._loading: dict[int, dict[str, Any]] = {}

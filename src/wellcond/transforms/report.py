@@ -1,4 +1,4 @@
-"""What is done with each parameter's gradient, as a table to read before training."""
+"""Reports what is done with each parameter's gradient, as a table to read before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wellcond.transforms.base import GradientTransform, Slot, WellcondWarning
 
 
 class ParameterCoverage(NamedTuple):
-    """What a transform does with one parameter.
+    """A transform's treatment of one parameter.
 
     Attributes:
         name: The parameter's qualified name.

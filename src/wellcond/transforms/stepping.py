@@ -26,7 +26,7 @@ _HANDLES = "wellcond_attachments"
 
 
 class Follower(Protocol):
-    """What wants to know of an optimizer's steps, and of what is loaded into it."""
+    """A follower of an optimizer's steps, and of the states that are loaded into it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class Follower(Protocol):
 
 
 class StepRecord:
-    """What is remembered within one optimizer step: whether its statistics were taken in.
+    """A note within one optimizer step: whether its statistics were taken in.
 
     Args:
         closure: Whether a closure computes its gradients, perhaps several times.

@@ -63,7 +63,7 @@ def slots_of(
 
 
 class Places:
-    """Where in the model the covered weights stand, to see cheaply whether they still do.
+    """The places of the covered weights in the model, to see cheaply whether they still stand there.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Which torch optimizer takes the steps: inside a wrapper, or the given one, or none that can be worked with."""
+"""Finds the torch optimizer that takes the steps: the given one, or one inside a wrapper."""
 
 from __future__ import annotations
 

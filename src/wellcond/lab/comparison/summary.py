@@ -69,7 +69,7 @@ class AtShare:
 
 @dataclass(frozen=True)
 class ToTarget:
-    """When a method's mean over the seeds is beyond the target by more than chance.
+    """The time at which a method's mean over the seeds is beyond the target by more than chance.
 
     Attributes:
         epoch: The first such epoch; None if there is none.
@@ -101,7 +101,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """What one method gained and cost.
+    """The gains and costs of one method.
 
     Attributes:
         name: The method.

@@ -33,7 +33,7 @@ def check_augmentation(name: str, known: Sequence[str] = AUGMENTATIONS) -> str:
 
 @dataclass(frozen=True)
 class Moves:
-    """Where each image's pixels come from, [n, height] and [n, width], in the image with its black border."""
+    """The places that each image's pixels come from, [n, height] and [n, width], in the image with its black border."""
 
     rows: Tensor
     columns: Tensor

@@ -21,7 +21,7 @@ AUGMENTATIONS = ("standardize", "none")
 
 @dataclass(frozen=True)
 class EncodedColumns:
-    """What the columns of encoded rows are, the same for every seed.
+    """The columns of encoded rows, the same for every seed.
 
     Attributes:
         numbers: Columns of numbers, those of few categories among them.

@@ -30,7 +30,7 @@ _LEAST_ROWS = 10
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be told of each row.
+    """The class or the number that is to be told of each row.
 
     Attributes:
         name: The column's.

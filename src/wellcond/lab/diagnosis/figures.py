@@ -39,7 +39,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs together on the page.
+    """A part of the page.
 
     Attributes:
         title: Its heading.

@@ -32,7 +32,7 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class Style:
-    """How a technique is drawn, in every chart.
+    """The colours and the marker of a technique, in every chart.
 
     Attributes:
         light: Colour on a light background.
@@ -116,7 +116,7 @@ def style_of(is_baseline: bool, transforms: tuple[str, ...], layers: str | None,
 
 @dataclass(frozen=True)
 class Series:
-    """What a chart shows of one method.
+    """The line of one method in a chart.
 
     Attributes:
         name: The method.

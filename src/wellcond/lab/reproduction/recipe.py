@@ -92,7 +92,7 @@ PaperValue = Annotated[tuple[float, float | None], BeforeValidator(_paper_value)
 
 
 class Change(RecipeTable):
-    """What a method is trained with beyond what the lab's method says.
+    """The settings that a method is trained with beyond what the lab's method says.
 
     Attributes:
         lrs: The lr grid.
@@ -155,7 +155,7 @@ class PanelTable(RecipeTable):
 
 
 class ClaimTable(RecipeTable):
-    """What a source says of learned shares without printing them: that one is larger in the second of two panels.
+    """A source's statement of learned shares that it does not print: one is larger in the second of two panels.
 
     Attributes:
         statement: What the source says.
@@ -314,7 +314,7 @@ def load_recipe(file: Path) -> Recipe:
 
 
 class Heading(NamedTuple):
-    """What a recipe that comes with the lab is called, read without checking what it holds.
+    """The name of a recipe that comes with the lab, read without checking what it holds.
 
     Attributes:
         names: What it is called, the first first.

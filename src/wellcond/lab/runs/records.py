@@ -1,4 +1,4 @@
-"""What determines a run and what it measured, and how both are kept as one file a run."""
+"""The description of a run and its record of measurements, kept together as one file a run."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _brief(value: object) -> str:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What was measured at the end of an epoch; scores in the unit of the run's metric.
+    """The measurements at the end of an epoch; scores in the unit of the run's metric.
 
     Attributes:
         steps: Training steps so far.
@@ -172,7 +172,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
         epochs: One record for each epoch that ended with finite losses.

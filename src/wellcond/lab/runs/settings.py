@@ -1,4 +1,4 @@
-"""What was asked for, checked as far as it can be without the data."""
+"""The settings of a command, checked as far as possible without the data."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def most_processes() -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; None stands for the default that suits the data.
+    """The settings of a command; None stands for the default that suits the data.
 
     Attributes:
         data: ``"digits"``, a parquet file, or a folder in one of `LAYOUTS`.

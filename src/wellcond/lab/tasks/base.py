@@ -44,7 +44,7 @@ MOST_BATCHES = 1_000_000
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a comparison on this data uses where nothing else is asked for.
+    """The settings of a comparison on this data where nothing else is asked for.
 
     Attributes:
         model: Name of the network.
@@ -83,7 +83,7 @@ class DefaultsBySize:
 
 
 class Task:
-    """What methods are compared on: your model, your data, your loss, your scores.
+    """The base of a task: your model, your data, your loss and your scores, on which methods are compared.
 
     Subclass it and write four methods and the metric; everything else is done for you: paired seeds, lr grids, the
     choice of the lr on the validation split, runs at equal wall time, runs that go on where they were stopped, several

@@ -1,4 +1,4 @@
-"""Finds out what `--data` names."""
+"""Opens the task that `--data` or `--task` names."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where well-known data comes from, for those who name it and have not got it.
+    """The origin of well-known data, shown to a user who names it and does not have it.
 
     Attributes:
         pattern: A regular expression that its path matches, whatever the case.

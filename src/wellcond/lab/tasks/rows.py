@@ -1,4 +1,4 @@
-"""Samples that lie in memory as rows of tensors: shuffled batches, and evaluation in pieces."""
+"""Shuffles samples that lie in memory as rows of tensors into batches, and evaluates them in pieces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LabelledRows(NamedTuple):
 
 
 class TrainingRows(Protocol):
-    """What training batches are taken from."""
+    """Rows that training batches are taken from."""
 
     def __len__(self) -> int:
         """Return how many rows there are to choose from."""

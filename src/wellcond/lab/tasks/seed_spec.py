@@ -1,4 +1,4 @@
-"""What of a run its data, its network and its loss are made from, whatever the method."""
+"""The part of a run's description that its data, network and loss are made from, whatever the method."""
 
 from __future__ import annotations
 

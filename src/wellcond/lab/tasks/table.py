@@ -40,7 +40,7 @@ _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 400, 2, 40
 
 
 class TableTask(DataTask):
-    """Rows of numbers and categories, of which a class or a number is to be told.
+    """A table whose rows of numbers and categories predict a class or a number.
 
     Args:
         table: The rows.

@@ -1,4 +1,4 @@
-"""What Lightning trains: the network, its loss, and the method's optimizer."""
+"""The LightningModule of a run: the network, its loss, and the method's optimizer."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Directions = Literal["nearest", "pca"]
 
 
 class GeneralizedOptions(ScheduleOptions, total=False):
-    """How the output is whitened; see `GeneralizedWhitenedLinear`."""
+    """Options of the output's whitening; see `GeneralizedWhitenedLinear`."""
 
     directions: Directions
 

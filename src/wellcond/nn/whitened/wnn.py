@@ -23,7 +23,7 @@ Whitening = Literal["zca", "pca"]
 
 
 class WhiteningOptions(ScheduleOptions, total=False):
-    """How the input is whitened; see `WhitenedLinear`."""
+    """Options of the input's whitening; see `WhitenedLinear`."""
 
     whitening: Whitening
     components: int | None

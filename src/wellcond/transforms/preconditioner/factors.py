@@ -20,7 +20,7 @@ from wellcond.transforms.base import State
 
 @dataclass(frozen=True)
 class Power:
-    """Which power of a second moment is wanted, and how: see `wellcond.numerics.linalg.symmetric_power`."""
+    """The wanted power of a second moment, and its solver: see `wellcond.numerics.linalg.symmetric_power`."""
 
     exponent: float
     damping: float
@@ -30,7 +30,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Eigendecomposition:
-    """What is known of the eigenvalues of a factor's moment.
+    """The known eigenvalues of a factor's moment, with their directions.
 
     Attributes:
         directions: Eigenvectors, shape [groups, width, r].

@@ -50,7 +50,7 @@ class Scratch:
 
 
 class Form(ABC):
-    """How one weight's second moment is observed, factorized and applied.
+    """Observes, factorizes and applies one weight's second moment.
 
     Args:
         layer: The layer that stands for all uses of the weight.

@@ -41,7 +41,7 @@ def count_of(slot: Slot, key: str) -> int:
 
 @dataclass(frozen=True)
 class SolveSchedule:
-    """When factorizations are due.
+    """The steps at which factorizations are due.
 
     Attributes:
         stats_every: Steps between two updates of a second moment.

@@ -36,7 +36,7 @@ from wellcond.transforms.sharding import is_sharded_by_first_axis
 
 @dataclass(frozen=True)
 class FeaturePreconditioner(GradientTransform):
-    """What `FeatureDescent` and `FeatureWhitening` share: Ĝ = G · (M + damping)^(−p), M = E[x xᵀ] of the layer's input.
+    """The base of `FeatureDescent` and `FeatureWhitening`: Ĝ = G · (M + damping)^(−p), M = E[x xᵀ] of a layer's input.
 
     Args:
         damping: ε, added to M's eigenvalues.

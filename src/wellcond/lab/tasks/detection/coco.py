@@ -33,7 +33,7 @@ _LARGEST_SIDE = 65_535
 
 @dataclass(frozen=True)
 class CocoPaths:
-    """Where one part of a data set lies."""
+    """The files of one part of a data set."""
 
     annotations: Path
     images: Path

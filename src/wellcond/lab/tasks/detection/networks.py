@@ -29,7 +29,7 @@ _ASPECTS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Width:
-    """How large a detector is beside its trunk.
+    """The sizes of a detector beside its trunk.
 
     Attributes:
         pyramid: Channels of the feature pyramid, and of the convolutions of the heads.

@@ -19,7 +19,7 @@ _CENTER_LR = 0.5
 
 
 class Judged(NamedTuple):
-    """What the network says of training images.
+    """The network's outputs for training images.
 
     Attributes:
         features: Before the neck, [n, d]: what distances are learned of.

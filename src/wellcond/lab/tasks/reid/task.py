@@ -1,4 +1,4 @@
-"""Person re-identification: to find a person whom other cameras have seen, among persons who did not train."""
+"""Person re-identification: the network finds a person whom other cameras have seen, among persons new to it."""
 
 from __future__ import annotations
 

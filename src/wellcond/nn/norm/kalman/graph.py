@@ -75,7 +75,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Filtered:
-    """What the filter of a layer returned.
+    """The estimate that the filter of a layer returned.
 
     Attributes:
         layer: Its name.
@@ -220,7 +220,7 @@ class _Reader(NamedTuple):
 
 
 class StatisticsGraph:
-    """How the layers of one model predict one another's statistics, and what they hand on during a forward pass.
+    """The predictions of statistics between a model's layers, and the values that a forward pass hands on.
 
     Each value is kept until the last of its readers has had it, and none outlives the pass: nothing is copied or
     pickled with the model. A layer that is in evaluation mode hands on its running statistics.
