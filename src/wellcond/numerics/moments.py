@@ -160,12 +160,11 @@ def merge_moments(moments: Moments, dim: int | Sequence[int], keepdim: bool = Fa
     return Moments(mean, var, moments.elements * parts)
 
 
-def merge_unequal(moments: Moments, dim: int = 0) -> Moments:
-    """Combine the moments of parts of different sizes.
+def merge_unequal(moments: Moments) -> Moments:
+    """Combine the moments of parts of different sizes, which lie along the first dimension.
 
     Args:
         moments: Of the parts; `elements` is a tensor that broadcasts with the means and is not all zero.
-        dim: Along which dimension the parts lie.
 
     Returns:
         The moments of the union; its `elements` are a tensor.
@@ -176,11 +175,11 @@ def merge_unequal(moments: Moments, dim: int = 0) -> Moments:
         Moments(mean=tensor(1.), var=tensor(2.), elements=tensor(3.))
     """
     count = torch.as_tensor(moments.elements, dtype=moments.mean.dtype, device=moments.mean.device)
-    total = count.sum(dim, keepdim=True)
+    total = count.sum(0, keepdim=True)
     share = count / total
-    mean = (share * moments.mean).sum(dim, keepdim=True)
-    var = (share * (moments.var + (moments.mean - mean).square())).sum(dim)
-    return Moments(mean.squeeze(dim), var, total.squeeze(dim))
+    mean = (share * moments.mean).sum(0, keepdim=True)
+    var = (share * (moments.var + (moments.mean - mean).square())).sum(0)
+    return Moments(mean.squeeze(0), var, total.squeeze(0))
 
 
 def batch_moments(inputs: Tensor) -> Moments:

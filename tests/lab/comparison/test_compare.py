@@ -16,7 +16,6 @@ from rich.console import Console
 
 from wellcond.__main__ import main
 from wellcond.lab.comparison.compare import compared, run_comparison
-from wellcond.lab.comparison.estimate import estimate_seconds
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
@@ -268,22 +267,6 @@ def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
     assert not any("equal time" in line for line in describe_comparison(summary))
 
 
-def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
-    store = RunStore(tmp_path)
-    runs, seconds = estimate_seconds([plan, plan], store)
-    assert runs == 12
-    assert seconds > 0
-    kept = plan.spec(METHODS["SGDM"], 0.1, seed=0)
-    store.save(kept, record(plan, seconds=1.0))
-    assert estimate_seconds([plan], store)[0] == 11
-
-
-def test_a_method_that_differentiates_its_gradient_can_be_estimated(tmp_path):
-    plan = make_plan(Settings(methods=("AdaHessian",), seeds=1, epochs=1, train_images=64))
-    runs, seconds = estimate_seconds([plan], RunStore(tmp_path))
-    assert (runs, seconds > 0) == (3, True)
-
-
 def test_other_groups_share_the_images(plan):
     grouped = regrouped(plan, 4)
     assert grouped.task is plan.task
@@ -316,8 +299,6 @@ def test_fewer_seeds_can_choose_the_trials(tmp_path, capsys):
     )
     plan, store = make_plan(settings), RunStore(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    count, _ = estimate_seconds([plan], store)
-    assert count == 2 * (3 + 2)
     progress = RunProgress(Console(stderr=True), quiet=True)
     comparison = run_comparison(plan, store, progress)
     for found in comparison.methods.values():
