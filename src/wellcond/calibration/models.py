@@ -23,6 +23,7 @@ from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, device_of, unwrapped
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.base import WellcondWarning
 
 
@@ -134,7 +135,7 @@ def calibrate(
     if until is not None and until <= 0:
         raise ValueError(f"until must be positive, such as 0.01, or None, got {until!r}")
     if what == "bn" and options:
-        raise TypeError(f"what='bn' converts nothing and takes no options, got {', '.join(map(repr, options))}")
+        raise TypeError(f"what='bn' converts nothing and takes no options, got {quoted_names(options)}")
     if what != "bn" and batch_size is None:
         raise ValueError(
             f"batch_size must be given for what={what!r}, which asks how batches of that size differ: the samples of "
@@ -176,7 +177,7 @@ def calibrate(
     if missed:
         batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
         warnings.warn(
-            f"calibrate: no {batch} reached {_listed(missed)}, which keep their statistics",
+            f"calibrate: no {batch} reached {quoted_names(missed)}, which keep their statistics",
             WellcondWarning,
             stacklevel=3,
         )
@@ -239,14 +240,14 @@ def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.M
     if unknown:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in unknown.values()}))
         raise TypeError(
-            f"calibrate cannot calibrate {_listed(unknown)} ({kinds}): they keep running statistics, but are no batch "
-            "normalizations that are known. Leave them out with `where`"
+            f"calibrate cannot calibrate {quoted_names(unknown)} ({kinds}): they keep running statistics, but are no "
+            "batch normalizations that are known. Leave them out with `where`"
         )
     layers, of_any_kind = named_batch_norms(model, where)
     lazy = {name: layer for name, layer in layers.items() if isinstance(layer, _LazyNormBase)}
     if lazy:
         raise TypeError(
-            f"calibrate cannot calibrate {_listed(lazy)}, which have no parameters yet: run the model once first"
+            f"calibrate cannot calibrate {quoted_names(lazy)}, which have no parameters yet: run the model once first"
         )
     of_frozen = frozen_norms(model)
     frozen = chosen(of_frozen)
@@ -305,7 +306,7 @@ def _join_ranks(
     if not reached and passed.batch_size is not None and 0 < largest.max() < passed.batch_size:
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {int(largest.max())}")
     if not reached:
-        raise ValueError(f"no batch reached any of the batch normalizations {_listed(averages)}")
+        raise ValueError(f"no batch reached any of the batch normalizations {quoted_names(averages)}")
     for average in reached.values():
         average.finish()
     ranks.add([tensor for average in reached.values() for tensor in average.summed_around_means()])
@@ -313,8 +314,4 @@ def _join_ranks(
         average.finish_around_means()
     spoilt = [name for name, average in reached.items() if not average.is_finite]
     if spoilt:
-        raise ValueError(f"features that are not finite reached {_listed(spoilt)}; nothing has changed")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+        raise ValueError(f"features that are not finite reached {quoted_names(spoilt)}; nothing has changed")

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Seen, double_of, named_batch_norms
-from wellcond.diagnostics.passes import check_reached, observed_pass, quoted_names
+from wellcond.diagnostics.passes import check_reached, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.evalnorm import mixed_moments
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, quoted_names, widened
+from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.layouts import Layer
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import AnyInteger, Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, device_of, moved, unwrapped
+from wellcond.runtime.texts import quoted_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

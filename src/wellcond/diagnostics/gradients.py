@@ -14,6 +14,7 @@ from wellcond.diagnostics.tables import axes_for
 from wellcond.layouts import Layer
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ from wellcond.diagnostics.passes import (
     centred_layers,
     left_as_found,
     loss_of,
-    quoted_names,
     sizes_of,
     widened,
 )

@@ -18,7 +18,6 @@ from wellcond.diagnostics.passes import (
     check_where,
     layers_of,
     left_as_found,
-    quoted_names,
 )
 from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.moments.collection import SecondMoments
@@ -27,6 +26,7 @@ from wellcond.runtime.autocast import without_autocast
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, first_samples, run_on, samples_of, unwrapped
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.base import State, WellcondWarning
 from wellcond.transforms.preconditioner.factors import DiagonalFactor
 from wellcond.transforms.preconditioner.form import Form, tap_sums

@@ -28,11 +28,12 @@ from wellcond.diagnostics.laws import (
     plot_density,
     plot_distribution,
 )
-from wellcond.diagnostics.passes import check_reached, observed_pass, quoted_names
+from wellcond.diagnostics.passes import check_reached, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.momentum import MomentumBatchNorm
 from wellcond.runtime.checks import Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
+from wellcond.runtime.texts import quoted_names
 from wellcond.theory import Formula, Noise, batch_mean_noise
 from wellcond.transforms.base import WellcondWarning
 

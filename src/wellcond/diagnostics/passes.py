@@ -21,6 +21,7 @@ from wellcond.nn.norm.history import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate
 from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.observe import CallHook
 from wellcond.transforms.sharding import is_sharded
@@ -133,15 +134,6 @@ def check_reached(passed: Passed, names: Iterable[str], reached: Collection[str]
     if 0 < passed.largest < (passed.batch_size or 0):
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
     raise ValueError(f"no batch reached any of the batch normalizations {quoted_names(names)}")
-
-
-def quoted_names(names: Iterable[str]) -> str:
-    """Return names as an error lists them.
-
-    >>> quoted_names(["0", "head.fc"])
-    "'0', 'head.fc'"
-    """
-    return ", ".join(map(repr, names))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.comparison.summary import GridPoint, MethodSummary, Summary, ToTarget
 from wellcond.lab.report.table import NOTHING, Cell
 from wellcond.lab.runs.metric import ACCURACY, Metric
+from wellcond.runtime.texts import bytes_text
 
 _LARGE = 1000.0
 
@@ -214,20 +215,6 @@ def state_text(method: MethodSummary) -> str:
         return NOTHING
     ratio = method.memory.optimizer_state / method.memory.parameters
     return f"{bytes_text(method.memory.optimizer_state)}, x {ratio:.2f}"
-
-
-def bytes_text(count: int) -> str:
-    """Return a number of bytes for people.
-
-    >>> bytes_text(512), bytes_text(2_500), bytes_text(134_087_000), bytes_text(12_000_000_000)
-    ('512 B', '2.5 kB', '134.1 MB', '12.0 GB')
-    """
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 SummaryColumn: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]

@@ -9,7 +9,6 @@ from wellcond.lab.comparison.summary import LEVEL, AtShare, GridPoint, MethodSum
 from wellcond.lab.report.formats import (
     Columns,
     SummaryColumn,
-    bytes_text,
     difference_cell,
     memory_text,
     number_text,
@@ -28,6 +27,7 @@ from wellcond.lab.report.formats import (
 )
 from wellcond.lab.report.shares import SharesSummary
 from wellcond.lab.report.table import NOTHING, Cell, ReportTable, Row
+from wellcond.runtime.texts import bytes_text
 
 
 def _table(summary: Summary, title: str, caption: str, columns: Sequence[SummaryColumn]) -> ReportTable:

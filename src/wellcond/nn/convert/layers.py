@@ -12,6 +12,7 @@ from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhit
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
 from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.texts import quoted_names
 
 # Of each kind, what stands for a linear layer and for a convolution.
 _KINDS: dict[str, dict[type[nn.Module], Any]] = {
@@ -66,7 +67,7 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
     if to not in _KINDS:
         raise ValueError(f"to must be one of {', '.join(map(repr, _KINDS))}, got {to!r}")
     if to == "plain" and options:
-        raise TypeError(f"to='plain' takes no options, got {', '.join(map(repr, options))}")
+        raise TypeError(f"to='plain' takes no options, got {quoted_names(options)}")
     kinds = _KINDS[to]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -17,6 +17,7 @@ from wellcond.nn.convert.single_values import RefuseSingleValues
 from wellcond.nn.convert.then_activation import NormClass, fused_type, parts_of
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.runtime.checks import Predicate, check_choice, check_positive_integer, checked
+from wellcond.runtime.texts import quoted_names
 
 
 class _Found(NamedTuple):
@@ -191,7 +192,7 @@ def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
     if any(any(each.selected) for each in found):
         return found
     if found:
-        first = _listed(found[0].names[:1])
+        first = quoted_names(found[0].names[:1])
         raise ValueError(f"`where` selects none of the model's {len(found)} batch normalizations ({first}, …)")
     others = Counter(type(module).__name__ for module in model.modules() if is_other_norm(module))
     kinds = ", ".join(f"{count} {name}" for name, count in others.items()) or "none at all"
@@ -232,7 +233,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     plain, fused = _plain_type(layer)
     if not all(found.selected):
         raise _NotConvertibleError(
-            f"is one layer under the names {_listed(found.names)}, of which `where` selects only some"
+            f"is one layer under the names {quoted_names(found.names)}, of which `where` selects only some"
         )
     target = KINDS[to].layers[DIMENSIONS[plain]]
     if target is None:
@@ -276,10 +277,12 @@ def _check_state(layer: _BatchNorm, target: NormClass) -> None:
     """Refuse what a constructor would not have made, and what the target has no place for."""
     overridden = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
     if overridden:
-        raise _NotConvertibleError(f"has its own {_listed(overridden)}, set on this one object")
+        raise _NotConvertibleError(f"has its own {quoted_names(overridden)}, set on this one object")
     computed = [name for name in ("weight", "bias") if name not in layer._parameters]
     if computed:
-        raise _NotConvertibleError(f"computes its {_listed(computed)} (as pruning does): make that permanent first")
+        raise _NotConvertibleError(
+            f"computes its {quoted_names(computed)} (as pruning does): make that permanent first"
+        )
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(layer, name)
         if tensor is not None and tensor.shape != (layer.num_features,):
@@ -373,8 +376,4 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
     taken = [name for name in options_of(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
     unknown = [name for name in options if name not in taken]
     if unknown:
-        raise TypeError(f"convert_norm(to={to!r}) takes the options {_listed(taken)}, got {_listed(unknown)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+        raise TypeError(f"convert_norm(to={to!r}) takes the options {quoted_names(taken)}, got {quoted_names(unknown)}")

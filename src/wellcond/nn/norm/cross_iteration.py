@@ -18,6 +18,7 @@ from wellcond.nn.norm.window import empty_where_missing, filled, replace_oldest
 from wellcond.numerics.moments import Moments, ghost_sizes, spread_samples
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.texts import quoted_names
 
 _MOMENTS = ("past_mean", "past_var")
 _SLOPES = ("past_mean_at", "past_var_at", "past_mean_slope", "past_var_slope")
@@ -311,7 +312,7 @@ def _given(
 ) -> dict[str, PrecedingLayer | str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     if set(predecessors) != set(layers):
-        names = ", ".join(map(repr, layers))
+        names = quoted_names(layers)
         raise ValueError(f"predecessors must name a layer for each of {names}, got {list(predecessors)}")
     unknown = [name for name in predecessors.values() if name not in modules]
     if unknown:

@@ -29,6 +29,7 @@ from wellcond.nn.norm.kalman.graph import (
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 from wellcond.nn.norm.outline import trace_outline
 from wellcond.runtime.checks import checked
+from wellcond.runtime.texts import quoted_names
 
 _ADDITIONS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _CONCATENATIONS: tuple[object, ...] = (torch.cat, torch.concat, torch.concatenate)
@@ -259,7 +260,7 @@ def _traced(model: nn.Module, names: Mapping[KalmanBatchNorm2d, str]) -> _Plan:
     twice = [name for name, count in calls.items() if count > 1]
     if twice:
         raise ValueError(
-            f"{', '.join(map(repr, twice))}: a KalmanBatchNorm2d must be used once in a forward pass, since others "
+            f"{quoted_names(twice)}: a KalmanBatchNorm2d must be used once in a forward pass, since others "
             "read its statistics"
         )
     plan = _Plan({name: layer for name in calls for layer, own in names.items() if own == name})
