@@ -25,7 +25,7 @@ import wellcond
 from wellcond.calibration.progress import CalibrationProgress, ProgressLine
 from wellcond.calibration.standard_error import StandardError
 from wellcond.nn import IterNorm2d, conversion_report
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

@@ -20,11 +20,10 @@ from wellcond.calibration.watching import CalibrationWatch
 from wellcond.nn.convert.frozen import frozen_norms, lookalikes
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import is_other_norm, keep_report
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, device_of, unwrapped
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.texts import quoted_names
-from wellcond.transforms.base import WellcondWarning
 
 
 @checked
@@ -125,8 +124,7 @@ def calibrate(
     if batch_size is not None:
         check_positive_integer("batch_size", batch_size)
     what = ("bn" if batch_size is None else "bsr") if what is None else what
-    if what not in ESTIMATORS:
-        raise ValueError(f"what must be one of {', '.join(map(repr, ESTIMATORS))}, got {what!r}")
+    check_choice("what", what, ESTIMATORS)
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"momentum must lie in (0, 1] or be None, got {momentum!r}")
     for name, most in (("max_batches", max_batches), ("max_samples", max_samples)):

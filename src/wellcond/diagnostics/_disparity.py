@@ -17,10 +17,9 @@ from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.evalnorm import mixed_moments
 from wellcond.nn.norm.instance import InstanceInference
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import WellcondWarning, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
 from wellcond.runtime.texts import quoted_names
-from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from wellcond.diagnostics.tables import axes_for
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
 from wellcond.runtime.texts import quoted_names
-from wellcond.transforms.base import WellcondWarning, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,11 +23,11 @@ from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.moments.collection import SecondMoments
 from wellcond.numerics.pieces import in_pieces
 from wellcond.runtime.autocast import without_autocast
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_positive_integer, checked
 from wellcond.runtime.models import Call, first_samples, run_on, samples_of, unwrapped
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.texts import quoted_names
-from wellcond.transforms.base import State, WellcondWarning
+from wellcond.transforms.base import State
 from wellcond.transforms.preconditioner.factors import DiagonalFactor
 from wellcond.transforms.preconditioner.form import Form, tap_sums
 from wellcond.transforms.preconditioner.forms import MomentForm, choose_form

@@ -31,11 +31,10 @@ from wellcond.diagnostics.laws import (
 from wellcond.diagnostics.passes import check_reached, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.momentum import MomentumBatchNorm
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
 from wellcond.runtime.texts import quoted_names
 from wellcond.theory import Formula, Noise, batch_mean_noise
-from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,10 +142,8 @@ class BatchNoise:
             ImportError: If matplotlib is not installed.
         """
         name = next(iter(self.layers)) if layer is None else layer
-        if name not in self.layers:
-            raise ValueError(f"layer must be one of {', '.join(map(repr, self.layers))}, got {layer!r}")
-        if noise not in get_args(Which):
-            raise ValueError(f"noise must be one of {', '.join(map(repr, get_args(Which)))}, got {noise!r}")
+        check_choice("layer", name, self.layers)
+        check_choice("noise", noise, get_args(Which))
         ax = axes_for(ax, "BatchNoise.plot", (8.0, 4.0))
         own = self.layers[name]
         said = f"M = {own.effective:.3g}"

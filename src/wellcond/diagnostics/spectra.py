@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from wellcond.diagnostics.tables import axes_for, table
-from wellcond.transforms.base import check_choice
+from wellcond.runtime.checks import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,8 @@ from wellcond.diagnostics.spectra import FeatureSpectrum, LayerSpectrum, Spectru
 from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.layouts.rows import input_pieces, row_pieces
 from wellcond.numerics.row_moments import SecondMoment, SketchedMoment, WholeMoment
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, run_on, unwrapped
-from wellcond.transforms.base import WellcondWarning, check_choice
 
 SumPrecision = Literal["float32", "float64"]
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from wellcond.diagnostics.tables import axes_for
-from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.checks import Predicate, check_choice, checked
 from wellcond.runtime.models import unwrapped
-from wellcond.transforms.base import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

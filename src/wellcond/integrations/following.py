@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
+from wellcond.runtime.checks import check_choice
 from wellcond.transforms import attachments
-from wellcond.transforms.base import check_choice
 
 Interval = Literal["epoch", "step"]
 

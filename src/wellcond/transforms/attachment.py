@@ -16,14 +16,10 @@ from torch.optim import Optimizer
 from wellcond.layouts import find_layers
 from wellcond.moments.collection import SecondMoments
 from wellcond.runtime.autocast import without_autocast
+from wellcond.runtime.checks import WellcondWarning, check_choice
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
-from wellcond.transforms.base import (
-    GradientTransform,
-    Slot,
-    WellcondWarning,
-    check_choice,
-)
+from wellcond.transforms.base import GradientTransform, Slot
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from wellcond.layouts import Layer
 from wellcond.moments.collection import SecondMoments
 from wellcond.moments.layer_moment import LayerMoment
-from wellcond.runtime.checks import WellcondWarning as WellcondWarning
-from wellcond.runtime.checks import check_choice as check_choice
 from wellcond.runtime.ranks import Ranks
 
 Scalar: TypeAlias = "float | Tensor"

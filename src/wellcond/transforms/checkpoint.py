@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wellcond.transforms.base import GradientTransform, Slot, State, WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
+from wellcond.transforms.base import GradientTransform, Slot, State
 
 
 def state_key(transform: GradientTransform, key: str) -> str:

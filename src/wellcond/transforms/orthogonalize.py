@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from wellcond.layouts import Layer
 from wellcond.numerics.polar import QUINTIC, Coefficients, newton_schulz_polar
-from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
-from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, check_choice
+from wellcond.runtime.checks import Predicate, check_choice, check_fields, check_positive_integer
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
 from wellcond.transforms.hidden_weights import HiddenWeights, split
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,

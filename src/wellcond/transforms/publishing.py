@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import GradientTransform, Slot, State, TransformSlots, WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
+from wellcond.transforms.base import GradientTransform, Slot, State, TransformSlots
 from wellcond.transforms.checkpoint import read_state, set_state, state_key, take_out
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from torch import nn
 
 from wellcond.layouts import find_layers
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.runtime.texts import bytes_text
-from wellcond.transforms.base import GradientTransform, Slot, WellcondWarning
+from wellcond.transforms.base import GradientTransform, Slot
 
 
 class ParameterCoverage(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 # The code of torch's wrapper around each ``step``, which runs the hooks.
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__

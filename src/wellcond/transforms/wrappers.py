@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 # What torch's constructor gives an optimizer, and what `attach` needs.
 _HOOKS = (

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Slot, WellcondWarning
+from wellcond.transforms.base import Slot
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Form
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from wellcond.layouts import Layer
 from wellcond.moments.layer_moment import LayerMoment
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
-from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, WellcondWarning, check_choice
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.forms import MomentForm, choose_form
