@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wellcond.calibration.feeding import Limits
 from wellcond.calibration.replay import Passed, Seen, training_pass
 from wellcond.layouts import Layer, find_layers
+from wellcond.layouts.unusual import is_sharded
 from wellcond.nn.norm.history import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate
@@ -24,7 +25,6 @@ from wellcond.runtime.models import Call, device_of, kept_random_state, moved, r
 from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.observe import CallHook
-from wellcond.transforms.sharding import is_sharded
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, batch)``: the scalar whose gradient is asked for."""

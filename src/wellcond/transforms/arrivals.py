@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from wellcond.layouts.unusual import is_sharded
 from wellcond.runtime.tracing import NO_BACKWARD, backward_number
-from wellcond.transforms.sharding import is_sharded
 
 Sums = list[Tensor]
 _serial = itertools.count()

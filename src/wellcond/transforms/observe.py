@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, UnknownInputError
+from wellcond.layouts.unusual import is_sharded
 from wellcond.runtime.random_state import RandomState, random_numbers_kept
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.tracing import is_traced
@@ -26,7 +27,6 @@ from wellcond.transforms.arrivals import Arrivals, LayerCall, Sums
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
 from wellcond.transforms.checkpoint import follow
 from wellcond.transforms.eager import run_eagerly
-from wellcond.transforms.sharding import is_sharded
 
 NEVER_CALLED = "its module is never called (F.linear on its weight?)"
 DROPPED = "no row of its input led to its gradient"

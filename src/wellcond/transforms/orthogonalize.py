@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.layouts.unusual import is_sharded
 from wellcond.numerics.polar import QUINTIC, Coefficients, newton_schulz_polar
 from wellcond.runtime.checks import Predicate, check_choice, check_fields, check_positive_integer
 from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
@@ -22,7 +23,7 @@ from wellcond.transforms.preconditioner.precision import (
     product_dtype,
     tensor_cores,
 )
-from wellcond.transforms.sharding import is_sharded, local, whole, write_whole
+from wellcond.transforms.sharding import local, whole, write_whole
 
 UpdateScale = Literal["original", "match_rms_adamw", "spectral_unclamped", "none"]
 

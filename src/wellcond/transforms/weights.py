@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import Parameter
 
 from wellcond.layouts import Layer, Layers
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.base import GradientTransform, Slot
-from wellcond.transforms.sharding import is_sharded
 
 Uses = dict[int, list[Layer]]
 

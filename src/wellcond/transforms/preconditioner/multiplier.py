@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.base import Slot
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.norm_recovery import NormRecovery, Norms, norm_ratios
@@ -20,7 +21,7 @@ from wellcond.transforms.preconditioner.place import Place
 from wellcond.transforms.preconditioner.precision import Precision, layer_dtype, product_dtype, tensor_cores
 from wellcond.transforms.preconditioner.products import ChangedGradient, alike, scale
 from wellcond.transforms.preconditioner.solves import form_of, tensor_of
-from wellcond.transforms.sharding import is_sharded, local, rows_are_whole
+from wellcond.transforms.sharding import local, rows_are_whole
 
 
 @dataclass(frozen=True)

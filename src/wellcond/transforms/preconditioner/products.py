@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.norm_recovery import Norms, norm_ratios
 from wellcond.transforms.preconditioner.place import Place
-from wellcond.transforms.sharding import is_sharded, local, whole, write_whole
+from wellcond.transforms.sharding import local, whole, write_whole
 
 MakeView = Callable[[Tensor], Tensor]
 
