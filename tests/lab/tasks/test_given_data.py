@@ -10,7 +10,6 @@ from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.tasks.base import Defaults, DefaultsBySize, Evaluation
 from wellcond.lab.tasks.given_data import SplitSeed
-from wellcond.lab.tasks.seed_spec import OneSeed
 
 
 class Seed(SplitSeed):
@@ -30,10 +29,7 @@ class Seed(SplitSeed):
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
 def test_every_image_is_evaluated_once_in_as_many_passes_on_every_rank(count: int, ranks: int) -> None:
     images = [10 + place for place in range(count)]
-    shares = [
-        Seed(None, None, OneSeed(0, "", 1, "", 1, 1), torch.device("cpu"), rank, ranks).one_by_one(images)
-        for rank in range(ranks)
-    ]
+    shares = [Seed(None, None, None, torch.device("cpu"), rank, ranks).one_by_one(images) for rank in range(ranks)]
     assert sorted(image for own, _ in shares for image in own) == images
     assert len({len(keys) for _, keys in shares}) == 1
     for own, keys in shares:
