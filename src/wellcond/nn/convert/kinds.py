@@ -107,7 +107,7 @@ DIMENSIONS: dict[NormClass, int] = {
 _OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype"})
 
 
-def options_of(layer: NormClass) -> dict[str, inspect.Parameter]:
+def constructor_options(layer: NormClass) -> dict[str, inspect.Parameter]:
     """Return a constructor's arguments but for those that the converted layer decides."""
     decided = _OF_THE_LAYER | (layer.decided_by_model if issubclass(layer, StatisticsNorm) else frozenset())
     return {name: value for name, value in inspect.signature(layer).parameters.items() if name not in decided}
@@ -152,7 +152,7 @@ def arguments_for(
     Raises:
         TypeError: If one is required and missing.
     """
-    accepted = options_of(target)
+    accepted = constructor_options(target)
     ours = isinstance(layer, StatisticsNorm)
     names = [*inherited(target), *(("group_size", "synchronize") if ours and not remade else ())]
     arguments = dict(KINDS[to].defaults) | {name: getattr(layer, name) for name in names if hasattr(layer, name)}

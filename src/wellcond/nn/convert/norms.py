@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, lookalikes, thawed
-from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, disconnect, options_of
+from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, constructor_options, disconnect
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.nn.convert.single_values import RefuseSingleValues
 from wellcond.nn.convert.then_activation import NormClass, fused_type, parts_of
@@ -296,7 +296,7 @@ def _check_state(layer: _BatchNorm, target: NormClass) -> None:
             f"has track_running_stats={layer.track_running_stats}, which contradicts its buffers: "
             "set running_mean and running_var to None, or track_running_stats back to True, first"
         )
-    if layer.running_mean is None and "track_running_stats" not in options_of(target):
+    if layer.running_mean is None and "track_running_stats" not in constructor_options(target):
         raise _NotConvertibleError(
             f"has no running statistics (track_running_stats=False), which {target.__name__} needs: "
             "convert to 'bn' with track_running_stats=True and let it see data first"
@@ -317,7 +317,7 @@ def _build(layer: _BatchNorm, plain: NormClass, target: NormClass, to: str, opti
             raise ValueError(f"num_groups={arguments['num_groups']} does not divide {layer.num_features} channels")
         return target(num_channels=layer.num_features, **arguments)
     new = target(layer.num_features, **arguments)
-    if isinstance(new, StatisticsNorm) and "momentum" not in options_of(target):
+    if isinstance(new, StatisticsNorm) and "momentum" not in constructor_options(target):
         new.momentum = layer.momentum
     return new
 
@@ -365,7 +365,7 @@ def _merge(layer: _BatchNorm, plain: NormClass, new: nn.Module) -> dict[str, Any
 
 def _blank(plain: NormClass) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
-    required = [name for name, argument in options_of(plain).items() if argument.default is argument.empty]
+    required = [name for name, argument in constructor_options(plain).items() if argument.default is argument.empty]
     return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.
 
 
@@ -373,7 +373,7 @@ def _blank(plain: NormClass) -> nn.Module:
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    taken = [name for name in options_of(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
+    taken = [name for name in constructor_options(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
     unknown = [name for name in options if name not in taken]
     if unknown:
         raise TypeError(f"convert_norm(to={to!r}) takes the options {quoted_names(taken)}, got {quoted_names(unknown)}")
