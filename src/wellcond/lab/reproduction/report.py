@@ -11,7 +11,6 @@ from rich.console import Console
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.report.charts import Quantity, curves
 from wellcond.lab.report.formats import (
-    bytes_text,
     chosen_text,
     difference_text,
     quantity_text,
@@ -27,6 +26,7 @@ from wellcond.lab.reproduction.across import across_charts
 from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
 from wellcond.lab.runs.metric import Metric
+from wellcond.runtime.texts import bytes_text
 
 FORMAT = 1
 """The version of reproduce.json's layout."""

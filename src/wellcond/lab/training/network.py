@@ -20,4 +20,4 @@ def initial_network(task: Task, spec: RunSpec) -> nn.Module:
     # After the weights are drawn: the methods of a seed share them, whatever layers they train with.
     model = spec.method.with_layers(model, spec.ghost_batch)
     # A batch needs no change: what a convolution with such weights returns is channels last, too.
-    return model.to(memory_format=torch.channels_last) if spec.channels_last else model  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last) if spec.channels_last else model
