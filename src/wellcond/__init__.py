@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wellcond.diagnostics.input_moments import second_moments
     from wellcond.layouts import Layout, register_layout
     from wellcond.moments.collection import SecondMoments
+    from wellcond.runtime.checks import WellcondWarning
     from wellcond.transforms import (
         Attachment,
         FeatureDescent,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         ZScore,
         attach,
     )
-    from wellcond.transforms.base import GradientTransform, WellcondWarning
+    from wellcond.transforms.base import GradientTransform
 
 __all__ = [
     "Attachment",

@@ -22,10 +22,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import wellcond
-from wellcond.calibration.precision import StandardError
 from wellcond.calibration.progress import CalibrationProgress, ProgressLine
+from wellcond.calibration.standard_error import StandardError
 from wellcond.nn import IterNorm2d, conversion_report
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

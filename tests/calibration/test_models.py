@@ -27,7 +27,7 @@ from wellcond.nn import (
     MomentumBatchNorm2d,
     PopulationNorm2d,
 )
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 WHATS = ("bsr", "evalnorm", "bn")
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wellcond.calibration.models import calibrate
 from wellcond.diagnostics import Disparity, disparity
 from wellcond.nn import BSRBatchNorm1d, BSRBatchNorm2d, EvalNorm2d, MomentumBatchNorm2d
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 
 def trained(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:

@@ -22,7 +22,7 @@ from wellcond.diagnostics.gradients import GradientRecorder, GradientStatistics,
 from wellcond.diagnostics.passes import left_as_found
 from wellcond.diagnostics.weights import LayerWeightMeans, WeightMeans, weight_means
 from wellcond.nn import BatchRenorm2d, KalmanBatchNorm2d, MomentumBatchNorm2d, WhitenedLinear
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 QUANTITIES = ("norm", "centred_norm", "largest", "centred_largest", "mean_share")
 Loader = list[tuple[Tensor, Tensor]]

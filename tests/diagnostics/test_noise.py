@@ -18,8 +18,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from wellcond.diagnostics.noise import BatchNoise, Histogram, batch_noise
 from wellcond.nn import BSRBatchNorm2d, MomentumBatchNorm1d, MomentumBatchNorm2d
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.theory import batch_mean_noise, batch_variance_noise
-from wellcond.transforms.base import WellcondWarning
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wellcond.diagnostics import FeatureSpectrum, Spectrum, feature_spectrum
 from wellcond.nn import WhitenedLinear
 from wellcond.optim import FSGD
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 
 def eigenvalues(rows: Tensor, *, centred: bool = False) -> np.ndarray:

@@ -11,7 +11,7 @@ from launch_ranks import serve
 from torch import Tensor, nn
 
 import wellcond.nn as wnn
-from wellcond.nn.norm.outline import Before
+from wellcond.nn.norm.outline import PrecedingLayer
 
 CHANNELS, STEPS = 3, 4
 SIZES = {1: [7], 2: [5, 2]}  # samples of each rank, unequal
@@ -48,7 +48,7 @@ class Compensating(wnn.CrossIterationBatchNorm2d):
         torch.manual_seed(0)
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64).requires_grad_(False)
         self.before = (conv,)  # no part of it, or its gradients would be compared
-        self.connect("norm", Before("conv", conv))
+        self.connect("norm", PrecedingLayer("conv", conv))
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self.before[0](input))

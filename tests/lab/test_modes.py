@@ -14,7 +14,7 @@ from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.plan import Plan, make_plan
 from wellcond.lab.report.charts import timed
-from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.findings import describe_comparison, notes
 from wellcond.lab.report.formats import point_text
 from wellcond.lab.report.results import collect_results, results_json, write_results
 from wellcond.lab.report.tables import quoted_table, tables, target_table, training_table
@@ -79,7 +79,7 @@ def test_less_is_better_from_the_choice_to_the_last_table(tmp_path: Path) -> Non
     baseline, whitened = summary.methods
     assert (baseline.epochs_to_target, whitened.epochs_to_target) == (None, 3.0)
     assert whitened.final_difference.mean == pytest.approx(-0.3)
-    assert findings(summary)[1] == (
+    assert describe_comparison(summary)[1] == (
         "After 4 epochs W-SGDM is 0.300 bits better than SGDM (95 % interval 0.300 to 0.300)."
     )
     difference = next(table for table in tables(summary) if table.title == "Against the baseline")
@@ -99,7 +99,7 @@ def test_less_is_better_from_the_choice_to_the_last_table(tmp_path: Path) -> Non
 def test_worse_is_said_of_a_higher_loss() -> None:
     made = comparison(plan_of(BITS), {"SGDM": [3.0, 2.0, 1.8, 1.7], "W-SGDM": [3.5, 2.6, 2.45, 2.4]}, drift=0.01)
     summary = summarize(made)
-    assert "W-SGDM is 0.700 bits worse than SGDM" in findings(summary)[1]
+    assert "W-SGDM is 0.700 bits worse than SGDM" in describe_comparison(summary)[1]
     # Nothing is known of the data beforehand: two digits of what the baseline reaches.
     assert summary.target == pytest.approx(1.8)
     assert summary.methods[0].reached_target == 3
@@ -123,7 +123,7 @@ def test_a_mean_is_beyond_a_target_only_by_more_than_chance() -> None:
     assert (baseline.to_target.epoch, whitened.to_target.epoch) == (3, 2)
     assert (whitened.to_target.steps, whitened.to_target.seconds) == (20, pytest.approx(0.2))
     assert whitened.to_target.p_value < 0.01
-    said = findings(summary)[0]
+    said = describe_comparison(summary)[0]
     assert said.startswith("Beyond 90 % with p < 0.01: W-SGDM after 20 steps in 0.2 s")
     row = dict(zip(target_table(summary).heads[1:], target_table(summary).rows[1].cells, strict=True))
     assert (row["steps"].text, row["x baseline's seconds"].text) == ("20", "x 0.67")
@@ -133,7 +133,7 @@ def test_a_mean_is_beyond_a_target_only_by_more_than_chance() -> None:
 def test_one_seed_cannot_show_a_target() -> None:
     plan = plan_of(mode="target", target=90.0, seeds=1)
     summary = summarize(comparison(plan, {"SGDM": [80.0, 89.0, 91.0, 91.0], "W-SGDM": [95.0] * 4}))
-    assert findings(summary)[0].startswith("One seed cannot show that a mean is beyond 90 %")
+    assert describe_comparison(summary)[0].startswith("One seed cannot show that a mean is beyond 90 %")
     assert summary.methods[1].to_target.epoch is None
 
 
@@ -186,7 +186,8 @@ def test_methods_train_in_shares_of_the_baselines_time(tmp_path: Path, monkeypat
         "In 75 % of the baseline's time",
     ]
     assert any(
-        line.startswith("In 50 % of the time W-SGDM is 0.3 points below SGDM's full run") for line in findings(summary)
+        line.startswith("In 50 % of the time W-SGDM is 0.3 points below SGDM's full run")
+        for line in describe_comparison(summary)
     )
     (chart,) = timed(summary)
     assert [series.x for series in chart.series] == [(0.5, 0.75, 1.0)] * 2

@@ -217,7 +217,7 @@ def test_merging_parts(sizes: list[int], seed: int, offset: float) -> None:
     torch.testing.assert_close(found.mean.double(), union.mean(0), rtol=1e-6, atol=1e-6)
     assert torch.as_tensor(found.elements).flatten()[0] == sum(sizes)
     if len(set(sizes)) == 1:
-        equal = moments.merge(Moments(mean, var, sizes[0]), dim=0)
+        equal = moments.merge_moments(Moments(mean, var, sizes[0]), dim=0)
         torch.testing.assert_close(equal.var.double(), union.var(0, correction=0), **tolerance)
         torch.testing.assert_close(equal.mean.double(), union.mean(0), rtol=1e-6, atol=1e-6)
         assert equal.elements == sum(sizes)
@@ -226,7 +226,7 @@ def test_merging_parts(sizes: list[int], seed: int, offset: float) -> None:
 def test_merging_over_two_dimensions() -> None:
     x = torch.randn(4, 3, 5, dtype=FLOAT64)
     own = Moments(x.mean(2), x.var(2, correction=0), 5)
-    found = moments.merge(own, dim=(0, 1), keepdim=True)
+    found = moments.merge_moments(own, dim=(0, 1), keepdim=True)
     assert found.mean.shape == (1, 1)
     assert found.elements == 60
     torch.testing.assert_close(found.mean.squeeze(), x.mean())

@@ -30,11 +30,11 @@ class CollectsWhileRead(str):
 @pytest.fixture(autouse=True)
 def nobody_else():
     gc.collect()
-    before = dict(eager._probed)
-    eager._probed.clear()
+    before = dict(eager._hooked)
+    eager._hooked.clear()
     yield
-    eager._probed.clear()
-    eager._probed.update(before)
+    eager._hooked.clear()
+    eager._hooked.update(before)
     eager.run_eagerly(object(), ())
 
 
@@ -50,7 +50,7 @@ def test_an_owner_that_is_collected_while_the_compiler_reads_does_no_harm(monkey
     del owner
     # The first comparison collects the owner; those after it, in the same call, still mean the same answer.
     eval_frame._callback_from_stance(None)
-    assert not eager._probed
+    assert not eager._hooked
     eval_frame._callback_from_stance(None)
     assert stance.stance == "default"
 

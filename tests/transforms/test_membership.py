@@ -138,7 +138,7 @@ def test_after_any_surgery_an_old_attachment_does_and_says_what_a_new_one_would(
             assert parameter.requires_grad or not any("wellcond" in key for key in entry), done
 
 
-def test_a_weight_that_left_is_let_go_with_its_probe_and_trained_by_another_as_it_is() -> None:
+def test_a_weight_that_left_is_let_go_with_its_hooks_and_trained_by_another_as_it_is() -> None:
     model = net()
     optimizer = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
     wellcond.attach(optimizer, model, *transforms())

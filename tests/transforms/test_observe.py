@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import wellcond
 from wellcond import FeatureWhitening, WellcondWarning
 from wellcond.layouts import LinearLayout, register_layout
-from wellcond.transforms.arrivals import Call
+from wellcond.transforms.arrivals import LayerCall
 
 EVERY_STEP: dict[str, Any] = {"stats_every": 1, "solve_every": 1, "stats_decay": 0.0}
 FLOAT64 = torch.float64
@@ -262,13 +262,13 @@ def test_calls_that_lead_nowhere_hold_nothing_but_the_latest() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     wellcond.attach(optimizer, net, FeatureWhitening())
     gc.collect()
-    before = sum(type(found) is Call for found in gc.get_objects())
+    before = sum(type(found) is LayerCall for found in gc.get_objects())
     for _ in range(5):
         net(torch.randn(6, 4))
-    assert sum(type(found) is Call for found in gc.get_objects()) == before + 2  # one a layer, to look at
+    assert sum(type(found) is LayerCall for found in gc.get_objects()) == before + 2  # one a layer, to look at
     del net, optimizer
     gc.collect()
-    assert sum(type(found) is Call for found in gc.get_objects()) == before
+    assert sum(type(found) is LayerCall for found in gc.get_objects()) == before
 
 
 class Broken(nn.Linear):
@@ -349,7 +349,7 @@ def of_fx(net: nn.Module, x: Tensor) -> str:
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("trace", [traced_by_jit, exported, exported_strictly, of_make_fx, of_fake_tensors, of_fx])
-def test_tracing_sees_no_probe_and_no_probe_sees_it(trace: Callable[[nn.Module, Tensor], str]) -> None:
+def test_tracing_sees_no_hook_and_no_hook_sees_it(trace: Callable[[nn.Module, Tensor], str]) -> None:
     graphs = []
     for attach in (False, True):
         torch.manual_seed(0)
@@ -397,7 +397,7 @@ class Parts(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:for 1 of")
-def test_probes_rest_where_nothing_is_due_or_can_come() -> None:
+def test_hooks_rest_where_nothing_is_due_or_can_come() -> None:
     net = Parts()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     handle = wellcond.attach(optimizer, net, FeatureWhitening(stats_every=50))

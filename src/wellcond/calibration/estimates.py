@@ -17,8 +17,8 @@ from wellcond.nn.norm.evalnorm import EvalNorm
 from wellcond.numerics.moments import Moments, unbiased
 
 
-class Kind(Protocol):
-    """A kind of estimates."""
+class Estimator(Protocol):
+    """Fills one kind of estimates of a layer."""
 
     def average(self, layer: _BatchNorm, momentum: float | None) -> Average:
         """Return an average to fill, which with a momentum begins in the layer's present estimates."""
@@ -269,7 +269,7 @@ class Mixture:
         layer.var_mixture.fill_(_lowest([0.0, -2 * rp, pp + 2 * rq, -2 * pq, qq]))
 
 
-def kind_for(what: str, layer: _BatchNorm, whole: bool, momentum: float | None) -> Kind:
+def estimator_for(what: str, layer: _BatchNorm, whole: bool, momentum: float | None) -> Estimator:
     """Return what is taken of a layer.
 
     Args:
@@ -281,10 +281,10 @@ def kind_for(what: str, layer: _BatchNorm, whole: bool, momentum: float | None) 
     plain = not isinstance(layer, StatisticsNorm) or layer.tracks_batch_moments
     if what == "bn" and whole and plain and momentum is None:
         return PooledStatistics()
-    return KINDS[what]
+    return ESTIMATORS[what]
 
 
-KINDS: dict[str, Kind] = {"bsr": RegressionSums(), "evalnorm": Mixture(), "bn": RunningStatistics()}
+ESTIMATORS: dict[str, Estimator] = {"bsr": RegressionSums(), "evalnorm": Mixture(), "bn": RunningStatistics()}
 
 
 def _lowest(coefficients: list[float]) -> float:

@@ -26,7 +26,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a loader a pass takes, of each rank.
+    """The part of a loader that a pass takes, of each rank.
 
     Attributes:
         max_batches: At most so many batches; None for all.
@@ -40,7 +40,7 @@ class Limits:
 
 
 class Run:
-    """What a pass has gone over, and how the present batch is divided; the layers' stand-ins ask it.
+    """The batches that a pass has gone over, and the division of the present one; the layers' stand-ins ask it.
 
     Attributes:
         batch_size: m; None where each of the loader's batches is one group, whole.

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from wellcond.calibration.estimates import KINDS, Average, kind_for
+from wellcond.calibration.estimates import ESTIMATORS, Average, estimator_for
 from wellcond.calibration.feeding import ELSEWHERE, Limits
 from wellcond.calibration.progress import CalibrationProgress, Show
 from wellcond.calibration.replay import Passed, Seen, named_batch_norms, training_pass
-from wellcond.calibration.undoing import Before, thawed_meanwhile, undone_on_error
-from wellcond.calibration.watching import Watch
+from wellcond.calibration.undoing import Snapshot, thawed_meanwhile, undone_on_error
+from wellcond.calibration.watching import CalibrationWatch
 from wellcond.nn.convert.frozen import frozen_norms, lookalikes
 from wellcond.nn.convert.norms import convert_norm
 from wellcond.nn.convert.report import is_other_norm, keep_report
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, device_of, unwrapped
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.texts import quoted_names
 
 
 @checked
@@ -124,8 +124,7 @@ def calibrate(
     if batch_size is not None:
         check_positive_integer("batch_size", batch_size)
     what = ("bn" if batch_size is None else "bsr") if what is None else what
-    if what not in KINDS:
-        raise ValueError(f"what must be one of {', '.join(map(repr, KINDS))}, got {what!r}")
+    check_choice("what", what, ESTIMATORS)
     if momentum is not None and not 0 < momentum <= 1:
         raise ValueError(f"momentum must lie in (0, 1] or be None, got {momentum!r}")
     for name, most in (("max_batches", max_batches), ("max_samples", max_samples)):
@@ -134,7 +133,7 @@ def calibrate(
     if until is not None and until <= 0:
         raise ValueError(f"until must be positive, such as 0.01, or None, got {until!r}")
     if what == "bn" and options:
-        raise TypeError(f"what='bn' converts nothing and takes no options, got {', '.join(map(repr, options))}")
+        raise TypeError(f"what='bn' converts nothing and takes no options, got {quoted_names(options)}")
     if what != "bn" and batch_size is None:
         raise ValueError(
             f"batch_size must be given for what={what!r}, which asks how batches of that size differ: the samples of "
@@ -148,13 +147,13 @@ def calibrate(
             chosen = set(layers.values())
             convert_norm(inner, what, lambda name, module: module in chosen, **options)
         norms = {name: cast(_BatchNorm, layer) for name, layer in layers.items()}
-        kinds = {name: kind_for(what, layer, batch_size is None, momentum) for name, layer in norms.items()}
-        averages = {name: kinds[name].average(layer, momentum) for name, layer in norms.items()}
-        watch = Watch(norms, until, progress)
+        estimators = {name: estimator_for(what, layer, batch_size is None, momentum) for name, layer in norms.items()}
+        averages = {name: estimators[name].average(layer, momentum) for name, layer in norms.items()}
+        watch = CalibrationWatch(norms, until, progress)
 
         def observe(name: str, seen: Seen) -> None:
             weight = 1.0 if batch_size is not None else float(seen.batches.elements)
-            averages[name].add(kinds[name].values(norms[name], seen), weight)
+            averages[name].add(estimators[name].values(norms[name], seen), weight)
             watch.observe(name, seen, weight)
 
         passed, error = Passed(0, 0, batch_size, 0), None
@@ -171,12 +170,12 @@ def calibrate(
         missed = [name for name, average in averages.items() if average.batches == 0]
         with torch.no_grad():
             for name in layers.keys() - missed:
-                kinds[name].replace(norms[name], averages[name])
+                estimators[name].replace(norms[name], averages[name])
     _report(model, inner, what, were, layers, missed, watch.last)
     if missed:
         batch = "batch" if batch_size is None else f"batch of {batch_size} samples"
         warnings.warn(
-            f"calibrate: no {batch} reached {_listed(missed)}, which keep their statistics",
+            f"calibrate: no {batch} reached {quoted_names(missed)}, which keep their statistics",
             WellcondWarning,
             stacklevel=3,
         )
@@ -217,7 +216,7 @@ def calibrated(
         BatchNorm2d 0
     """
     inner = unwrapped(model)
-    before = Before([*named_batch_norms(inner)[0].values(), *frozen_norms(inner)])
+    before = Snapshot([*named_batch_norms(inner)[0].values(), *frozen_norms(inner)])
     try:
         yield calibrate(model, loader, batch_size, what, **options)
     finally:
@@ -239,14 +238,14 @@ def _selected(model: nn.Module, where: Predicate | None) -> tuple[dict[str, nn.M
     if unknown:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in unknown.values()}))
         raise TypeError(
-            f"calibrate cannot calibrate {_listed(unknown)} ({kinds}): they keep running statistics, but are no batch "
-            "normalizations that are known. Leave them out with `where`"
+            f"calibrate cannot calibrate {quoted_names(unknown)} ({kinds}): they keep running statistics, but are no "
+            "batch normalizations that are known. Leave them out with `where`"
         )
     layers, of_any_kind = named_batch_norms(model, where)
     lazy = {name: layer for name, layer in layers.items() if isinstance(layer, _LazyNormBase)}
     if lazy:
         raise TypeError(
-            f"calibrate cannot calibrate {_listed(lazy)}, which have no parameters yet: run the model once first"
+            f"calibrate cannot calibrate {quoted_names(lazy)}, which have no parameters yet: run the model once first"
         )
     of_frozen = frozen_norms(model)
     frozen = chosen(of_frozen)
@@ -305,7 +304,7 @@ def _join_ranks(
     if not reached and passed.batch_size is not None and 0 < largest.max() < passed.batch_size:
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {int(largest.max())}")
     if not reached:
-        raise ValueError(f"no batch reached any of the batch normalizations {_listed(averages)}")
+        raise ValueError(f"no batch reached any of the batch normalizations {quoted_names(averages)}")
     for average in reached.values():
         average.finish()
     ranks.add([tensor for average in reached.values() for tensor in average.summed_around_means()])
@@ -313,8 +312,4 @@ def _join_ranks(
         average.finish_around_means()
     spoilt = [name for name, average in reached.items() if not average.is_finite]
     if spoilt:
-        raise ValueError(f"features that are not finite reached {_listed(spoilt)}; nothing has changed")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+        raise ValueError(f"features that are not finite reached {quoted_names(spoilt)}; nothing has changed")

@@ -9,7 +9,7 @@ from typing import NamedTuple, TextIO, TypeAlias
 
 
 class CalibrationProgress(NamedTuple):
-    """How far a pass of `wellcond.calibrate` is; of this rank.
+    """The progress of a pass of `wellcond.calibrate`, of this rank.
 
     Attributes:
         batches: That have gone through.

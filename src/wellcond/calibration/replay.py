@@ -31,7 +31,7 @@ _ALL = Limits()
 
 
 class Seen(NamedTuple):
-    """What one call of a layer saw: whole batches of m samples.
+    """The moments that one call of a layer saw: of whole batches of m samples.
 
     Attributes:
         instances: Moments of each instance, shape [batches·rows, C].
@@ -232,7 +232,7 @@ def replaced(layer: nn.Module, stand: StandIn) -> Iterator[None]:
 
 
 class Passed(NamedTuple):
-    """What a pass went over.
+    """The batches and samples that a pass went over.
 
     Attributes:
         batches: That the loader gave.

@@ -13,15 +13,15 @@ from torch.nn.parameter import is_lazy
 from wellcond.nn.convert.frozen import thawed
 
 
-class Before:
-    """What layers are now: their classes and attributes, and the values of their buffers.
+class Snapshot:
+    """Keeps the classes and attributes of layers, and the values of their buffers, to put them back.
 
     Args:
         layers: The layers.
 
     Example:
         >>> layer = nn.BatchNorm1d(1)
-        >>> before = Before([layer])
+        >>> before = Snapshot([layer])
         >>> _ = layer(torch.tensor([[1.0], [3.0]]))
         >>> before.put_back()
         >>> layer.running_mean
@@ -64,7 +64,7 @@ class Before:
 @contextmanager
 def undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Make layers, which may have been converted and filled, what they were if anything raises or interrupts."""
-    before = Before(layers)
+    before = Snapshot(layers)
     try:
         yield
     except BaseException:
@@ -76,7 +76,7 @@ def undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
 def thawed_meanwhile(frozen: Iterable[nn.Module], again: bool) -> Iterator[None]:
     """Make frozen layers plain ones, for statistics to be taken of them; and frozen again, with new statistics."""
     layers = list(frozen)
-    before = Before(layers)
+    before = Snapshot(layers)
     for layer in layers:
         plain = thawed(layer)
         layer.__class__ = type(plain)

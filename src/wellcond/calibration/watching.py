@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-from wellcond.calibration.precision import LEAST_GROUPS, StandardError, largest
 from wellcond.calibration.progress import CalibrationProgress, ProgressLine, Show
 from wellcond.calibration.replay import Passed, Seen
+from wellcond.calibration.standard_error import LEAST_GROUPS, StandardError, largest
 from wellcond.runtime.checks import WellcondWarning
 from wellcond.runtime.ranks import Ranks
 
 
-class Watch:
+class CalibrationWatch:
     """Watches one calibration.
 
     Args:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.calibration.replay import Seen, double_of, named_batch_norms
-from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.passes import check_reached, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.bsr import BSRBatchNorm
 from wellcond.nn.norm.evalnorm import mixed_moments
 from wellcond.nn.norm.instance import InstanceInference
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import WellcondWarning, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.texts import quoted_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ class LayerDisparity:
 
 @dataclass(frozen=True, repr=False)
 class Disparity:
-    """What `disparity` found; printed, it is a table.
+    """The result of `disparity`; printed, it is a table.
 
     Kinds of evaluation: ``"ema"``, running statistics; ``"evalnorm_fixed"``, EvalNorm with α = β = 1/m, which every
     layer could use; ``"evalnorm"``, the mixture of `EvalNorm*` layers; ``"bsr"``, the predictions of `BSRBatchNorm*`
@@ -207,7 +207,7 @@ def disparity(
     passed = observed_pass(inner, loader, batch_size, layers, observe, call, max_batches)
     found = {name: own.averages() for name, own in sums.items() if own.batches}
     check_reached(passed, sums, found)
-    if missed := listed(name for name in sums if name not in found):
+    if missed := quoted_names(name for name in sums if name not in found):
         warnings.warn(
             f"disparity: no batch of {passed.batch_size} samples reached {missed}", WellcondWarning, stacklevel=3
         )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Landscape:
-    """What `landscape` found along a step; printed, it is a table.
+    """The result of `landscape`, along a step; printed, it is a table.
 
     Attributes:
         loss: L(w).

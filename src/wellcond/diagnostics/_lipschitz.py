@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, listed, loss_of, norm_of, widened
+from wellcond.diagnostics.passes import Loss, centred_layers, left_as_found, loss_of, norm_of, widened
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.layouts import Layer
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import AnyInteger, Predicate, check_positive_integer, checked
 from wellcond.runtime.models import Call, device_of, moved, unwrapped
+from wellcond.runtime.texts import quoted_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ class Smoothness:
 
 @dataclass(frozen=True, repr=False)
 class Lipschitz:
-    """What `lipschitz` found; printed, it is a table.
+    """The result of `lipschitz`; printed, it is a table.
 
     Attributes:
         loss: Of the batch.
@@ -223,7 +224,7 @@ def lipschitz(
             )
             used = [(layer, own) for layer, own in zip(layers, gradients, strict=True) if own is not None]
             if not used:
-                names = listed(layer.name for layer in layers)
+                names = quoted_names(layer.name for layer in layers)
                 raise ValueError(f"the loss does not depend on any of the weights {names}")
 
             def smoothness(*own: tuple[Layer, Tensor]) -> Smoothness:

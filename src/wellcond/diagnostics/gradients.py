@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from wellcond.diagnostics.tables import axes_for
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
-from wellcond.transforms.base import WellcondWarning, check_choice
+from wellcond.runtime.texts import quoted_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,20 +24,19 @@ from wellcond.diagnostics.passes import (
     batches_on_device,
     centred_layers,
     left_as_found,
-    listed,
     loss_of,
     sizes_of,
     widened,
 )
-from wellcond.diagnostics.tables import average, spread, table
+from wellcond.diagnostics.tables import deviation_of, mean_of, table
 
-Quantity = Literal["norm", "centred_norm", "largest", "centred_largest", "mean_share"]
-
-
-_QUANTITIES: tuple[Quantity, ...] = ("norm", "centred_norm", "largest", "centred_largest", "mean_share")
+GradientQuantity = Literal["norm", "centred_norm", "largest", "centred_largest", "mean_share"]
 
 
-_CENTRED: dict[str, Quantity] = {"norm": "centred_norm", "largest": "centred_largest"}
+_QUANTITIES: tuple[GradientQuantity, ...] = ("norm", "centred_norm", "largest", "centred_largest", "mean_share")
+
+
+_CENTRED: dict[str, GradientQuantity] = {"norm": "centred_norm", "largest": "centred_largest"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ class LayerGradients:
     @property
     def mean(self) -> dict[str, float]:
         """The average of each quantity over the batches."""
-        return {quantity: average(self.of(quantity)) for quantity in _QUANTITIES}
+        return {quantity: mean_of(self.of(quantity)) for quantity in _QUANTITIES}
 
     @property
     def std(self) -> dict[str, float]:
         """The standard deviation of each quantity over the batches (divided by their number)."""
-        return {quantity: spread(self.of(quantity)) for quantity in _QUANTITIES}
+        return {quantity: deviation_of(self.of(quantity)) for quantity in _QUANTITIES}
 
-    def of(self, quantity: Quantity) -> tuple[float, ...]:
+    def of(self, quantity: GradientQuantity) -> tuple[float, ...]:
         """Return a quantity's values by its name."""
         values: tuple[float, ...] = getattr(self, quantity)
         return values
@@ -83,7 +82,7 @@ class LayerGradients:
 
 @dataclass(frozen=True, repr=False)
 class GradientStatistics:
-    """What `gradient_statistics` or a `GradientRecorder` found; printed, it is a table.
+    """The result of `gradient_statistics` or of a `GradientRecorder`; printed, it is a table.
 
     Attributes:
         over: What a layer's values are over: ``"batch"`` of a model that stays, or ``"iteration"`` of its training.
@@ -110,7 +109,9 @@ class GradientStatistics:
         }
         return {"over": self.over, "training": self.training, "layers": layers}
 
-    def plot(self, ax: Axes | None = None, *, quantity: Quantity = "norm", layers: Sequence[str] | None = None) -> Axes:
+    def plot(
+        self, ax: Axes | None = None, *, quantity: GradientQuantity = "norm", layers: Sequence[str] | None = None
+    ) -> Axes:
         """Plot a quantity over the batches, as figure 4.5 does: solid as it is, dashed with centralization.
 
         Args:
@@ -225,7 +226,7 @@ def gradient_statistics(
             value = loss_of(inner, batch, loss, call)
             series.add(torch.autograd.grad(value, weights, allow_unused=True))
     found = series.layers()
-    missed = listed(layer.name for layer in layers if layer.name not in found)
+    missed = quoted_names(layer.name for layer in layers if layer.name not in found)
     if not found:
         raise ValueError(f"the loss does not depend on any of the weights {missed}")
     if missed:

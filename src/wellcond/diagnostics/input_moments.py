@@ -12,26 +12,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wellcond.diagnostics.passes import batches_on_device, check_where, layers_of, left_as_found, listed, shown
+from wellcond.diagnostics.passes import (
+    batches_on_device,
+    calls_shown,
+    check_where,
+    layers_of,
+    left_as_found,
+)
 from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.moments.collection import SecondMoments
 from wellcond.numerics.pieces import in_pieces
 from wellcond.runtime.autocast import without_autocast
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_positive_integer, checked
 from wellcond.runtime.models import Call, first_samples, run_on, samples_of, unwrapped
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import State, WellcondWarning
+from wellcond.runtime.texts import quoted_names
+from wellcond.transforms.base import State
 from wellcond.transforms.preconditioner.factors import DiagonalFactor
 from wellcond.transforms.preconditioner.form import Form, tap_sums
-from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
+from wellcond.transforms.preconditioner.forms import MomentForm, choose_form
 from wellcond.transforms.preconditioner.records import layer_moment, sums_bytes
 
-Kind = Literal["auto", "dense", "kronecker", "blocks", "sketch"]
+MomentChoice = Literal["auto", "dense", "kronecker", "blocks", "sketch"]
 
 # How many numbers of a layer's rows are worked on at a time, and how many tensors of that size there are at most.
 _PIECE = 1 << 21
 _COPIES = 8
-_FORMS: dict[str, SecondMoment] = {
+_FORMS: dict[str, MomentForm] = {
     "auto": "dense",
     "dense": "dense",
     "kronecker": "kronecker",
@@ -46,7 +53,7 @@ def second_moments(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    kind: Kind = "auto",
+    kind: MomentChoice = "auto",
     call: Call | None = None,
     where: Predicate | None = None,
     centred: bool = False,
@@ -130,7 +137,7 @@ def second_moments(
         with (
             left_as_found(inner),
             torch.no_grad(),
-            shown((own.layer.called, own.before, None) for own in sums.values()),
+            calls_shown((own.layer.called, own.before, None) for own in sums.values()),
         ):
             for batch in _counted(batches_on_device(inner, loader, max_batches), inner, loader, max_samples, progress):
                 seen += samples_of(batch, inner) or 0
@@ -153,10 +160,10 @@ def second_moments(
             skipped[name] = own.unknown or "no batch reached it"
     missed = [name for name in sums if name not in found]
     if not found:
-        raise ValueError(f"no second moment was seen of {listed(missed)}: {skipped[missed[0]]}")
+        raise ValueError(f"no second moment was seen of {quoted_names(missed)}: {skipped[missed[0]]}")
     if missed:
         warnings.warn(
-            f"second_moments: nothing was seen of {listed(missed)} ({skipped[missed[0]]})",
+            f"second_moments: nothing was seen of {quoted_names(missed)} ({skipped[missed[0]]})",
             WellcondWarning,
             stacklevel=3,
         )

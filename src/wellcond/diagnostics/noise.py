@@ -28,13 +28,13 @@ from wellcond.diagnostics.laws import (
     plot_density,
     plot_distribution,
 )
-from wellcond.diagnostics.passes import check_reached, listed, observed_pass
+from wellcond.diagnostics.passes import check_reached, observed_pass
 from wellcond.diagnostics.tables import axes_for, table
 from wellcond.nn.norm.momentum import MomentumBatchNorm
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, unwrapped
+from wellcond.runtime.texts import quoted_names
 from wellcond.theory import Formula, Noise, batch_mean_noise
-from wellcond.transforms.base import WellcondWarning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ class LayerNoise:
 
 @dataclass(frozen=True, repr=False)
 class BatchNoise:
-    """What `batch_noise` found; printed, it is a table.
+    """The result of `batch_noise`; printed, it is a table.
 
     Attributes:
         batch_size: m.
@@ -142,10 +142,8 @@ class BatchNoise:
             ImportError: If matplotlib is not installed.
         """
         name = next(iter(self.layers)) if layer is None else layer
-        if name not in self.layers:
-            raise ValueError(f"layer must be one of {', '.join(map(repr, self.layers))}, got {layer!r}")
-        if noise not in get_args(Which):
-            raise ValueError(f"noise must be one of {', '.join(map(repr, get_args(Which)))}, got {noise!r}")
+        check_choice("layer", name, self.layers)
+        check_choice("noise", noise, get_args(Which))
         ax = axes_for(ax, "BatchNoise.plot", (8.0, 4.0))
         own = self.layers[name]
         said = f"M = {own.effective:.3g}"
@@ -287,12 +285,12 @@ def batch_noise(
     measured = {name: own.noise(name, batch_size, momenta[name]) for name, own in reached.items()}
     found = {name: noise for name, noise in measured.items() if noise is not None}
     if not found:
-        raise ValueError(f"there is no noise to measure in {listed(measured)}: {_STILL}")
+        raise ValueError(f"there is no noise to measure in {quoted_names(measured)}: {_STILL}")
     problems = []
     if missed := batches.keys() - reached.keys():
-        problems.append(f"no batch of {batch_size} samples reached {listed(sorted(missed))}")
+        problems.append(f"no batch of {batch_size} samples reached {quoted_names(sorted(missed))}")
     if still := measured.keys() - found.keys():
-        problems.append(f"{listed(sorted(still))} has no noise: {_STILL}")
+        problems.append(f"{quoted_names(sorted(still))} has no noise: {_STILL}")
     if problems:
         warnings.warn(f"batch_noise: {'; '.join(problems)}", WellcondWarning, stacklevel=3)
     return BatchNoise(batch_size, found)
@@ -423,9 +421,9 @@ def _batch_norms(model: nn.Module, where: Predicate | None) -> tuple[dict[str, _
     if not names:
         # By their names, as those of other libraries share no base.
         others = Counter(type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower())
-        listed = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "none"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "none"
         raise ValueError(
-            f"{type(model).__name__} has no batch normalization, whose noise is measured; its normalizations: {listed}"
+            f"{type(model).__name__} has no batch normalization, whose noise is measured; its normalizations: {kinds}"
         )
     selected = [own[0] for layer, own in names.items() if where is None or any(where(name, layer) for name in own)]
     if not selected:

@@ -17,13 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wellcond.calibration.feeding import Limits
 from wellcond.calibration.replay import Passed, Seen, training_pass
 from wellcond.layouts import Layer, find_layers
+from wellcond.layouts.unusual import is_sharded
 from wellcond.nn.norm.history import PastStatistics
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate
 from wellcond.runtime.models import Call, device_of, kept_random_state, moved, run_on
+from wellcond.runtime.texts import quoted_names
 from wellcond.transforms.centralize import GradientCentralization
-from wellcond.transforms.observe import Probe
-from wellcond.transforms.sharding import is_sharded
+from wellcond.transforms.observe import CallHook
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(output, batch)``: the scalar whose gradient is asked for."""
@@ -132,20 +133,11 @@ def check_reached(passed: Passed, names: Iterable[str], reached: Collection[str]
         return
     if 0 < passed.largest < (passed.batch_size or 0):
         raise ValueError(f"no batch has batch_size={passed.batch_size} samples: the largest has {passed.largest}")
-    raise ValueError(f"no batch reached any of the batch normalizations {listed(names)}")
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return names as an error lists them.
-
-    >>> listed(["0", "head.fc"])
-    "'0', 'head.fc'"
-    """
-    return ", ".join(map(repr, names))
+    raise ValueError(f"no batch reached any of the batch normalizations {quoted_names(names)}")
 
 
 @contextlib.contextmanager
-def shown(calls: Iterable[tuple[nn.Module, Callable[..., None], Callable[..., None] | None]]) -> Iterator[None]:
+def calls_shown(calls: Iterable[tuple[nn.Module, Callable[..., None], Callable[..., None] | None]]) -> Iterator[None]:
     """Show calls of modules to those who gather, with kernels that call every layer.
 
     Args:
@@ -230,7 +222,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                 if isinstance(value, PastStatistics):
                     vars(module)[name] = copy.copy(value)
             for key, hook in module._forward_hooks.items():
-                if isinstance(hook, Probe):
+                if isinstance(hook, CallHook):
                     module._forward_hooks[key] = _no_hook
         yield
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from wellcond.diagnostics.tables import axes_for, table
-from wellcond.transforms.base import check_choice
+from wellcond.runtime.checks import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Side = Literal["input", "output"]
-Figure = Literal["eigenvalues", "condition", "effective_rank", "whitening_error"]
+SpectrumQuantity = Literal["eigenvalues", "condition", "effective_rank", "whitening_error"]
 
 _SIDES: tuple[Side, ...] = ("input", "output")
 # More lines than this in one plot are not told apart.
@@ -205,7 +205,7 @@ class LayerSpectrum:
 
 @dataclass(frozen=True, repr=False)
 class FeatureSpectrum:
-    """What `feature_spectrum` found; printed, it is a table.
+    """The result of `feature_spectrum`; printed, it is a table.
 
     Attributes:
         centred: Whether the spectra are of covariances, or of raw second moments E[x xᵀ].
@@ -239,7 +239,7 @@ class FeatureSpectrum:
         self,
         ax: Axes | None = None,
         *,
-        quantity: Figure = "eigenvalues",
+        quantity: SpectrumQuantity = "eigenvalues",
         side: Side = "output",
         layers: Sequence[str] | None = None,
         label: str | None = None,

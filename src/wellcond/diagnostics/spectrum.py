@@ -10,16 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wellcond.diagnostics.passes import batches_on_device, check_where, layers_of, left_as_found, shown
+from wellcond.diagnostics.passes import batches_on_device, calls_shown, check_where, layers_of, left_as_found
 from wellcond.diagnostics.spectra import FeatureSpectrum, LayerSpectrum, Spectrum
 from wellcond.layouts import Layer, Layout, UnknownInputError
 from wellcond.layouts.rows import input_pieces, row_pieces
 from wellcond.numerics.row_moments import SecondMoment, SketchedMoment, WholeMoment
-from wellcond.runtime.checks import Predicate, check_positive_integer, checked
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_positive_integer, checked
 from wellcond.runtime.models import Call, run_on, unwrapped
-from wellcond.transforms.base import WellcondWarning, check_choice
 
-Precision = Literal["float32", "float64"]
+SumPrecision = Literal["float32", "float64"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -35,7 +34,7 @@ def feature_spectrum(
     centred: bool = False,
     max_dim: int = 2048,
     sketch: int = 256,
-    precision: Precision = "float64",
+    precision: SumPrecision = "float64",
     max_batches: int | None = None,
 ) -> FeatureSpectrum:
     """Find the eigenvalues of each layer's input and output second moment, over data (thesis 5.1, figure 5.1).
@@ -97,7 +96,7 @@ def feature_spectrum(
     inner = unwrapped(model)
     moments = {name: _Moments(layer, max_dim, sketch, precision) for name, layer in _measured(inner, where).items()}
     batches = 0
-    with left_as_found(inner), torch.no_grad(), shown(own.watch() for own in moments.values()):
+    with left_as_found(inner), torch.no_grad(), calls_shown(own.watch() for own in moments.values()):
         for batch in batches_on_device(inner, loader, max_batches):
             batches += 1
             run_on(inner, batch, call)
@@ -141,7 +140,7 @@ class _Moments:
         precision: Of products.
     """
 
-    def __init__(self, layer: Layer, max_dim: int, sketch: int, precision: Precision) -> None:
+    def __init__(self, layer: Layer, max_dim: int, sketch: int, precision: SumPrecision) -> None:
         self.layer = layer
         self._max_dim, self._sketch = max_dim, sketch
         self._dtype = _DTYPES[precision]

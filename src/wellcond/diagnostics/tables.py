@@ -24,15 +24,15 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return "\n".join([title, *written])
 
 
-def average(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
     """Return the mean; of values that are not finite, what arithmetic makes of them."""
     return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
 
 
-def spread(values: Sequence[float]) -> float:
+def deviation_of(values: Sequence[float]) -> float:
     """Return the standard deviation of all values."""
-    mean = average(values)
-    return math.sqrt(average([(value - mean) ** 2 for value in values]))
+    mean = mean_of(values)
+    return math.sqrt(mean_of([(value - mean) ** 2 for value in values]))
 
 
 def axes_for(ax: Axes | None, what: str, size: tuple[float, float] = (6.0, 4.0)) -> Axes:

@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from wellcond.diagnostics.tables import axes_for
-from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.checks import Predicate, check_choice, checked
 from wellcond.runtime.models import unwrapped
-from wellcond.transforms.base import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 from wellcond.diagnostics.passes import centred_layers, sizes_of, widened
-from wellcond.diagnostics.tables import average, spread, table
+from wellcond.diagnostics.tables import deviation_of, mean_of, table
 
 # Of |row mean|, in powers of ten: fixed, so that two histograms can be laid over each other.
 _EXPONENTS = tuple(exponent / 4 for exponent in range(-48, 9))
@@ -44,12 +43,12 @@ class LayerWeightMeans:
     @property
     def mean(self) -> float:
         """The average of the row means."""
-        return average(self.means)
+        return mean_of(self.means)
 
     @property
     def std(self) -> float:
         """The standard deviation of the row means (divided by their number)."""
-        return spread(self.means)
+        return deviation_of(self.means)
 
     @property
     def largest(self) -> float:
@@ -66,7 +65,7 @@ class LayerWeightMeans:
 
 @dataclass(frozen=True, repr=False)
 class WeightMeans:
-    """What `weight_means` found; printed, it is a table.
+    """The result of `weight_means`; printed, it is a table.
 
     Attributes:
         layers: By the weight's qualified name, in the model's order.

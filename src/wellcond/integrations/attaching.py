@@ -1,4 +1,4 @@
-"""What the frameworks' callbacks attach, so that a config file can say it: transforms themselves, or their names."""
+"""Reads the transforms that the frameworks' callbacks attach: themselves, or names, as a config file gives them."""
 
 from __future__ import annotations
 

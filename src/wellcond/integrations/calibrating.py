@@ -39,11 +39,6 @@ class Calibrating:
         self.loader, self._batch_size, self._what, self._options = loader, batch_size, what, dict(options or {})
         self._present: AbstractContextManager[nn.Module] | None = None
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether a model is calibrated now."""
-        return self._present is not None
-
     def begin(self, model: nn.Module) -> None:
         """Calibrate, if there is a loader and the model is not calibrated."""
         if self.loader is None or self._present is not None:

@@ -1,12 +1,12 @@
-"""What the frameworks' callbacks share: a schedule that follows a count, and the counts of what is attached."""
+"""The base of the frameworks' callbacks: a schedule that follows a count, and the counts of what is attached."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
+from wellcond.runtime.checks import check_choice
 from wellcond.transforms import attachments
-from wellcond.transforms.base import check_choice
 
 Interval = Literal["epoch", "step"]
 

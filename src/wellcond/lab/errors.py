@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class LabError(ValueError):
-    """What was asked for cannot be done; the message is one line that names the rule and what was given."""
+    """A command or setting that cannot be carried out; the message is one line: the rule, and what was given."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> LabError:

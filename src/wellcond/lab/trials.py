@@ -123,7 +123,7 @@ def make_trials(
     taken = {method.name: [sweep for sweep in sweeps if _takes(method, sweep[0])] for method in methods}
     for sweep in sweeps:
         if not any(sweep in mine for mine in taken.values()):
-            known = [*RUN_OPTIONS, *dict.fromkeys(name for method in methods for name in options_of(method))]
+            known = [*RUN_OPTIONS, *dict.fromkeys(name for method in methods for name in sweepable_options(method))]
             raise unknown_name("option to sweep", sweep[0], known)
     others = {method.name: math.prod(len(values) for _, values in taken[method.name]) for method in methods}
     longest = max(len(method.lrs) * others[method.name] for method in methods)
@@ -182,7 +182,7 @@ def _trial(method: Method, lr: float, swept: tuple[tuple[str, object], ...]) -> 
     return Trial(method, lr, swept)
 
 
-def options_of(method: Method) -> list[str]:
+def sweepable_options(method: Method) -> list[str]:
     """Return the names of the options that a method can sweep, beside those of every run."""
     names = [name for spec in method.transforms for name in _arguments(spec.name)] + known_options(method.optimizer)
     return [
@@ -198,7 +198,7 @@ def _arguments(transform: str) -> list[str]:
 def _takes(method: Method, name: str) -> bool:
     if name.startswith("norm."):
         return method.norm is not None
-    return name in RUN_OPTIONS or name in options_of(method)
+    return name in RUN_OPTIONS or name in sweepable_options(method)
 
 
 def _with_option(method: Method, name: str, value: object) -> Method:

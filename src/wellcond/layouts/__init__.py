@@ -1,4 +1,4 @@
-"""What each layer type's parameters mean: which axis is the output unit, and which rows its input offers them.
+"""The meaning of each layer type's parameters: the axis of output units, and the rows that its input offers them.
 
 A layout sees a weight as matrices ``[groups, out, *inputs]`` — one row per output unit — and the layer's input as the
 rows ``[groups, n, d]`` which those matrices multiply. Nothing else in the library hard-codes an axis.
@@ -7,7 +7,7 @@ rows ``[groups, n, d]`` which those matrices multiply. Nothing else in the libra
 from wellcond.layouts.attention import AttentionLayout
 from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout, WhitenedConvLayout
 from wellcond.layouts.layers import Layer, Layers, find_layers
-from wellcond.layouts.layout import Kind, Layout, Rows
+from wellcond.layouts.layout import Layout, Rows, WeightKind
 from wellcond.layouts.linear import (
     BilinearLayout,
     EmbeddingBagLayout,
@@ -29,7 +29,6 @@ __all__ = [
     "ConvTransposeLayout",
     "EmbeddingBagLayout",
     "EmbeddingLayout",
-    "Kind",
     "Layer",
     "Layers",
     "Layout",
@@ -39,6 +38,7 @@ __all__ = [
     "Rows",
     "TransposedLinearLayout",
     "UnknownInputError",
+    "WeightKind",
     "WhitenedConvLayout",
     "WhitenedLinearLayout",
     "find_layers",

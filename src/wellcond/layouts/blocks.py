@@ -65,7 +65,6 @@ def _has_biases_apart(module: nn.Module) -> bool:
 
 _JOINING = BlockLayout(("qkv",), without_bias=("qkv",), when=_has_biases_apart)
 
-_TRANSFORMERS = "transformers.models"
 BLOCKS: dict[tuple[str, str], Layout] = {
     ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): BlockLayout(("qkv", "proj")),
     ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): BlockLayout(("qkv", "proj"), ("qkv",)),

@@ -134,10 +134,10 @@ class ConvTransposeLayout(Layout):
         padding = tuple(int(size) for size in conv.padding)
         output_size = inputs[1] if len(inputs) > 1 else None
         extra = conv._output_padding(batch, output_size, list(stride), list(padding), list(size), axes, list(dilation))
-        return spread(batch, size, stride, padding, tuple(extra), dilation)
+        return spread_out(batch, size, stride, padding, tuple(extra), dilation)
 
 
-def spread(
+def spread_out(
     batch: Tensor,
     size: Sequence[int],
     stride: Sequence[int],

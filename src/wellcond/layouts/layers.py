@@ -124,7 +124,7 @@ class Layer:
 
 @dataclass
 class Layers:
-    """What `find_layers` found in a model.
+    """The layers that `find_layers` found in a model.
 
     Attributes:
         known: The weights with a rule. A weight that several modules share appears once for each of them.

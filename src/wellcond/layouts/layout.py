@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wellcond.numerics.windows import Window
 
-Kind = Literal["linear", "conv", "norm", "embedding"]
+WeightKind = Literal["linear", "conv", "norm", "embedding"]
 
 Rows: TypeAlias = "Tensor | Sequence[Tensor]"
 """Rows [groups, n, d]; or, where the groups have different numbers of rows, one [n, d] for each of them."""
@@ -37,7 +37,7 @@ class Layout:
         torch.Size([2, 2, 3, 3, 3])
     """
 
-    kind: Kind = "linear"
+    kind: WeightKind = "linear"
     output_axis: int = 0
     has_rows: bool = False
     missing_rows: str = "its input rows are not defined"

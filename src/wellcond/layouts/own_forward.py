@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wellcond.layouts.attention import AttentionLayout
-from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout, pads_of, spread, with_batch_axis
+from wellcond.layouts.conv import ConvLayout, ConvTransposeLayout, pads_of, spread_out, with_batch_axis
 from wellcond.layouts.layout import Layout, Rows
 from wellcond.layouts.linear import BilinearLayout, EmbeddingLayout, LinearLayout, TransposedLinearLayout
 from wellcond.layouts.norm import GroupNormLayout, LayerNormLayout
@@ -220,7 +220,7 @@ def _read_conv_transpose(layout: Layout, module: nn.Module, products: list[Produ
         if (dilation, given.get("groups", 1)) != (window.dilation, window.groups):
             raise UnknownInputError("its forward convolves with another dilation or groups than the layer has")
         batch = with_batch_axis(given["input"], axes)
-        found.append(spread(batch, window.size, stride, padding, extra, dilation))
+        found.append(spread_out(batch, window.size, stride, padding, extra, dilation))
     return (_stacked(found),)
 
 

@@ -1,4 +1,4 @@
-"""Which rule is for which layer type."""
+"""Finds the rule of a layer type."""
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class UnknownInputError(Exception):
-    """What a weight multiplies cannot be told from a call: a rule's `inputs` raises this, and the message says why.
+    """Raised by a rule's `inputs` where a call does not tell what a weight multiplies; the message says why.
 
     Nothing is raised in the forward pass: the layer keeps its plain gradient, and the report quotes the message.
     """
 
 
 class Mark(Enum):
-    """What a tensor has to do with the weight.
+    """The relation of a tensor to the weight.
 
     SAME: the weight, plus something that does not depend on it, in whatever dtype and view. SCALED: each output unit's
     row of it times and plus a number (standardized, normalized). TRANSPOSED: one of both, with its two axes exchanged.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wellcond.numerics.newton_schulz import converged_inverse_root
 from wellcond.numerics.symmetry import positive_or_one, symmetric, symmetric_from_lower
+from wellcond.runtime.checks import check_choice
 
 DampingMode = Literal["relative", "mean", "absolute"]
 Solver = Literal["auto", "eigh", "newton_schulz", "cholesky"]
@@ -95,8 +96,7 @@ def check_damping(damping: float, damping_mode: str) -> None:
     """
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number of at least 0, got {damping!r}")
-    if damping_mode not in DAMPING_MODES:
-        raise ValueError(f"damping_mode must be one of {', '.join(map(repr, DAMPING_MODES))}, got {damping_mode!r}")
+    check_choice("damping_mode", damping_mode, DAMPING_MODES)
 
 
 def choose_solver(
@@ -126,8 +126,7 @@ def choose_solver(
         >>> choose_solver(-0.5, "relative", "auto", device_type="cuda", width=4096)
         'newton_schulz'
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+    check_choice("solver", solver, SOLVERS)
     if solver == "cholesky" and exponent != -1:
         raise ValueError(f"solver='cholesky' needs exponent -1, got exponent {exponent:g}")
     if solver == "newton_schulz" and exponent not in (-0.5, -1):

@@ -129,7 +129,7 @@ def ghost_moments(inputs: Tensor, sizes: Sequence[int] | None) -> Moments:
     return merge_samples(_instances(inputs, axes, dtype), sizes)
 
 
-def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> Moments:
+def merge_moments(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> Moments:
     """Combine the moments of parts of equal size: the mean of means; the mean variance plus the variance of means.
 
     No squares of means are subtracted, so nothing cancels.
@@ -144,7 +144,7 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
 
     Example:
         >>> parts = Moments(torch.tensor([0.0, 4.0]), torch.tensor([1.0, 3.0]), 10)
-        >>> merge(parts, dim=0)
+        >>> merge_moments(parts, dim=0)
         Moments(mean=tensor(2.), var=tensor(6.), elements=20)
     """
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
@@ -160,12 +160,11 @@ def merge(moments: Moments, dim: int | Sequence[int], keepdim: bool = False) -> 
     return Moments(mean, var, moments.elements * parts)
 
 
-def merge_unequal(moments: Moments, dim: int = 0) -> Moments:
-    """Combine the moments of parts of different sizes.
+def merge_unequal(moments: Moments) -> Moments:
+    """Combine the moments of parts of different sizes, which lie along the first dimension.
 
     Args:
         moments: Of the parts; `elements` is a tensor that broadcasts with the means and is not all zero.
-        dim: Along which dimension the parts lie.
 
     Returns:
         The moments of the union; its `elements` are a tensor.
@@ -176,11 +175,11 @@ def merge_unequal(moments: Moments, dim: int = 0) -> Moments:
         Moments(mean=tensor(1.), var=tensor(2.), elements=tensor(3.))
     """
     count = torch.as_tensor(moments.elements, dtype=moments.mean.dtype, device=moments.mean.device)
-    total = count.sum(dim, keepdim=True)
+    total = count.sum(0, keepdim=True)
     share = count / total
-    mean = (share * moments.mean).sum(dim, keepdim=True)
-    var = (share * (moments.var + (moments.mean - mean).square())).sum(dim)
-    return Moments(mean.squeeze(dim), var, total.squeeze(dim))
+    mean = (share * moments.mean).sum(0, keepdim=True)
+    var = (share * (moments.var + (moments.mean - mean).square())).sum(0)
+    return Moments(mean.squeeze(0), var, total.squeeze(0))
 
 
 def batch_moments(inputs: Tensor) -> Moments:
@@ -198,7 +197,7 @@ def layer_moments(inputs: Tensor) -> Moments:
     >>> layer_moments(torch.tensor([[1.0, 3.0]])).mean
     tensor([[2.]])
     """
-    return merge(instance_moments(inputs), dim=1, keepdim=True)
+    return merge_moments(instance_moments(inputs), dim=1, keepdim=True)
 
 
 def group_moments(inputs: Tensor, groups: int) -> Moments:
@@ -214,7 +213,7 @@ def group_moments(inputs: Tensor, groups: int) -> Moments:
         raise ValueError(f"groups must divide the {inputs.shape[1]} channels, got {groups}")
     mean, var, count = instance_moments(inputs)
     grouped = Moments(mean.unflatten(1, (groups, -1)), var.unflatten(1, (groups, -1)), count)
-    return merge(grouped, dim=2)
+    return merge_moments(grouped, dim=2)
 
 
 def ghost_sizes(samples: int, group_size: int | None) -> tuple[int, ...] | None:
@@ -261,13 +260,13 @@ def merge_samples(instances: Moments, sizes: Sequence[int] | None) -> Moments:
     """
     mean, var, count = instances
     if sizes is None:
-        return merge(instances, dim=0)
+        return merge_moments(instances, dim=0)
     if sizes[-1] == sizes[0]:
         split = (len(sizes), sizes[0])
-        return merge(Moments(mean.unflatten(0, split), var.unflatten(0, split), count), dim=1)
+        return merge_moments(Moments(mean.unflatten(0, split), var.unflatten(0, split), count), dim=1)
     last = mean.shape[0] - sizes[-1]
     head = merge_samples(Moments(mean[:last], var[:last], count), sizes[:-1])
-    tail = merge(Moments(mean[last:], var[last:], count), dim=0, keepdim=True)
+    tail = merge_moments(Moments(mean[last:], var[last:], count), dim=0, keepdim=True)
     counts = _sample_counts(sizes, mean) * count
     return Moments(torch.cat([head.mean, tail.mean]), torch.cat([head.var, tail.var]), counts)
 

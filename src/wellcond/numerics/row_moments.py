@@ -17,7 +17,7 @@ from wellcond.runtime.ranks import Ranks
 
 
 class Eigenvalues(NamedTuple):
-    """What is known of one second moment's eigenvalues.
+    """The known eigenvalues of one second moment.
 
     Attributes:
         values: Descending and at least 0; fewer than the matrix has where it was sketched.
@@ -171,7 +171,7 @@ class SketchedMoment(SecondMoment):
 
 
 class Covariance(NamedTuple):
-    """How rows are distributed, in each of several groups.
+    """The mean and covariance of rows, in each of several groups.
 
     Attributes:
         number: How many rows are behind it, a scalar tensor.

@@ -1,4 +1,4 @@
-"""What the named optimizers share: a torch optimizer and a transform in one class, with the options of both."""
+"""The bases of the named optimizers: a torch optimizer and a transform in one class, with the options of both."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from wellcond.optim.attached import (
 )
 from wellcond.runtime.checks import checked, checks_itself
 from wellcond.transforms import FeatureDescent, FeatureWhitening
-from wellcond.transforms.preconditioner.norm_recovery import Norm
+from wellcond.transforms.preconditioner.norm_recovery import NormRecovery
 
 
 @with_options_of(torch.optim.SGD)
@@ -68,7 +68,7 @@ class DWSGDM(Attached, DecoupledSGD):
         momentum: float = 0.9,
         weight_decay: float = 0.1,
         params: ParamsT | None = None,
-        norm: Norm = "fixed",
+        norm: NormRecovery = "fixed",
         outputs: bool = True,
         **feature_options: Any,
     ) -> None:

@@ -29,7 +29,7 @@ _ADDING: set[Any] = {operator.add, operator.iadd, operator.sub, torch.add, "add"
 _FLATTENING: set[Any] = {torch.flatten, "flatten"}
 _AVERAGING: set[Any] = {torch.mean, "mean"}
 
-Role = Literal["makes", "takes", "keeps"]
+ChannelRole = Literal["makes", "takes", "keeps"]
 
 
 class Use(NamedTuple):
@@ -46,7 +46,7 @@ class Use(NamedTuple):
     module: nn.Module
     name: str
     dim: int
-    role: Role
+    role: ChannelRole
     block: int = 1
 
 

@@ -10,7 +10,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -125,7 +125,7 @@ def check_positive_integer(argument: str, value: object, at_most: int = _LARGEST
         raise ValueError(f"{argument} must be at most {at_most}, got {shown(value)}")
 
 
-def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
     """Raise a ValueError naming the argument unless ``value`` is one of ``allowed``.
 
     >>> check_choice("to", "fast", ("plain", "nd"))

@@ -12,7 +12,7 @@ import torch
 
 
 class RandomState:
-    """Where the global generators stand now: torch's, on the CPU and on one device, Python's and NumPy's.
+    """The state of the global generators: torch's, on the CPU and on one device, Python's and NumPy's.
 
     Nothing waits for the device: where its generator stands is known to the CPU.
 

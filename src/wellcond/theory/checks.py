@@ -16,7 +16,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def check_count(name: str, value: int, at_least: int = 1) -> None:
+def check_integer(name: str, value: int, at_least: int = 1) -> None:
     """Raise ValueError unless the value is an integer of at least this."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
@@ -34,7 +34,7 @@ def check_within(name: str, value: float, low: float, high: float) -> None:
     raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def check_choice(name: str, value: str) -> None:
+def check_formula(name: str, value: str) -> None:
     """Raise ValueError unless the value is one of `FORMULAS`."""
     if value not in FORMULAS:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, FORMULAS))}, got {value!r}")

@@ -7,7 +7,7 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
-from wellcond.theory.checks import check_count, check_within
+from wellcond.theory.checks import check_integer, check_within
 
 
 class GammaDecay(NamedTuple):
@@ -114,7 +114,7 @@ def gamma_decay_parts(
         >>> gamma_decay_parts(8, gamma_fisher=1.0, curvature=0.25)
         GammaDecay(mean=0.015625, deviation=0.03125)
     """
-    check_count("batch_size", batch_size)
+    check_integer("batch_size", batch_size)
     if not isinstance(gamma_fisher, Tensor):
         check_within("gamma_fisher", gamma_fisher, -math.inf, math.inf)
     if not isinstance(curvature, Tensor):

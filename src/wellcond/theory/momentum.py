@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from wellcond.theory.checks import Formula, check_choice, check_count, check_within, is_number
+from wellcond.theory.checks import Formula, check_formula, check_integer, check_within, is_number
 
 
 def noise_matching_momentum(batch_size: int, base_batch_size: int = 32, *, target: Formula = "thesis") -> float:
@@ -64,7 +64,7 @@ def stat_momentum(
         0.6
     """
     check_within("epoch", epoch, -math.inf, math.inf)
-    check_count("total_epochs", total_epochs)
+    check_integer("total_epochs", total_epochs)
     ratio = _end_ratio(batch_size, base_batch_size, target)
     # (2.12), with ρ^T written as the ratio: then the two ends are exact.
     remaining = max(total_epochs - max(epoch, 1), 0) / (total_epochs - 1) if total_epochs > 1 else 0.0
@@ -93,8 +93,8 @@ def inference_decay(batch_size: int, base_batch_size: int = 32, base_inference_d
         >>> inference_decay(32), round(inference_decay(2), 3)
         (0.85, 0.99)
     """
-    check_count("batch_size", batch_size)
-    check_count("base_batch_size", base_batch_size)
+    check_integer("batch_size", batch_size)
+    check_integer("base_batch_size", base_batch_size)
     if not (is_number(base_inference_decay) and 0 <= base_inference_decay < 1):
         raise ValueError(
             f"base_inference_decay must be a number of at least 0 and less than 1, got {base_inference_decay!r}"
@@ -104,9 +104,9 @@ def inference_decay(batch_size: int, base_batch_size: int = 32, base_inference_d
 
 def _end_ratio(batch_size: int, base_batch_size: int, target: str) -> float:
     """Return 1 − λ(T), which is the ρ^T of 2.12 for the thesis's target."""
-    check_count("batch_size", batch_size)
-    check_count("base_batch_size", base_batch_size)
-    check_choice("target", target)
+    check_integer("batch_size", batch_size)
+    check_integer("base_batch_size", base_batch_size)
+    check_formula("target", target)
     if batch_size >= base_batch_size:
         return 1.0
     if target == "thesis":

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from wellcond.theory.checks import Formula, check_choice, check_count, check_within
+from wellcond.theory.checks import Formula, check_formula, check_integer, check_within
 
 NORMAL_KURTOSIS = 3.0
 
@@ -51,9 +51,9 @@ def batch_mean_noise(batch_size: int, momentum: float = 0.0, *, formula: Formula
         >>> batch_mean_noise(4, 0.75).variance * 28, batch_mean_noise(4, 0.75, formula="thesis").variance * 16
         (1.0, 1.0)
     """
-    check_count("batch_size", batch_size)
+    check_integer("batch_size", batch_size)
     check_within("momentum", momentum, 0.0, 1.0)
-    check_choice("formula", formula)
+    check_formula("formula", formula)
     if formula == "thesis":
         return Noise(0.0, (1 - momentum) / batch_size)  # (2.11)
     return Noise(0.0, _averaging(momentum) / batch_size)
@@ -86,7 +86,7 @@ def batch_variance_noise(batch_size: int, momentum: float = 0.0, *, kurtosis: fl
         >>> batch_variance_noise(4, 0.5).variance, batch_variance_noise(4, kurtosis=1.0).variance
         (0.125, 0.09375)
     """
-    check_count("batch_size", batch_size)
+    check_integer("batch_size", batch_size)
     check_within("momentum", momentum, 0.0, 1.0)
     check_within("kurtosis", kurtosis, 1.0, math.inf)
     m = batch_size
@@ -118,9 +118,9 @@ def large_batch_variance_noise(
         >>> large_batch_variance_noise(100), large_batch_variance_noise(100, formula="thesis")
         (Noise(mean=1.0, variance=0.02), Noise(mean=1.0, variance=0.03))
     """
-    check_count("batch_size", batch_size)
+    check_integer("batch_size", batch_size)
     check_within("kurtosis", kurtosis, 1.0, math.inf)
-    check_choice("formula", formula)
+    check_formula("formula", formula)
     return Noise(1.0, (kurtosis if formula == "thesis" else kurtosis - 1) / batch_size)
 
 
@@ -167,7 +167,7 @@ def log_batch_variance_noise(batch_size: int) -> Noise:
         >>> math.isclose(mean, math.log(2 / 3) - 0.5772156649015329), math.isclose(variance, math.pi**2 / 6)
         (True, True)
     """
-    check_count("batch_size", batch_size, at_least=2)
+    check_integer("batch_size", batch_size, at_least=2)
     half_freedom = torch.tensor((batch_size - 1) / 2, dtype=torch.float64)
     mean = float(torch.special.digamma(half_freedom)) + math.log(2 / batch_size)
     return Noise(mean, float(torch.special.polygamma(1, half_freedom)))
@@ -201,8 +201,8 @@ def normalized_mean(x: _Number, batch_size: int, *, formula: Formula = "derived"
         >>> normalized_mean(torch.tensor([-1.0, 0.0, 2.0]), 8)
         tensor([-1.2036,  0.0000,  2.4072])
     """
-    check_count("batch_size", batch_size, at_least=3)
-    check_choice("formula", formula)
+    check_integer("batch_size", batch_size, at_least=3)
+    check_formula("formula", formula)
     gain = math.exp(_log_gain(batch_size))
     if formula == "thesis":
         gain *= math.sqrt((batch_size - 1) / batch_size)  # (2.4)
@@ -236,8 +236,8 @@ def normalized_variance(x: _Number, batch_size: int, *, formula: Formula = "deri
         >>> normalized_variance(torch.tensor([0.0, 1.0]), 8)
         tensor([0.2000, 0.3513])
     """
-    check_count("batch_size", batch_size, at_least=4)
-    check_choice("formula", formula)
+    check_integer("batch_size", batch_size, at_least=4)
+    check_formula("formula", formula)
     m = batch_size
     if formula == "thesis":
         gain = normalized_mean(1.0, m, formula="thesis")

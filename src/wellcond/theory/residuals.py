@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellcond.theory.checks import check_count
+from wellcond.theory.checks import check_integer
 
 
 class Estimate(NamedTuple):
@@ -75,8 +75,8 @@ def noise_residuals(
         >>> [round(float(part.value[0]), 3) for part in found]  # for all draws .031, .115, .007
         [0.036, 0.111, 0.015]
     """
-    check_count("batch_size", batch_size, 2)
-    check_count("draws", draws, 2)
+    check_integer("batch_size", batch_size, 2)
+    check_integer("draws", draws, 2)
     if inputs.dim() == 0 or not inputs.is_floating_point():
         raise ValueError(
             f"inputs must have shape (n, ...) and a floating-point dtype, got {tuple(inputs.shape)} of {inputs.dtype}"

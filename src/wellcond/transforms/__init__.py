@@ -1,8 +1,9 @@
 """Gradient transforms and the one way to attach them to an optimizer."""
 
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.transforms.attaching import attach, attachments
 from wellcond.transforms.attachment import Attachment
-from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, WellcondWarning
+from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot
 from wellcond.transforms.centralize import GradientCentralization
 from wellcond.transforms.constraints import NormClipping, ZScore
 from wellcond.transforms.hidden_weights import HiddenWeights

@@ -1,4 +1,4 @@
-"""What `attach` refuses among its arguments, before anything is changed."""
+"""Checks the arguments of `attach` before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which calls of a layer led to the gradient that its weight has: only their rows count.
+"""Finds the calls of a layer that led to the gradient of its weight: only their rows count.
 
 A call is noted in the forward pass. It counts once the gradient of its output has come and the gradient of the weight
 was computed in the same backward pass. A call whose output is dropped frees what it holds together with its graph.
@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from wellcond.layouts.unusual import is_sharded
 from wellcond.runtime.tracing import NO_BACKWARD, backward_number
-from wellcond.transforms.sharding import is_sharded
 
 Sums = list[Tensor]
 _serial = itertools.count()
 
 
-class Call:
+class LayerCall:
     """One forward call of a layer: the sums over its input's rows, or the input itself where that is smaller.
 
     Args:
@@ -37,7 +37,7 @@ class Call:
 
 
 class Signal(IntEnum):
-    """What a backward pass has shown so far."""
+    """The progress of a backward pass."""
 
     REACHED = 0
     """The gradient of a call's output has come."""
@@ -52,11 +52,11 @@ class _Total:
 
     def __init__(self) -> None:
         self.sums: Sums | None = None
-        self._waiting: list[Call | Tensor] = []
+        self._waiting: list[LayerCall | Tensor] = []
         self._counted: set[int] = set()
         self._own = False
 
-    def add(self, calls: Sequence[Call]) -> None:
+    def add(self, calls: Sequence[LayerCall]) -> None:
         self._waiting += calls
 
     def keep_if(self, condition: Tensor) -> None:
@@ -64,7 +64,7 @@ class _Total:
         if self._waiting or self.sums is not None:
             self._waiting.append(condition)
 
-    def fold(self, sums_of: Callable[[Call], Sums]) -> Sums | None:
+    def fold(self, sums_of: Callable[[LayerCall], Sums]) -> Sums | None:
         waiting, self._waiting = self._waiting, []
         for item in waiting:
             if isinstance(item, Tensor):
@@ -75,7 +75,7 @@ class _Total:
                 self._add(sums_of(item))
         return self.sums
 
-    def copy(self, sums_of: Callable[[Call], Sums]) -> _Total:
+    def copy(self, sums_of: Callable[[LayerCall], Sums]) -> _Total:
         """Return a total of its own that goes on from here."""
         other = _Total()
         other.sums, other._counted = self.fold(sums_of), set(self._counted)
@@ -110,11 +110,13 @@ class Arrivals:
         self._accumulated = False
         self._grad_was: tuple[int, int] | None = None
         self._hooks: dict[Tensor, list[RemovableHandle]] = {}
-        self._noted: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._latest: Call | None = None
+        self._noted: weakref.WeakSet[LayerCall] = weakref.WeakSet()
+        self._latest: LayerCall | None = None
         self._clear = True
 
-    def expect(self, call: Call, outputs: Sequence[Tensor], leaf: Tensor, fold: Callable[[Call], Sums]) -> None:
+    def expect(
+        self, call: LayerCall, outputs: Sequence[Tensor], leaf: Tensor, fold: Callable[[LayerCall], Sums]
+    ) -> None:
         """Note a call, whose rows count if the gradient of one of its outputs comes.
 
         Args:
@@ -142,13 +144,13 @@ class Arrivals:
                     ),
                 ]
 
-    def noted(self, fold: Callable[[Call], Sums]) -> Sums | None:
+    def noted(self, fold: Callable[[LayerCall], Sums]) -> Sums | None:
         """Return the sums over the calls that count or still may, and the latest; a call lives as long as its graph."""
         total = self._totals[Signal.ACCUMULATED].copy(fold)
         total.add(sorted(self._noted, key=lambda call: call.serial))
         return total.fold(fold)
 
-    def take(self, fold: Callable[[Call], Sums]) -> Sums | None:
+    def take(self, fold: Callable[[LayerCall], Sums]) -> Sums | None:
         """Return the sums over the rows behind the weight's gradient, or None without such rows; start anew."""
         self._close_all()
         try:
@@ -177,7 +179,7 @@ class Arrivals:
 
     # during a backward pass -----------------------------------------------------------------------------------------
 
-    def _reached(self, call: Call) -> None:
+    def _reached(self, call: LayerCall) -> None:
         self._this_pass().calls[call] = None
 
     def _computed(self) -> None:
@@ -216,7 +218,7 @@ class _Pass:
     """What one backward pass has shown; a reentrant checkpoint runs others inside it."""
 
     def __init__(self) -> None:
-        self.calls: dict[Call, None] = {}
+        self.calls: dict[LayerCall, None] = {}
         self.signal = Signal.REACHED
 
 

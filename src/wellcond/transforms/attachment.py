@@ -16,25 +16,21 @@ from torch.optim import Optimizer
 from wellcond.layouts import find_layers
 from wellcond.moments.collection import SecondMoments
 from wellcond.runtime.autocast import without_autocast
+from wellcond.runtime.checks import WellcondWarning, check_choice
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.arguments import check_synchronize, check_transforms, unknown_switches
-from wellcond.transforms.base import (
-    GradientTransform,
-    Slot,
-    WellcondWarning,
-    check_choice,
-)
+from wellcond.transforms.base import GradientTransform, Slot
 from wellcond.transforms.checkpoint import carried, follow, set_state
 from wellcond.transforms.freezing import FrozenWeights
 from wellcond.transforms.groups import Groups
-from wellcond.transforms.metrics import GradientMetrics, Metric, read_metrics
+from wellcond.transforms.metrics import GradientMetrics, MetricValue, read_metrics
 from wellcond.transforms.observe import Observer
 from wellcond.transforms.publishing import Published, first_state, restore
 from wellcond.transforms.replicas import Replicas
 from wellcond.transforms.report import ParameterCoverage, coverage_lines, coverage_rows, warn_of_idle
 from wellcond.transforms.running import running_moments
 from wellcond.transforms.standing import Standing
-from wellcond.transforms.stepping import Step, StepHooks, followers_of, forget
+from wellcond.transforms.stepping import StepHooks, StepRecord, followers_of, forget
 from wellcond.transforms.weight_decay import WeightDecayKind, mixed_with
 from wellcond.transforms.weights import Places, shared_uses, slots_of
 from wellcond.transforms.wrappers import usable_optimizer
@@ -193,7 +189,9 @@ class Attachment:
         if optimizer is not None:
             self._published.show(optimizer, self._standing.pairs)
 
-    def metrics(self, *, by_layer: bool = False, spectra: bool = False, synchronize: bool = False) -> dict[str, Metric]:
+    def metrics(
+        self, *, by_layer: bool = False, spectra: bool = False, synchronize: bool = False
+    ) -> dict[str, MetricValue]:
         """Return numbers worth logging, of what the transforms keep and of what they did to gradients.
 
         - ``"gradient/cosine"``, ``"gradient/norm_ratio"``: of the covered weights' gradients before and after the
@@ -367,7 +365,7 @@ class Attachment:
     # steps ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
+    def gradients_are_there(self, optimizer: Optimizer, step: StepRecord) -> None:
         """Transform the gradients that the optimizer is about to use."""
         before = self._metrics.before(self._standing.pairs)
         with without_autocast(*self._standing.devices):

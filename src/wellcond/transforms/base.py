@@ -10,7 +10,7 @@ that the closure computes (once without a closure), the optimizer's own update, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from wellcond.layouts import Layer
 from wellcond.moments.collection import SecondMoments
 from wellcond.moments.layer_moment import LayerMoment
-from wellcond.runtime.checks import WellcondWarning as WellcondWarning
-from wellcond.runtime.checks import check_choice as check_choice
 from wellcond.runtime.ranks import Ranks
 
 Scalar: TypeAlias = "float | Tensor"
 State: TypeAlias = "dict[str, Tensor | int]"
+TransformSlots: TypeAlias = "Iterable[tuple[GradientTransform, Slot]]"
 
 
 @dataclass(frozen=True)
 class Decay:
-    """What the optimizer's weight decay does to one parameter in the coming step.
+    """The effect of the optimizer's weight decay on one parameter in the coming step.
 
     Attributes:
         gradient: λ where the optimizer adds λ·w to the gradient it is handed (coupled, L2), in that gradient's own
@@ -68,7 +67,7 @@ class Coverage:
 
 @dataclass(eq=False)
 class Terms:
-    """What an optimizer says of the coming step to all weights of one parameter group.
+    """An optimizer's settings of the coming step, for all weights of one parameter group.
 
     Attributes:
         decay: The weights' decay; None if the optimizer does not say how it applies it.

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from wellcond.layouts import Layer
-from wellcond.runtime.checks import Predicate, check_fields
+from wellcond.runtime.checks import Predicate, check_choice, check_fields
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot, check_choice
+from wellcond.transforms.base import Coverage, Decay, GradientTransform, Slot
 from wellcond.transforms.sharding import units, units_can_be_averaged
 from wellcond.transforms.unit_means import UnitMeans, add
 

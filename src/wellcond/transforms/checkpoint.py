@@ -1,4 +1,4 @@
-"""How a transform's state is named, taken out of a state dict, and checked, and how it follows its weight."""
+"""Names a transform's state, takes it out of a state dict, checks it, and lets it follow its weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from wellcond.transforms.base import GradientTransform, Slot, State, WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
+from wellcond.transforms.base import GradientTransform, Slot, State
 
 
 def state_key(transform: GradientTransform, key: str) -> str:

@@ -10,12 +10,13 @@ from typing import ClassVar, Literal
 import torch
 
 from wellcond.layouts import Layer
+from wellcond.layouts.unusual import is_sharded
 from wellcond.numerics.linalg import frobenius_norm
 from wellcond.numerics.moments import statistics_dtype
 from wellcond.runtime.checks import Predicate, check_fields
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
 from wellcond.transforms.centralize import GradientCentralization
-from wellcond.transforms.sharding import is_sharded, local, sum_over_shards, units
+from wellcond.transforms.sharding import local, sum_over_shards, units
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Run compiled code eagerly while inputs are observed, so that compiled graphs are never cut at a probe.
+"""Run compiled code eagerly while inputs are observed, so that compiled graphs are never cut at a hook.
 
-A probe's hook breaks the graph that is being compiled around it, and torch goes on using what it compiled up to the
-break in later passes, where there is no probe. So graphs are compiled only where no probe is. Only code that calls
-modules with probes runs eagerly; what other models' code was compiled to goes on running.
+A hook of ours breaks the graph that is being compiled around it, and torch goes on using what it compiled up to the
+break in later passes, where there is no hook. So graphs are compiled only where no hook is. Only code that calls
+modules with hooks runs eagerly; what other models' code was compiled to goes on running.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-_probed: dict[int, weakref.WeakSet[nn.Module]] = {}
+_hooked: dict[int, weakref.WeakSet[nn.Module]] = {}
 _new: set[int] = set()
 _ours: list[Any] = []
 
 
 class EagerWithGradients:
-    """A stance of ``torch.compiler.set_stance``: passes that a probe could observe run eagerly, all others compiled."""
+    """A stance of ``torch.compiler.set_stance``: passes that a hook could observe run eagerly, all others compiled."""
 
     skip_guard_eval_unsafe = False
     backend = None
@@ -49,44 +49,44 @@ class EagerWithGradients:
         return answer
 
     def _answer(self) -> str:
-        if not _probed or not torch.is_grad_enabled():
+        if not _hooked or not torch.is_grad_enabled():
             return "default"
         try:
-            return "force_eager" if _may_meet_probes() else "default"
+            return "force_eager" if _may_meet_hooks() else "default"
         except Exception:  # an odd object, an empty cell: nothing of ours may raise in a pass
             return "force_eager"
 
 
-def run_eagerly(owner: object, probed: Collection[nn.Module], *, stepped: bool = False) -> None:
+def run_eagerly(owner: object, hooked: Collection[nn.Module], *, stepped: bool = False) -> None:
     """Say whose calls an owner wants to run eagerly from now on; a stance that the user chose goes first.
 
     Args:
         owner: Who wants it; nobody does once it no longer exists.
-        probed: Modules; compiled code that may call one of them runs eagerly.
+        hooked: Modules; compiled code that may call one of them runs eagerly.
         stepped: Whether it has just trained. Others that never have must not keep it waiting.
     """
-    known = id(owner) in _probed
+    known = id(owner) in _hooked
     if stepped:
         _new.discard(id(owner))
-        for other in _probed.keys() & _new:
+        for other in _hooked.keys() & _new:
             _forget(other)
-    elif probed and not known:
+    elif hooked and not known:
         _new.add(id(owner))
-    if probed:
-        _probed[id(owner)] = weakref.WeakSet(probed)
+    if hooked:
+        _hooked[id(owner)] = weakref.WeakSet(hooked)
         if not known:
             weakref.finalize(owner, _forget, id(owner)).atexit = False
             _set()
     elif known:
         _forget(id(owner))
-    if _ours and not _probed:
+    if _ours and not _hooked:
         _set()
 
 
 def _forget(owner: int) -> None:
     # An owner may be collected at any moment, also while the compiler reads the stance, so the stance stays as it is:
     # ours says "default" when nobody wants anything else.
-    _probed.pop(owner, None)
+    _hooked.pop(owner, None)
     _new.discard(owner)
 
 
@@ -99,20 +99,20 @@ def _set_uncompiled() -> None:
     from torch._dynamo import eval_frame
 
     now: Any = eval_frame._stance
-    if _probed and not _ours and now == eval_frame.DynamoStance():
+    if _hooked and not _ours and now == eval_frame.DynamoStance():
         _ours.append(EagerWithGradients())
         eval_frame._set_stance(_ours[0])
-    elif not _probed and _ours and now is _ours.pop():
+    elif not _hooked and _ours and now is _ours.pop():
         torch.compiler.set_stance("default")
 
 
-def _may_meet_probes() -> bool:
-    """Whether the compiled code that is being called may call a module with a probe: unless it is seen not to."""
+def _may_meet_hooks() -> bool:
+    """Whether the compiled code that is being called may call a module with a hook: unless it is seen not to."""
     called = _called()
     modules = None if called is None else list(_modules_of(*called))
     if not modules:
         return True
-    return any(part in probed for module in modules for part in module.modules() for probed in list(_probed.values()))
+    return any(part in hooked for module in modules for part in module.modules() for hooked in list(_hooked.values()))
 
 
 def _called() -> tuple[Any, Iterable[Any]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from wellcond.transforms.base import GradientTransform, Slot
+from wellcond.transforms.base import GradientTransform, TransformSlots
 
 
 class FrozenWeights:
@@ -25,7 +25,7 @@ class FrozenWeights:
         self._thawed = weakref.WeakMethod(thawed)
         self._hooks: dict[nn.Module, tuple[list[Parameter], RemovableHandle]] = {}
 
-    def watch(self, slots: Iterable[tuple[GradientTransform, Slot]]) -> None:
+    def watch(self, slots: TransformSlots) -> None:
         """Place hooks on the modules of frozen weights whose inputs will be wanted, and take all others off.
 
         Args:

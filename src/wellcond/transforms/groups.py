@@ -1,4 +1,4 @@
-"""Which parameters an optimizer holds now, and what it says to each of their groups."""
+"""Reads the parameters that an optimizer holds now, and its settings for each of their groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights are inside a network: the split of a model's parameters between two optimizers."""
+"""Splits a model's parameters between two optimizers: the weights inside the network, and the rest."""
 
 from __future__ import annotations
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from wellcond.transforms.base import GradientTransform, Slot
+from wellcond.transforms.base import GradientTransform, Slot, TransformSlots
 from wellcond.transforms.sharding import local
 
-Metric: TypeAlias = "float | Tensor"
-Slots: TypeAlias = "Iterable[tuple[GradientTransform, Slot]]"
+MetricValue: TypeAlias = "float | Tensor"
 
 _MOMENT = "second_moment"
 
@@ -36,7 +35,7 @@ class GradientMetrics:
         self._asked = True
         return self._found
 
-    def before(self, slots: Slots) -> dict[str, tuple[Tensor, Tensor]]:
+    def before(self, slots: TransformSlots) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the gradients that are about to be transformed, with their weights, if a comparison was asked for."""
         if not self._asked:
             return {}
@@ -58,11 +57,11 @@ class GradientMetrics:
 
 
 def read_metrics(
-    slots: Slots, gradients: GradientMetrics, by_layer: bool, spectra: bool, synchronize: bool
-) -> dict[str, Metric]:
+    slots: TransformSlots, gradients: GradientMetrics, by_layer: bool, spectra: bool, synchronize: bool
+) -> dict[str, MetricValue]:
     """Return what is worth logging of transforms; see `Attachment.metrics`."""
     found = _of_gradients(gradients.take(), by_layer)
-    of_layers: dict[str, dict[str, Metric]] = {}
+    of_layers: dict[str, dict[str, MetricValue]] = {}
     for transform, slot in slots:
         for key, value in _of_slot(transform, slot, spectra).items():
             of_layers.setdefault(f"{transform.name}/{key}", {})[slot.layer.name] = value
@@ -73,14 +72,14 @@ def read_metrics(
     return {key: _number(value, synchronize) for key, value in found.items()}
 
 
-def _of_gradients(products: dict[str, Tensor], by_layer: bool) -> dict[str, Metric]:
+def _of_gradients(products: dict[str, Tensor], by_layer: bool) -> dict[str, MetricValue]:
     if not products:
         return {}
     first = next(iter(products.values()))
     sums = {"": torch.stack([product.to(first.device) for product in products.values()]).sum(0)}
     if by_layer:
         sums |= {f"/{layer}": product for layer, product in products.items()}
-    found: dict[str, Metric] = {}
+    found: dict[str, MetricValue] = {}
     for suffix, (dot, before, after) in sums.items():
         # Of a gradient of zeros there is no direction: NaN, not a number that looks like one.
         found[f"gradient/cosine{suffix}"] = dot / (before * after).sqrt()
@@ -88,9 +87,9 @@ def _of_gradients(products: dict[str, Tensor], by_layer: bool) -> dict[str, Metr
     return found
 
 
-def _of_slot(transform: GradientTransform, slot: Slot, spectra: bool) -> dict[str, Metric]:
+def _of_slot(transform: GradientTransform, slot: Slot, spectra: bool) -> dict[str, MetricValue]:
     state = slot.state
-    found: dict[str, Metric] = {}
+    found: dict[str, MetricValue] = {}
     step, solved_at = state.get("step"), state.get("solved_at")
     if isinstance(step, int) and isinstance(solved_at, int) and solved_at >= 0:
         found["age"] = float(step - 1 - solved_at)
@@ -125,7 +124,7 @@ def _condition(moment: Tensor, transform: GradientTransform) -> Tensor:
     values = values.clamp_min(0)
     damping = float(getattr(transform, "damping", 0.0))
     mode = getattr(transform, "damping_mode", "absolute")
-    scales: dict[str, Callable[[], Metric]] = {
+    scales: dict[str, Callable[[], MetricValue]] = {
         "relative": lambda: values[..., -1],
         "mean": lambda: values.mean(-1),
         "absolute": lambda: 1.0,
@@ -134,7 +133,7 @@ def _condition(moment: Tensor, transform: GradientTransform) -> Tensor:
     return ((values[..., -1] + added) / (values[..., 0] + added)).max()
 
 
-def _summed_up(key: str, values: Sequence[Metric]) -> Metric:
+def _summed_up(key: str, values: Sequence[MetricValue]) -> MetricValue:
     """Return the oldest age; of all else the median of the layers."""
     if key.endswith("/age"):
         return max(float(value) for value in values)
@@ -142,7 +141,7 @@ def _summed_up(key: str, values: Sequence[Metric]) -> Metric:
     return torch.stack([value.to(tensors[0].device) for value in tensors]).median()
 
 
-def _number(value: Metric, synchronize: bool) -> Metric:
+def _number(value: MetricValue, synchronize: bool) -> MetricValue:
     waits = isinstance(value, Tensor) and value.device.type != "cpu"
     return value if waits and not synchronize else float(value)
 

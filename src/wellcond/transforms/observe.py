@@ -1,4 +1,4 @@
-"""What a transform sees of a model: forward hooks where it wants inputs, and the sums over rows that count.
+"""Shows a model to a transform: forward hooks where it wants inputs, and the sums over rows that count.
 
 A hook is in place only while its layer's input is wanted; an ordinary pass runs no code of ours. What the hook sees
 counts once the weight's gradient has come from it (`arrivals`).
@@ -19,30 +19,30 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.hooks import RemovableHandle
 
 from wellcond.layouts import Layer, UnknownInputError
+from wellcond.layouts.unusual import is_sharded
 from wellcond.runtime.random_state import RandomState, random_numbers_kept
 from wellcond.runtime.ranks import Ranks
 from wellcond.runtime.tracing import is_traced
-from wellcond.transforms.arrivals import Arrivals, Call, Sums
+from wellcond.transforms.arrivals import Arrivals, LayerCall, Sums
 from wellcond.transforms.base import Coverage, GradientTransform, Slot
 from wellcond.transforms.checkpoint import follow
 from wellcond.transforms.eager import run_eagerly
-from wellcond.transforms.sharding import is_sharded
 
 NEVER_CALLED = "its module is never called (F.linear on its weight?)"
 DROPPED = "no row of its input led to its gradient"
 
-Watched = tuple[GradientTransform, Slot, int]
+WatchedUse = tuple[GradientTransform, Slot, int]
 
 
 class Observing(Protocol):
-    """What takes in the calls that a probe shows; it must not raise."""
+    """An observer of the calls that a hook shows; it must not raise."""
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Take in one forward call of one module."""
 
 
 class Gate:
-    """Whether a window is open: some input is due now."""
+    """A window that is open while some input is due."""
 
     def __init__(self) -> None:
         self.open = False
@@ -80,7 +80,7 @@ class _Hook:
         return _make_inert_probe, ()
 
 
-class Probe(_Hook):
+class CallHook(_Hook):
     """A forward hook that shows a module's calls to an observer: what its forward was given, and what it returned."""
 
     def __init__(self, module: nn.Module, observer: Observing, gate: Gate) -> None:
@@ -118,7 +118,7 @@ class Observer:
     """The observations of one attachment.
 
     Args:
-        owner: Whom probes show calls to; it hands them on to `observe`.
+        owner: Whom hooks show calls to; it hands them on to `observe`.
         transforms: What is attached.
         find: A method that looks for weights again, after a lazily initialised module has got its own; held weakly.
     """
@@ -128,12 +128,12 @@ class Observer:
         self._owner = weakref.ref(owner)
         self._find = weakref.WeakMethod(find)
         self._transforms = [t for t in transforms if type(t).observe is not GradientTransform.observe]
-        self._watched: dict[nn.Module, list[Watched]] = {}
+        self._watched: dict[nn.Module, list[WatchedUse]] = {}
         # Each watched slot once, in the order of attaching; and those whose inputs were wanted when last asked.
         self._pairs: list[tuple[GradientTransform, Slot]] = []
         self._wanted: list[tuple[GradientTransform, Slot]] = []
         self._lazy: set[nn.Module] = set()
-        self._probes: dict[nn.Module, list[RemovableHandle]] = {}
+        self._hooks: dict[nn.Module, list[RemovableHandle]] = {}
         self._starts: dict[nn.Module, Start] = {}
         self._arrivals: dict[Slot, Arrivals] = {}
         self._alone = True
@@ -163,7 +163,7 @@ class Observer:
         self.update()
 
     def update(self, *, stepped: bool = False) -> None:
-        """Place probes on the modules whose inputs are wanted now, and take all others off.
+        """Place hooks on the modules whose inputs are wanted now, and take all others off.
 
         Args:
             stepped: Whether a step has just ended.
@@ -177,25 +177,25 @@ class Observer:
         wanted = set(self._lazy)
         if shown:
             wanted |= {module for module, found in self._watched.items() if any(slot in shown for _, slot, _ in found)}
-        for module in [module for module in self._probes if module not in wanted]:
+        for module in [module for module in self._hooks if module not in wanted]:
             self._take_off(module)
         owner = self._owner()
         if owner is None:
             return
         for module in wanted:
-            if module not in self._probes:
+            if module not in self._hooks:
                 self._place(module, owner)
         # Whether nothing that was due in the last window is still to come.
         observed = self.gate.open and not any(transform.waited(slot) > 0 for transform, slot in self._wanted)
         self.gate.open = bool(self._lazy or due)
         # Where inputs are wanted at every step, only cut graphs can be compiled.
         every_step = stepped and observed and self.gate.open
-        run_eagerly(self, self._probes if self.gate.open and not every_step else (), stepped=stepped)
+        run_eagerly(self, self._hooks if self.gate.open and not every_step else (), stepped=stepped)
 
     def pause(self) -> None:
-        """Take all probes off until `resume`: further passes of a step's closure belong to no step's statistics."""
+        """Take all hooks off until `resume`: further passes of a step's closure belong to no step's statistics."""
         self._paused = True
-        for module in list(self._probes):
+        for module in list(self._hooks):
             self._take_off(module)
 
     def resume(self) -> None:
@@ -205,22 +205,22 @@ class Observer:
             self.update(stepped=True)
 
     def _place(self, module: nn.Module, owner: Observing) -> None:
-        hooks = self._probes[module] = []
+        hooks = self._hooks[module] = []
         # Before all other hooks: FSDP's puts the sharded weight back.
-        hooks.append(module.register_forward_hook(Probe(module, owner, self.gate), with_kwargs=True, prepend=True))
+        hooks.append(module.register_forward_hook(CallHook(module, owner, self.gate), with_kwargs=True, prepend=True))
         for use in (slot.uses[index] for _, slot, index in self._watched.get(module, [])):
             if use.layout.reruns and module not in self._starts:
                 self._starts[module] = Start(module, self.gate, use.weight.device)
                 hooks.append(module.register_forward_pre_hook(self._starts[module]))
 
     def _take_off(self, module: nn.Module) -> None:
-        for hook in self._probes.pop(module):
+        for hook in self._hooks.pop(module):
             hook.remove()
         self._starts.pop(module, None)
 
     def remove(self) -> None:
-        """Take all probes off."""
-        for module in list(self._probes):
+        """Take all hooks off."""
+        for module in list(self._hooks):
             self._take_off(module)
         self._watched, self._pairs, self._wanted, self._lazy = {}, [], [], set()
         self.forget()
@@ -275,15 +275,15 @@ class Observer:
         with torch.no_grad(), _aside_of_checkpoints():
             if _bytes(inputs) < slot.coverage.state_bytes // 2:
                 copies = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in inputs)
-                call = Call(index, None, copies)
+                call = LayerCall(index, None, copies)
             else:
                 follow(transform, slot)
-                call = Call(index, transform.observe(slot, use, inputs), None)
+                call = LayerCall(index, transform.observe(slot, use, inputs), None)
             arrivals = self._arrivals.setdefault(slot, Arrivals(slot.layer.weight))
             arrivals.expect(call, outputs, _weight_in_use(use), self._fold(transform, slot))
 
-    def _fold(self, transform: GradientTransform, slot: Slot) -> Callable[[Call], Sums]:
-        def sums_of(call: Call) -> Sums:
+    def _fold(self, transform: GradientTransform, slot: Slot) -> Callable[[LayerCall], Sums]:
+        def sums_of(call: LayerCall) -> Sums:
             if call.sums is None:
                 assert call.inputs is not None
                 follow(transform, slot)
@@ -315,7 +315,7 @@ class Observer:
         """
         self._alone = ranks.size == 1
         if self._alone:
-            # What came to be wanted without an `update` since had no probe.
+            # What came to be wanted without an `update` since had no hook.
             due = [(transform, slot) for transform, slot in self._wanted if _wants(transform, slot)]
         else:
             due = [(transform, slot) for transform, slot in self._pairs if _is_due(transform, slot)]
@@ -433,8 +433,9 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+# Models that were pickled with hooks know these two by their names.
 def _inert_probe(*call: Any) -> None:
-    """Stand where a copied or unpickled module had a probe: nothing observes that module."""
+    """Stand where a copied or unpickled module had a hook: nothing observes that module."""
 
 
 def _make_inert_probe() -> Callable[..., None]:

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.layouts import Layer
+from wellcond.layouts.unusual import is_sharded
 from wellcond.numerics.polar import QUINTIC, Coefficients, newton_schulz_polar
-from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
-from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, check_choice
+from wellcond.runtime.checks import Predicate, check_choice, check_fields, check_positive_integer
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
 from wellcond.transforms.hidden_weights import HiddenWeights, split
 from wellcond.transforms.preconditioner.precision import (
     PRECISIONS,
     Precision,
+    layer_dtype,
     product_dtype,
-    statistics_dtype,
     tensor_cores,
 )
-from wellcond.transforms.sharding import is_sharded, local, whole, write_whole
+from wellcond.transforms.sharding import local, whole, write_whole
 
-Scale = Literal["original", "match_rms_adamw", "spectral_unclamped", "none"]
+UpdateScale = Literal["original", "match_rms_adamw", "spectral_unclamped", "none"]
 
-Parts: TypeAlias = "Callable[[str, nn.Module], int]"
+CountParts: TypeAlias = "Callable[[str, nn.Module], int]"
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Orthogonalize(GradientTransform):
     nesterov: bool = True
     steps: int = 5
     coefficients: Coefficients = QUINTIC
-    scale: Scale = "original"
+    scale: UpdateScale = "original"
     precision: Precision = "float32"
     where: Predicate | None = None
-    parts: Parts | None = None
+    parts: CountParts | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
@@ -88,7 +89,7 @@ class Orthogonalize(GradientTransform):
         given: Any = self.coefficients
         if not (isinstance(given, (tuple, list)) and len(given) == 3 and all(map(_is_finite, given))):
             raise ValueError(f"coefficients must be three numbers, got {given!r}")
-        check_choice("scale", self.scale, get_args(Scale))
+        check_choice("scale", self.scale, get_args(UpdateScale))
         check_choice("precision", self.precision, PRECISIONS)
         for option in ("where", "parts"):
             if getattr(self, option) is not None and not callable(getattr(self, option)):
@@ -130,7 +131,7 @@ class Orthogonalize(GradientTransform):
                 f"parts must divide the output units of every matrix: '{layer.name}' has {units}, parts is {parts!r}"
             )
         count = f"{groups * parts} of " if groups * parts > 1 else ""
-        size = layer.weight.numel() * statistics_dtype(layer).itemsize if self.momentum else 0
+        size = layer.weight.numel() * layer_dtype(layer).itemsize if self.momentum else 0
         return Coverage(True, f"orthogonal {count}{units // parts} × {math.prod(inputs)}", state_bytes=size, plan=parts)
 
     def init(self, slot: Slot) -> State:
@@ -138,7 +139,7 @@ class Orthogonalize(GradientTransform):
         if not self.momentum:
             return {}
         weight = slot.layer.weight
-        return {"momentum": torch.zeros_like(weight, dtype=statistics_dtype(slot.layer), requires_grad=False)}
+        return {"momentum": torch.zeros_like(weight, dtype=layer_dtype(slot.layer), requires_grad=False)}
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Put the scaled polar factors in the gradients' place."""
@@ -149,7 +150,7 @@ class Orthogonalize(GradientTransform):
     def _orthogonalize(self, slot: Slot) -> None:
         layer, gradient = slot.layer, slot.layer.weight.grad
         assert gradient is not None
-        used = gradient.to(statistics_dtype(layer), copy=True)
+        used = gradient.to(layer_dtype(layer), copy=True)
         self._average(slot, local(used))
         # Every rank that has a part of the weight computes the whole.
         gathered = whole(used)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from wellcond.layouts import Layer
 from wellcond.layouts.layout import Layout
+from wellcond.layouts.unusual import is_sharded
 from wellcond.moments.collection import SecondMoments
 from wellcond.moments.layer_moment import LayerMoment
 from wellcond.numerics.moments import statistics_dtype
-from wellcond.runtime.checks import Predicate, check_fields
-from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, check_choice
-from wellcond.transforms.sharding import is_sharded, is_sharded_by_first_axis, local, rows_are_whole, whole, write_whole
+from wellcond.runtime.checks import Predicate, check_choice, check_fields
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
+from wellcond.transforms.sharding import is_sharded_by_first_axis, local, rows_are_whole, whole, write_whole
 
 ProjectionPlace = Literal["gradient", "update"]
 

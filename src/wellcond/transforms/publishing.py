@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import GradientTransform, Slot, State, WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
+from wellcond.transforms.base import GradientTransform, Slot, State, TransformSlots
 from wellcond.transforms.checkpoint import read_state, set_state, state_key, take_out
-
-Slots = Iterable[tuple[GradientTransform, Slot]]
 
 
 class Published:
-    """What an attachment has shown in an optimizer's state, and what is being loaded into it."""
+    """The tensors that an attachment has shown in an optimizer's state, and those that are being loaded into it."""
 
     def __init__(self) -> None:
         self._loading: dict[int, dict[str, Any]] = {}
@@ -24,7 +23,7 @@ class Published:
         self._witness: tuple[Any, str, Any] | None = None
         self._state_id: int | None = None
 
-    def show(self, optimizer: Optimizer, slots: Slots, *, after_step: bool = False) -> None:
+    def show(self, optimizer: Optimizer, slots: TransformSlots, *, after_step: bool = False) -> None:
         """Show the slots' state in ``optimizer.state``.
 
         Only beside the optimizer's own, or after its own update: Adam and others set up a parameter's state when they
@@ -72,7 +71,7 @@ class Published:
         self.show(optimizer, [(transform, slot) for transform, slot in slots if slot.enabled])
         _warn_of_missing(without)
 
-    def _is_shown(self, optimizer: Optimizer, slots: Slots) -> bool:
+    def _is_shown(self, optimizer: Optimizer, slots: TransformSlots) -> bool:
         if self._witness is not None:
             weight, name, value = self._witness
             return optimizer.state.get(weight, {}).get(name) is value
@@ -99,7 +98,7 @@ class Published:
         state_dict, self._loading = take_out(state_dict, transforms, parameters)
         return state_dict
 
-    def give(self, optimizer: Optimizer, slots: Slots) -> None:
+    def give(self, optimizer: Optimizer, slots: TransformSlots) -> None:
         """Give the slots what was taken out; those of which nothing was saved start anew.
 
         Args:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wellcond.layouts.unusual import is_sharded
 from wellcond.runtime.ranks import Ranks
 from wellcond.transforms.base import GradientTransform, Slot
-from wellcond.transforms.sharding import is_sharded
 
 ADVICE = (
     "pass the process group of the ranks that train this model together, attach(…, synchronize=group), or "

@@ -1,4 +1,4 @@
-"""What is done with each parameter's gradient, as a table to read before training."""
+"""Reports what is done with each parameter's gradient, as a table to read before training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import NamedTuple
 from torch import nn
 
 from wellcond.layouts import find_layers
-from wellcond.transforms.base import GradientTransform, Slot, WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
+from wellcond.runtime.texts import bytes_text
+from wellcond.transforms.base import GradientTransform, Slot
 
 
 class ParameterCoverage(NamedTuple):
-    """What a transform does with one parameter.
+    """A transform's treatment of one parameter.
 
     Attributes:
         name: The parameter's qualified name.
@@ -83,7 +85,7 @@ def coverage_lines(model: nn.Module, held: Collection[int], slots: Sequence[Slot
             row.name,
             "?" if row.name in lazy else str(row.shape),
             row.how,
-            "" if row.state_bytes is None else _bytes(row.state_bytes),
+            "" if row.state_bytes is None else bytes_text(row.state_bytes),
         )
         for row in found
     ]
@@ -100,7 +102,7 @@ def _total(model: nn.Module, rows: Sequence[ParameterCoverage]) -> str:
     once = {id(parameter): row for (_, parameter), row in zip(parameters, rows, strict=True)}
     covered = [row for row in once.values() if row.state_bytes is not None or row.how.startswith("together with ")]
     kept = sum(row.state_bytes or 0 for row in once.values())
-    return f"in all: {len(covered)} of {len(once)} parameters, {_bytes(kept)} kept"
+    return f"in all: {len(covered)} of {len(once)} parameters, {bytes_text(kept)} kept"
 
 
 def warn_of_idle(transform: GradientTransform, slots: Sequence[Slot]) -> None:
@@ -132,13 +134,3 @@ def _how(slot: Slot) -> str:
         return how
     ever = slot.observed > 0 or slot.state.get("updated_at", -1) != -1
     return f"{how}, but its statistics stand still: {slot.unseen}" if ever else f"plain gradient: {slot.unseen}"
-
-
-def _bytes(count: int) -> str:
-    """Write a number of bytes for people."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

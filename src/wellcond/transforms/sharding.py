@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer
-from wellcond.layouts.unusual import is_sharded as is_sharded
+from wellcond.layouts.unusual import is_sharded
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which slots take part now: sorted out once, and again only where cheap signs say that something has changed."""
+"""Sorts out the slots that take part now: once, and again only where cheap signs say that something has changed."""
 
 from __future__ import annotations
 

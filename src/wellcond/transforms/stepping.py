@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 # The code of torch's wrapper around each ``step``, which runs the hooks.
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
@@ -26,13 +26,13 @@ _HANDLES = "wellcond_attachments"
 
 
 class Follower(Protocol):
-    """What wants to know of an optimizer's steps, and of what is loaded into it."""
+    """A follower of an optimizer's steps, and of the states that are loaded into it."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of its transforms."""
 
-    def gradients_are_there(self, optimizer: Optimizer, step: Step) -> None:
+    def gradients_are_there(self, optimizer: Optimizer, step: StepRecord) -> None:
         """Act on gradients before the optimizer uses them: in each step, or each time its closure was run."""
 
     def step_is_done(self, optimizer: Optimizer) -> None:
@@ -45,8 +45,8 @@ class Follower(Protocol):
         """Act on a state that was loaded."""
 
 
-class Step:
-    """What is remembered within one optimizer step: whether its statistics were taken in.
+class StepRecord:
+    """A note within one optimizer step: whether its statistics were taken in.
 
     Args:
         closure: Whether a closure computes its gradients, perhaps several times.
@@ -106,7 +106,7 @@ class StepHooks:
             return None
         positional = len(args) > 1 and callable(args[1])
         closure = args[1] if positional else kwargs.get("closure")
-        step = Step(closure is not None)
+        step = StepRecord(closure is not None)
         if closure is None:
             self._follower.gradients_are_there(optimizer, step)
             return None

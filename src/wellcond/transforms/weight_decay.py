@@ -1,4 +1,4 @@
-"""What an optimizer's weight decay does to its parameters."""
+"""Reads the effect of an optimizer's weight decay on its parameters."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import Parameter
 
 from wellcond.layouts import Layer, Layers
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.base import GradientTransform, Slot
-from wellcond.transforms.sharding import is_sharded
 
 Uses = dict[int, list[Layer]]
 
@@ -63,7 +63,7 @@ def slots_of(
 
 
 class Places:
-    """Where in the model the covered weights stand, to see cheaply whether they still do.
+    """The places of the covered weights in the model, to see cheaply whether they still stand there.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Which torch optimizer takes the steps: inside a wrapper, or the given one, or none that can be worked with."""
+"""Finds the torch optimizer that takes the steps: the given one, or one inside a wrapper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from wellcond.transforms.base import WellcondWarning
+from wellcond.runtime.checks import WellcondWarning
 
 # What torch's constructor gives an optimizer, and what `attach` needs.
 _HOOKS = (

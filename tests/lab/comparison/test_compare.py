@@ -17,12 +17,11 @@ from rich.console import Console
 from forked import forking
 from wellcond.__main__ import main
 from wellcond.lab.comparison.compare import compared, run_comparison
-from wellcond.lab.comparison.estimate import estimate_seconds
 from wellcond.lab.comparison.summing_up import summarize
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan, regrouped
-from wellcond.lab.report.findings import findings
+from wellcond.lab.report.findings import describe_comparison
 from wellcond.lab.runs.records import EpochRecord, RunRecord, RunStore
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.training.progress import RunProgress
@@ -297,23 +296,7 @@ def test_equal_time_can_be_left_out(plan, tmp_path, monkeypatch):
     assert comparison.methods["W-SGDM"].time_ratio == 2.0
     summary = summarize(comparison)
     assert [method.equal_time for method in summary.methods] == [None, None]
-    assert not any("equal time" in line for line in findings(summary))
-
-
-def test_an_estimate_counts_runs_that_are_missing_once(plan, tmp_path):
-    store = RunStore(tmp_path)
-    runs, seconds = estimate_seconds([plan, plan], store)
-    assert runs == 12
-    assert seconds > 0
-    kept = plan.spec(METHODS["SGDM"], 0.1, seed=0)
-    store.save(kept, record(plan, seconds=1.0))
-    assert estimate_seconds([plan], store)[0] == 11
-
-
-def test_a_method_that_differentiates_its_gradient_can_be_estimated(tmp_path):
-    plan = make_plan(Settings(methods=("AdaHessian",), seeds=1, epochs=1, train_images=64))
-    runs, seconds = estimate_seconds([plan], RunStore(tmp_path))
-    assert (runs, seconds > 0) == (3, True)
+    assert not any("equal time" in line for line in describe_comparison(summary))
 
 
 def test_other_groups_share_the_images(plan):
@@ -348,8 +331,6 @@ def test_fewer_seeds_can_choose_the_trials(tmp_path, capsys):
     )
     plan, store = make_plan(settings), RunStore(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    count, _ = estimate_seconds([plan], store)
-    assert count == 2 * (3 + 2)
     progress = RunProgress(Console(stderr=True), quiet=True)
     comparison = run_comparison(plan, store, progress)
     for found in comparison.methods.values():

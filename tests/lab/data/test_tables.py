@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wellcond.lab.data.encoding import encode, layout_of
+from wellcond.lab.data.encoding import encode, encoded_columns
 from wellcond.lab.data.features import read_features
 from wellcond.lab.data.table_files import Categories, Numbers, is_table, read_columns
 from wellcond.lab.data.tables import Table, make_table
@@ -240,14 +240,14 @@ def test_gaps_are_the_mean_and_told_of() -> None:
     values = [[1.0, np.nan], [3.0, np.nan], [np.nan, 5.0], [7.0, 6.0]]
     table = table_of(values)
     encoded = encode(table, np.array([0, 1]), standardize=True)
-    assert layout_of(table).numbers == 4
+    assert encoded_columns(table).numbers == 4
     assert encoded.tolist() == [[-1, 0, 0, 1], [1, 0, 0, 1], [0, 5, 1, 0], [5, 6, 0, 0]]
 
 
 def test_few_categories_are_columns_and_many_are_numbers() -> None:
     table = table_of(np.zeros((4, 0)), [[1, 18], [2, 3], [2, 18], [0, 4]], (3, 20))
-    assert layout_of(table).numbers == 3
-    assert layout_of(table).sizes == (20,)
+    assert encoded_columns(table).numbers == 3
+    assert encoded_columns(table).sizes == (20,)
     # The last row does not train: of its category of the second column nothing is known.
     encoded = encode(table, np.array([0, 1, 2]), standardize=True)
     assert encoded.tolist() == [[0, 1, 0, 18], [0, 0, 1, 3], [0, 0, 1, 18], [1, 0, 0, 0]]

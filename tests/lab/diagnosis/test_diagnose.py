@@ -16,10 +16,17 @@ from torch import Tensor, nn
 
 from wellcond.diagnostics import FeatureSpectrum, LayerSpectrum, Spectrum, disparity, weight_means
 from wellcond.lab.cli.main import main
-from wellcond.lab.diagnosis.diagnose import PROBES, Diagnosis, Probe, diagnose, measured_disparity, trained_briefly
+from wellcond.lab.diagnosis.diagnose import (
+    PROBES,
+    Diagnosis,
+    ProbeResult,
+    diagnose,
+    measured_disparity,
+    trained_briefly,
+)
 from wellcond.lab.diagnosis.figures import draw, sections
-from wellcond.lab.diagnosis.findings import concentration, findings
-from wellcond.lab.diagnosis.page import render_diagnosis, to_json
+from wellcond.lab.diagnosis.findings import concentration, describe_diagnosis
+from wellcond.lab.diagnosis.page import diagnosis_json, render_diagnosis
 
 SETTINGS = {"model": "net", "data": "noise"}
 
@@ -80,13 +87,13 @@ def test_models_of_all_kinds(make: Callable[[], tuple[nn.Module, Tensor]]) -> No
     assert all(parameter.grad is None for parameter in model.parameters())
     has_norms = make is resnet
     for name in PROBES:
-        probe: Probe[object] = getattr(found, name)
+        probe: ProbeResult[object] = getattr(found, name)
         if name in ("noise", "disparity") and not has_norms:
             assert probe.found is None
             assert f"{type(model).__name__} has no batch normalization" in probe.reason
         else:
             assert probe.found is not None, probe.reason
-    said = findings(found)
+    said = describe_diagnosis(found)
     assert any(line.startswith("Not measured: ") for line in said) is not has_norms
     assert all(line[-1] == "." and "nan" not in line for line in said)
     page = page_of(found)
@@ -95,7 +102,7 @@ def test_models_of_all_kinds(make: Callable[[], tuple[nn.Module, Tensor]]) -> No
     assert page.count("<svg") == (11 if has_norms else 9)
     assert len(page.encode()) < 2_000_000
     assert "wellcond diagnose &lt;&amp;&gt;" in page
-    content = json.loads(to_json(found, title="a net", settings=SETTINGS, command="c"))
+    content = json.loads(diagnosis_json(found, title="a net", settings=SETTINGS, command="c"))
     assert content["findings"] == said
     assert set(content["spectrum"]["found"]["layers"]) == set(found.spectrum.found.layers)
 
@@ -110,10 +117,10 @@ def test_training_before_is_recorded() -> None:
     assert training.gradients.found.layers["0.weight"].batches == tuple(range(10))
     assert all(parameter.grad is None for parameter in model.parameters())
     found = diagnose(model, batches, loss, batch_size=4, training=training)
-    assert any(line.startswith("Training moved the mean of a weight vector from") for line in findings(found))
-    assert any(line.startswith("Over the 10 steps of training before: ") for line in findings(found))
+    assert any(line.startswith("Training moved the mean of a weight vector from") for line in describe_diagnosis(found))
+    assert any(line.startswith("Over the 10 steps of training before: ") for line in describe_diagnosis(found))
     assert "over the 10 steps of training" in page_of(found)
-    json.loads(to_json(found, title="t", settings=SETTINGS, command="c"))
+    json.loads(diagnosis_json(found, title="t", settings=SETTINGS, command="c"))
     with pytest.raises(
         ValueError, match=r"the loss is (nan|inf) after \d+ steps at lr 1e\+30: train with a smaller one"
     ):
@@ -142,8 +149,8 @@ def spectrum_of(values: tuple[float, ...], **more: Any) -> Spectrum:
 
 def with_inputs(**inputs: Spectrum) -> Diagnosis:
     layers = {name: LayerSpectrum(own, spectrum_of((1.0, 1.0))) for name, own in inputs.items()}
-    nothing: Probe[Any] = Probe(None, "nothing")
-    others = dict.fromkeys(PROBES, nothing) | {"spectrum": Probe(FeatureSpectrum(False, True, 1, 2048, layers))}
+    nothing: ProbeResult[Any] = ProbeResult(None, "nothing")
+    others = dict.fromkeys(PROBES, nothing) | {"spectrum": ProbeResult(FeatureSpectrum(False, True, 1, 2048, layers))}
     return Diagnosis(batch_size=4, batches=1, **others)
 
 
@@ -153,28 +160,32 @@ def test_concentrated_features_are_named() -> None:
     sketched = spectrum_of((60.0, 37.0), width=576, trace=100.0, exact=False)
     assert concentration("", sketched) == "(model): at least 97 % of the feature energy in 2 of 576 directions"
     even = spectrum_of((1.0,) * 20)
-    said = findings(with_inputs(few=few, even=even))
+    said = describe_diagnosis(with_inputs(few=few, even=even))
     assert said[0] == "few: 90 % of the feature energy in 3 of 576 directions."
     assert "even" not in said[0]
-    said = findings(with_inputs(**{f"layer{i}": few for i in range(5)}))
+    said = describe_diagnosis(with_inputs(**{f"layer{i}": few for i in range(5)}))
     assert [line.split(":")[0] for line in said[:3]] == ["layer0", "layer1", "layer2"]
     assert said[3].endswith("are the inputs of 2 more layers.")
-    assert findings(with_inputs(even=even))[0] == (
+    assert describe_diagnosis(with_inputs(even=even))[0] == (
         "No layer's input has 90 % of its energy within a tenth of its directions; the most uneven, of layer even, "
         "has an effective rank of 20 of 20."
     )
 
 
 def test_singular_and_badly_conditioned_inputs_are_named() -> None:
-    said = findings(with_inputs(a=spectrum_of((1.0, 0.0)), b=spectrum_of((8.0, 1.0)), c=spectrum_of((4.0, 1.0))))
+    said = describe_diagnosis(
+        with_inputs(a=spectrum_of((1.0, 0.0)), b=spectrum_of((8.0, 1.0)), c=spectrum_of((4.0, 1.0)))
+    )
     assert any("is singular in 1 (a) of 3 layers: a preconditioner needs" in line for line in said)
     assert "The largest finite condition number of an input is 8, in layer b." in said
     starved = Spectrum(1, 200, 100, ((1.0, *[0.0] * 199),), (1.0,))
-    assert any("1 of them saw fewer samples than dimensions" in line for line in findings(with_inputs(a=starved)))
+    assert any(
+        "1 of them saw fewer samples than dimensions" in line for line in describe_diagnosis(with_inputs(a=starved))
+    )
 
 
 def test_what_was_not_measured_is_said_once() -> None:
-    assert findings(with_inputs(a=spectrum_of((2.0, 1.0)))).count("Not measured: nothing.") == 1
+    assert describe_diagnosis(with_inputs(a=spectrum_of((2.0, 1.0)))).count("Not measured: nothing.") == 1
 
 
 # The page -------------------------------------------------------------------------------------------------------------

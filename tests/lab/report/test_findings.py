@@ -8,7 +8,7 @@ import pytest
 
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.comparison.summary import Curve, EqualTime, GridPoint, MethodSummary, Summary
-from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.findings import describe_comparison, notes
 from wellcond.lab.report.formats import (
     difference_text,
     lr_text,
@@ -68,7 +68,7 @@ def summary(*methods: MethodSummary, **changes) -> Summary:
 
 
 def test_gains_losses_and_chance_are_said_in_the_same_way():
-    early = findings(
+    early = describe_comparison(
         summary(
             method("SGDM", "SGDM"),
             method("FSGD", "SGDM", early=Difference(7.41, 5.93, 8.89, 5)),
@@ -85,7 +85,7 @@ def test_gains_losses_and_chance_are_said_in_the_same_way():
 
 
 def test_families_without_a_difference_share_a_sentence():
-    said = findings(
+    said = describe_comparison(
         summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"), method("AdamW", "AdamW"), method("FAdam", "AdamW"))
     )
     assert said == [
@@ -101,12 +101,12 @@ def test_families_without_a_difference_share_a_sentence():
 def test_one_seed_gives_differences_without_intervals_and_says_so():
     bare = Difference(-0.5, None, None, 1)
     one = summary(method("SGDM", "SGDM"), method("FSGD", "SGDM", bare, bare, bare), seeds=1)
-    assert findings(one)[0] == "After 2 epochs FSGD is 0.5 points below SGDM."
+    assert describe_comparison(one)[0] == "After 2 epochs FSGD is 0.5 points below SGDM."
     assert "One seed" in notes(one)[0]
 
 
 def test_baselines_alone_have_nothing_to_compare():
-    assert findings(summary(method("SGDM", "SGDM"))) == [
+    assert describe_comparison(summary(method("SGDM", "SGDM"))) == [
         "Only baselines were run, so there is nothing to compare them with."
     ]
 
@@ -136,7 +136,7 @@ def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
         plain = method(name, "SGDM")
         return replace(plain, equal_time=replace(plain.equal_time, others=others))
 
-    lines = findings(
+    lines = describe_comparison(
         summary(
             method("SGDM", "SGDM"),
             in_equal_time("SGDM+GC", {"W-SGDM": UNCLEAR, "FSGD": UNCLEAR}),
@@ -157,17 +157,19 @@ def test_in_equal_time_methods_are_also_held_against_gradient_centralization():
 def test_samples_are_called_what_they_are(samples, one):
     slower = replace(method("BSR", "SGDM"), evaluation_ratio=1.31)
     compared = summary(method("SGDM", "SGDM"), slower, samples=samples)
-    assert findings(compared)[-1] == f"Evaluating {one} takes 1.31 times (BSR) as long as with SGDM."
+    assert describe_comparison(compared)[-1] == f"Evaluating {one} takes 1.31 times (BSR) as long as with SGDM."
     heads = [head for table in tables(compared) for head in table.heads]
     assert f"time/{one.rpartition(' ')[2]}" in heads
 
 
 def test_what_evaluation_costs_is_said_of_methods_with_other_layers():
     slower, as_fast = (replace(method(name, "SGDM"), evaluation_ratio=x) for name, x in (("BSR", 1.31), ("MBN", 1.0)))
-    assert findings(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"), slower, as_fast))[-1] == (
+    assert describe_comparison(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"), slower, as_fast))[-1] == (
         "Evaluating an image takes 1.31 times (BSR) and 1.00 times (MBN) as long as with SGDM."
     )
-    assert not any("Evaluating" in line for line in findings(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM"))))
+    assert not any(
+        "Evaluating" in line for line in describe_comparison(summary(method("SGDM", "SGDM"), method("FSGD", "SGDM")))
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,11 @@ def test_memory_is_said_beside_the_baselines():
     lighter, heavier = (
         replace(method(name, "SGDM"), memory_ratio=ratio) for name, ratio in (("Lion", 0.9), ("W-SGDM", 1.204))
     )
-    said = findings(summary(replace(method("SGDM", "SGDM"), memory_ratio=1.0), lighter, heavier))
+    said = describe_comparison(summary(replace(method("SGDM", "SGDM"), memory_ratio=1.0), lighter, heavier))
     assert "At its peak a step holds 0.90 times (Lion) and 1.20 times (W-SGDM) as much memory as with SGDM." in said
-    assert not any("memory" in line for line in findings(summary(method("SGDM", "SGDM"), method("W-SGDM", "SGDM"))))
+    assert not any(
+        "memory" in line for line in describe_comparison(summary(method("SGDM", "SGDM"), method("W-SGDM", "SGDM")))
+    )
 
 
 def test_costs_are_written_with_what_they_are_a_ratio_to():

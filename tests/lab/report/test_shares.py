@@ -14,7 +14,7 @@ from wellcond.__main__ import main
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.networks.registry import initial_model
 from wellcond.lab.plan import make_plan
-from wellcond.lab.report.findings import findings
+from wellcond.lab.report.findings import describe_comparison
 from wellcond.lab.report.shares import summarize_shares
 from wellcond.lab.report.styles import _BY_LAYERS, _BY_TECHNIQUE
 from wellcond.lab.runs.records import RunStore
@@ -180,7 +180,7 @@ def test_a_comparison_of_one_method_still_says_what_it_learned():
     method = plan.methods[0]
     spec = plan.spec(method, 0.1, seed=0)
     record = Runner(plan.task, torch.device("cpu")).run(spec)
-    said = findings(summarize(compared(plan, {spec: record})))
+    said = describe_comparison(summarize(compared(plan, {spec: record})))
     assert len(said) == 2
     assert said[0].startswith("Only baselines")
     assert said[1].startswith("SN learned these shares, on average over 3 layers: 0.3")

@@ -274,7 +274,7 @@ def plan(root):
 
 def test_test_images_never_select(data, plan):
     assert (plan.task.train_images, plan.task.validation_images, plan.task.test_images) == (15, 9, 9)
-    drawn = plan.task.for_seed(replace(plan.template, seed=3), CPU, 0, 1).drawn
+    drawn = plan.task.for_seed(replace(plan.template, seed=3), CPU, 0, 1).split
     expected = draw_split(data.pool.labels, 15, 9, seed=3)
     assert np.array_equal(drawn.train, expected.train)
     assert np.array_equal(drawn.validation, expected.validation)

@@ -30,7 +30,7 @@ _WARM_UP, _WARM_UP_OF_SOLVES, _MEMORY_STEPS = 2, 1, 2
 
 @dataclass(frozen=True)
 class RefreshCost:
-    """What the refreshes of a preconditioner add to its ordinary steps.
+    """The time that the refreshes of a preconditioner add to its ordinary steps.
 
     Attributes:
         statistics_ms: Milliseconds that a step takes longer when it gathers second moments of all layers.
@@ -45,7 +45,7 @@ class RefreshCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a method's training step costs.
+    """The cost of a method's training step.
 
     Attributes:
         method: The method.

@@ -31,7 +31,7 @@ _LOADED = 256
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedNetworks:
     """Trained networks, and the images to pass over and to evaluate on.
 
     Attributes:
@@ -49,8 +49,10 @@ class Opened:
     loaded: int
 
 
-def opened(arguments: argparse.Namespace, command: str, checkpoints: Sequence[str], m: int | None = None) -> Opened:
-    """Open what a command works on.
+def open_networks(
+    arguments: argparse.Namespace, command: str, checkpoints: Sequence[str], m: int | None = None
+) -> OpenedNetworks:
+    """Open the networks that a command works on, and their data.
 
     Args:
         arguments: The options, with those of the data, ``model``, ``seed`` and ``out``.
@@ -80,11 +82,11 @@ def opened(arguments: argparse.Namespace, command: str, checkpoints: Sequence[st
     # Whole batches of m that leave out as few of the images as can be.
     images, whole = work.task.train_images, m or 1
     loaded = whole * max(1, images // -(-images // _LOADED) // whole)
-    return Opened(work, models, work.data(arguments.seed, device, loaded), device, loaded)
+    return OpenedNetworks(work, models, work.data(arguments.seed, device, loaded), device, loaded)
 
 
 def calibrate_and_show(
-    found: Opened, make: Callable[[], nn.Module], out: Path, title: str, done: str, **options: Any
+    found: OpenedNetworks, make: Callable[[], nn.Module], out: Path, title: str, done: str, **options: Any
 ) -> None:
     """Calibrate a network, show it before and after, and write its state dict.
 
@@ -132,7 +134,7 @@ def calibrate_and_show(
     Console().print(f"\nWritten: {out}", highlight=False, soft_wrap=True)
 
 
-def _evaluate(model: nn.Module, found: Opened, progress: StepProgress) -> list[tuple[Evaluation, float]]:
+def _evaluate(model: nn.Module, found: OpenedNetworks, progress: StepProgress) -> list[tuple[Evaluation, float]]:
     """Return the network's evaluation on the samples of each role, with the seconds that each took."""
     import torch
 

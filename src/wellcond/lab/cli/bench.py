@@ -155,8 +155,8 @@ def _named_quartiles(cost: StepCost) -> dict[str, dict[str, float]]:
 def _print(costs: list[StepCost], settings: dict[str, Any], device: torch.device) -> None:
     import torch
 
-    from wellcond.lab.report.formats import bytes_text
     from wellcond.lab.report.table import NOTHING, plain_table
+    from wellcond.runtime.texts import bytes_text
 
     def text(value: float, digits: int) -> str:
         # As the file has it: rounded from more digits, 1.0225 could be another figure here than there.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from wellcond.lab.cli.before_after import calibrate_and_show, opened
+from wellcond.lab.cli.before_after import calibrate_and_show, open_networks
 from wellcond.lab.cli.options import add_data_options
 from wellcond.lab.cli.paths import OutputFile
 from wellcond.lab.errors import LabError
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     if m is not None and m < 2:
         raise LabError(f"--batch-size must be at least 2, because statistics of a batch are taken, got {m}")
     options = pass_options(arguments) | {"batch_size": m, "what": arguments.what}
-    found = opened(arguments, "calibrate", [arguments.checkpoint], m)
+    found = open_networks(arguments, "calibrate", [arguments.checkpoint], m)
     title = f"{arguments.what} for {found.work.model} on {found.work.task.name},"
     calibrate_and_show(found, lambda: found.models[0], arguments.out, title, "calibrated", **options)
     return 0

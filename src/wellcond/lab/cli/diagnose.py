@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
         The exit code.
     """
     from wellcond.lab.diagnosis.diagnose import PROBES, diagnose, trained_briefly
-    from wellcond.lab.diagnosis.findings import findings
+    from wellcond.lab.diagnosis.findings import describe_diagnosis
     from wellcond.lab.diagnosis.page import write_diagnosis
     from wellcond.lab.hardware.machine import training_device
     from wellcond.lab.networks.weights import check_weights
@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     files = write_diagnosis(found, folder, title=title, settings=settings, command=command_line)
     print(title)
-    for line in findings(found):
+    for line in describe_diagnosis(found):
         print(f" - {line}")
     print(f"\nWritten: {' '.join(str(file) for file in files)}")
     return 0

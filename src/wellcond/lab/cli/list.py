@@ -10,7 +10,7 @@ from wellcond.lab.networks.gpt_specs import GPTS
 from wellcond.lab.networks.mlp_specs import MLPS
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.tasks.detection.networks import DETECTORS
-from wellcond.lab.tasks.open import LAYOUTS, Layout
+from wellcond.lab.tasks.open import LAYOUTS, DataLayout
 from wellcond.lab.tasks.reid.specs import REID_NETWORKS
 from wellcond.lab.tasks.segmentation.specs import SEGMENTERS
 
@@ -75,6 +75,6 @@ def _recipes() -> list[tuple[str, str]]:
 _LISTED = {"methods": _all_methods, "models": _models, "data": _data, "recipes": _recipes}
 
 
-def _methods(layout: Layout) -> str:
+def _methods(layout: DataLayout) -> str:
     """Return what is compared on data by default, where it is other than on most."""
     return "" if layout.methods == DEFAULT_METHODS else f"; by default {', '.join(layout.methods)}"

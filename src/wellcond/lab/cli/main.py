@@ -16,7 +16,7 @@ from wellcond.version import __version__
 
 
 class Command(Protocol):
-    """What a module of `wellcond.lab.cli` holds."""
+    """A module of `wellcond.lab.cli`: its options, and its run."""
 
     def add_parser(self, commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         """Declare the command and its options."""

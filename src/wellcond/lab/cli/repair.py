@@ -6,7 +6,7 @@ import argparse
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from wellcond.lab.cli.before_after import calibrate_and_show, opened
+from wellcond.lab.cli.before_after import calibrate_and_show, open_networks
 from wellcond.lab.cli.calibrate import add_pass_options, pass_options
 from wellcond.lab.cli.options import add_data_options
 from wellcond.lab.cli.paths import OutputFile
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, command_line: str) -> int:
     """
     _check(arguments)
     options = pass_options(arguments)
-    found = opened(arguments, "repair", arguments.checkpoints)
+    found = open_networks(arguments, "repair", arguments.checkpoints)
     title = f"{arguments.what}: {found.work.model} on {found.work.task.name}, new statistics"
     calibrate_and_show(
         found, lambda: _changed(arguments, found.models, found.data), arguments.out, title, "repaired", **options

@@ -8,7 +8,7 @@ from typing import Any
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.runs.memory import Memory
 from wellcond.lab.runs.metric import ACCURACY, Metric
-from wellcond.lab.runs.records import Coverage
+from wellcond.lab.runs.records import CoverageRows
 from wellcond.lab.tasks.evaluation import singular
 
 LEVEL = 0.01
@@ -69,7 +69,7 @@ class AtShare:
 
 @dataclass(frozen=True)
 class ToTarget:
-    """When a method's mean over the seeds is beyond the target by more than chance.
+    """The time at which a method's mean over the seeds is beyond the target by more than chance.
 
     Attributes:
         epoch: The first such epoch; None if there is none.
@@ -101,7 +101,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """What one method gained and cost.
+    """The gains and costs of one method.
 
     Attributes:
         name: The method.
@@ -166,7 +166,7 @@ class MethodSummary:
     seconds_per_epoch: float | None = None
     memory: Memory | None = None
     memory_ratio: float | None = None
-    coverage: dict[str, Coverage] = field(default_factory=dict)
+    coverage: dict[str, CoverageRows] = field(default_factory=dict)
     swept: dict[str, Any] = field(default_factory=dict)
     edges: dict[str, str] = field(default_factory=dict)
     to_target: ToTarget | None = None

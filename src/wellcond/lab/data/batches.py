@@ -33,7 +33,7 @@ def check_augmentation(name: str, known: Sequence[str] = AUGMENTATIONS) -> str:
 
 @dataclass(frozen=True)
 class Moves:
-    """Where each image's pixels come from, [n, height] and [n, width], in the image with its black border."""
+    """The places that each image's pixels come from, [n, height] and [n, width], in the image with its black border."""
 
     rows: Tensor
     columns: Tensor
@@ -71,7 +71,7 @@ def draw_moves(count: int, height: int, width: int, name: str, generator: torch.
     return Moves(rows, columns, border)
 
 
-def moved(images: Tensor, moves: Moves | None) -> Tensor:
+def move_pixels(images: Tensor, moves: Moves | None) -> Tensor:
     """Return the images with their pixels moved."""
     if moves is None:
         return images
@@ -98,7 +98,7 @@ def augment(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
         The images, of the same shape.
     """
     count, _, height, width = images.shape
-    return moved(images, draw_moves(count, height, width, name, generator))
+    return move_pixels(images, draw_moves(count, height, width, name, generator))
 
 
 def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class TrainingBatches(Epochs[Batch]):
             if index < first:
                 continue
             positions = whole[self.share]
-            images = moved(self.images[positions], None if moves is None else moves.take(self.share))
+            images = move_pixels(self.images[positions], None if moves is None else moves.take(self.share))
             yield (images.float() - mean) / std, self.labels[positions]
 
 

@@ -26,7 +26,7 @@ class BrokenImageError(ValueError):
 
 
 @contextmanager
-def opened(source: Path | bytes) -> Iterator[Image.Image]:
+def opened_image(source: Path | bytes) -> Iterator[Image.Image]:
     """Open an image for the block, which may decode it.
 
     Args:
@@ -63,7 +63,7 @@ def _broken(file: Path) -> str | None:
     if not file.is_file():
         return f"--data: {file} is missing{', or is no file' if file.exists() else ''}"
     try:
-        with opened(file) as image:
+        with opened_image(file) as image:
             end = _ENDS.get(image.format or "")
             if end is None or not _ends(file, end):
                 image.load()

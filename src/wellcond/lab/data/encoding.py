@@ -20,8 +20,8 @@ AUGMENTATIONS = ("standardize", "none")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the columns of encoded rows are, the same for every seed.
+class EncodedColumns:
+    """The columns of encoded rows, the same for every seed.
 
     Attributes:
         numbers: Columns of numbers, those of few categories among them.
@@ -32,11 +32,11 @@ class Layout:
     sizes: tuple[int, ...]
 
 
-def layout_of(table: Table) -> Layout:
+def encoded_columns(table: Table) -> EncodedColumns:
     """Return what the columns of a table's encoded rows are."""
     gaps = int(np.isnan(table.numbers).any(axis=0).sum())
     few = sum(size for size in table.sizes if size <= _FEW)
-    return Layout(table.numbers.shape[1] + gaps + few, tuple(size for size in table.sizes if size > _FEW))
+    return EncodedColumns(table.numbers.shape[1] + gaps + few, tuple(size for size in table.sizes if size > _FEW))
 
 
 def encode(table: Table, train: Indices, standardize: bool) -> Tensor:
@@ -48,7 +48,7 @@ def encode(table: Table, train: Indices, standardize: bool) -> Tensor:
         standardize: Whether numbers get a mean of 0 and a standard deviation of 1.
 
     Returns:
-        Float32, [n, columns] in the layout of `layout_of`.
+        Float32, [n, columns] in the layout of `encoded_columns`.
     """
     numbers = table.numbers
     mean, std = _moments(numbers[train])

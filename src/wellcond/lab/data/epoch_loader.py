@@ -28,7 +28,7 @@ class Key(NamedTuple):
 
 
 class Samples(Protocol):
-    """What samples are read from."""
+    """Samples, read by their keys."""
 
     def __getitem__(self, key: Key, /) -> Any:
         """Return a sample; a function of the key alone."""

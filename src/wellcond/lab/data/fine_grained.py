@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wellcond.lab.data.image_files import FileData, ImageFiles, listed
+from wellcond.lab.data.image_files import FileData, ImageFiles, listed_images
 from wellcond.lab.errors import LabError
 
 
@@ -62,7 +62,7 @@ def _read_cub(folder: Path) -> tuple[ImageFiles, ImageFiles]:
 
     def part(role: str) -> ImageFiles:
         chosen = [image for image in files if trains[image].strip() == role]
-        return listed(
+        return listed_images(
             folder / "images",
             [files[image].strip() for image in chosen],
             [int(labels[image]) - 1 for image in chosen],
@@ -102,7 +102,8 @@ def _read_dogs(folder: Path) -> tuple[ImageFiles, ImageFiles]:
     names = {label: file.split("/")[0] for part in rows for file, label in part}
     classes = tuple(names[label] for label in range(len(names)))
     train, test = (
-        listed(folder / "Images", [file for file, _ in part], [label for _, label in part], classes) for part in rows
+        listed_images(folder / "Images", [file for file, _ in part], [label for _, label in part], classes)
+        for part in rows
     )
     return train, test
 
@@ -126,7 +127,7 @@ def _called(folder: Path, name: str) -> Iterator[Path]:
 def _listed(folder: Path, seen: Path, read: Any) -> ImageFiles:
     rows = [read[position] for position in range(len(read))]
     files = [str(Path(file).relative_to(seen)) for file, _ in rows]
-    return listed(folder, files, [int(label) for _, label in rows], tuple(map(str, read.classes)))
+    return listed_images(folder, files, [int(label) for _, label in rows], tuple(map(str, read.classes)))
 
 
 FINE_GRAINED = (

@@ -90,7 +90,7 @@ class FileData:
         return digest.hexdigest()
 
 
-def listed(root: Path, files: list[str], labels: list[int] | Indices, classes: tuple[str, ...]) -> ImageFiles:
+def listed_images(root: Path, files: list[str], labels: list[int] | Indices, classes: tuple[str, ...]) -> ImageFiles:
     """Return the images that lists name.
 
     Args:
@@ -155,7 +155,7 @@ def read_class_folders(source: str, train: Path, held_out: Path) -> FileData:
         )
     name = train.parent.resolve().name.lower() or "folders"
     pool, test = (
-        listed(
+        listed_images(
             folder,
             [file.removeprefix(f"{folder}{os.sep}") for file, _ in read.samples],
             [label for _, label in read.samples],

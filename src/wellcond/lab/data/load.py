@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wellcond.lab.data.named_data import DIGITS
-from wellcond.lab.data.splits import Indices, derived_seed, stratified_draw, without
+from wellcond.lab.data.splits import TEST_SEED, Indices, stratified_draw, without
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import short_name
-
-# Chosen once: every comparison on the same data tests on the same images.
-_TEST_SPLIT_SEED = derived_seed("test", 0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ def draw_test(source: str, labels: Indices, wanted: int, most: int) -> Indices:
     """
     if wanted > most:
         raise LabError(f"--test-images {wanted}: {source} has {len(labels)} images, of which at most {most} can test")
-    return stratified_draw(labels, wanted, _TEST_SPLIT_SEED)
+    return stratified_draw(labels, wanted, TEST_SEED)
 
 
 def _resized(images: LabelledImages, size: int | None) -> LabelledImages:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from wellcond.lab.data.decoding import BrokenImageError, opened
+from wellcond.lab.data.decoding import BrokenImageError, opened_image
 from wellcond.lab.data.load import LabelledImages
 from wellcond.lab.errors import LabError
 
@@ -166,7 +166,7 @@ def _pixels(file: Path, row: int, encoded: bytes | None, mode: str | None = None
     if encoded is None:
         raise LabError(f"--data {file}: the image of row {row} has no bytes")
     try:
-        with opened(encoded) as image:
+        with opened_image(encoded) as image:
             return np.asarray(image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB")))
     except BrokenImageError as error:
         raise LabError(f"--data {file}: the image of row {row} cannot be decoded") from error

@@ -21,6 +21,10 @@ def derived_seed(purpose: str, seed: int) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
+TEST_SEED = derived_seed("test", 0)
+"""Seed of what tests: it is chosen once, so that every comparison on the same data tests on the same samples."""
+
+
 def stratified_draw(labels: Indices, count: int, seed: int) -> Indices:
     """Draw images so that each class has the share that it has among all.
 
@@ -87,6 +91,11 @@ def draw_split(labels: Indices, train: int, validation: int, seed: int) -> Split
     rest = without(labels.size, held_out)
     chosen = stratified_draw(labels[rest], train, derived_seed("train", seed))
     return Split(train=rest[chosen], validation=held_out)
+
+
+def draw_test_numbers(pool: Indices, count: int) -> Indices:
+    """Draw the images that test from a pool without classes; ascending."""
+    return np.sort(np.random.default_rng(TEST_SEED).permutation(pool)[:count])
 
 
 def draw_apart(pool: Indices, train: int, validation: int, seed: int) -> Split:

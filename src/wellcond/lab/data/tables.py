@@ -18,7 +18,7 @@ from wellcond.lab.errors import LabError, unknown_name
 Learned = Literal["classification", "regression"]
 """What is learned of a target."""
 
-Kind = TypeVar("Kind", np.float64, np.int64)
+_Entry = TypeVar("_Entry", np.float64, np.int64)
 
 KINDS: tuple[Learned, ...] = ("classification", "regression")
 
@@ -30,7 +30,7 @@ _LEAST_ROWS = 10
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be told of each row.
+    """The class or the number that is to be told of each row.
 
     Attributes:
         name: The column's.
@@ -192,5 +192,5 @@ def _assembled(name: str, inputs: Sequence[Column], rows: Indices, target: Targe
     )
 
 
-def _stacked(columns: Sequence[NDArray[Kind]], rows: int, kind: type[Kind]) -> NDArray[Kind]:
+def _stacked(columns: Sequence[NDArray[_Entry]], rows: int, kind: type[_Entry]) -> NDArray[_Entry]:
     return np.stack(columns, axis=1) if columns else np.empty((rows, 0), kind)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wellcond.lab.data.decoding import BrokenImageError, opened
+from wellcond.lab.data.decoding import BrokenImageError, opened_image
 from wellcond.lab.data.image_files import Crop, ImageFiles
 from wellcond.lab.data.splits import derived_seed
 from wellcond.lab.errors import DataError
@@ -114,14 +114,14 @@ class Pictures:
 
     def _size(self, position: int) -> tuple[int, int]:
         try:
-            with opened(self.files.path(position)) as image:
+            with opened_image(self.files.path(position)) as image:
                 return image.width, image.height
         except BrokenImageError as error:
             raise self._broken(position) from error
 
     def _decode(self, position: int) -> Tensor:
         try:
-            with opened(self.files.path(position)) as image:
+            with opened_image(self.files.path(position)) as image:
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except BrokenImageError as error:
             raise self._broken(position) from error

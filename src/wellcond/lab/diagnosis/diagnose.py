@@ -41,8 +41,8 @@ _Found_co = TypeVar("_Found_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Probe(Generic[_Found_co]):
-    """What one probe found.
+class ProbeResult(Generic[_Found_co]):
+    """The result of one probe, or the reason why there is none.
 
     Attributes:
         found: The result; None if there is none.
@@ -54,8 +54,8 @@ class Probe(Generic[_Found_co]):
 
 
 @dataclass(frozen=True)
-class Training:
-    """What was recorded while the model was trained before it was probed.
+class RecordedTraining:
+    """Records of the training that came before the probes.
 
     Attributes:
         steps: Of training.
@@ -68,8 +68,8 @@ class Training:
     steps: int
     lr: float
     losses: tuple[float, ...]
-    gradients: Probe[GradientStatistics]
-    weights_before: Probe[WeightMeans]
+    gradients: ProbeResult[GradientStatistics]
+    weights_before: ProbeResult[WeightMeans]
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class Diagnosis:
 
     batch_size: int
     batches: int
-    spectrum: Probe[FeatureSpectrum]
-    gradients: Probe[GradientStatistics]
-    weights: Probe[WeightMeans]
-    lipschitz: Probe[Lipschitz]
-    landscape: Probe[Landscape]
-    landscape_centred: Probe[Landscape]
-    noise: Probe[BatchNoise]
-    disparity: Probe[Disparity]
-    training: Training | None = field(default=None)
+    spectrum: ProbeResult[FeatureSpectrum]
+    gradients: ProbeResult[GradientStatistics]
+    weights: ProbeResult[WeightMeans]
+    lipschitz: ProbeResult[Lipschitz]
+    landscape: ProbeResult[Landscape]
+    landscape_centred: ProbeResult[Landscape]
+    noise: ProbeResult[BatchNoise]
+    disparity: ProbeResult[Disparity]
+    training: RecordedTraining | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dictionaries, lists, strings and numbers, for JSON."""
@@ -143,7 +143,7 @@ def diagnose(
     *,
     batch_size: int,
     call: Call | None = None,
-    training: Training | None = None,
+    training: RecordedTraining | None = None,
     told: Told = _no_one,
 ) -> Diagnosis:
     """Run every probe on a model, and leave it as it is found.
@@ -178,7 +178,7 @@ def diagnose(
         raise ValueError("there is no batch to diagnose the model with")
     modes = {module: module.training for module in model.modules()}
 
-    def probed(name: str, probe: Callable[..., _Result], *arguments: Any, **options: Any) -> Probe[_Result]:
+    def probed(name: str, probe: Callable[..., _Result], *arguments: Any, **options: Any) -> ProbeResult[_Result]:
         told(name, 0)
         found = tried(probe, *arguments, **options)
         told(name, 1)
@@ -222,7 +222,7 @@ def trained_briefly(
     lr: float,
     call: Call | None = None,
     told: Told = _no_one,
-) -> Training:
+) -> RecordedTraining:
     """Train a model by SGD with momentum 0.9, and record its gradients.
 
     Args:
@@ -259,24 +259,24 @@ def trained_briefly(
     if not losses:
         raise ValueError("there is no batch to train the model with")
     optimizer.zero_grad()
-    gradients = Probe[GradientStatistics](None, recorder.reason)
+    gradients = ProbeResult[GradientStatistics](None, recorder.reason)
     if recorder.found is not None:
-        gradients = Probe(recorder.found.result())
-    return Training(len(losses), lr, tuple(losses), gradients, before)
+        gradients = ProbeResult(recorder.found.result())
+    return RecordedTraining(len(losses), lr, tuple(losses), gradients, before)
 
 
-def tried(probe: Callable[..., _Result], *arguments: Any, **options: Any) -> Probe[_Result]:
+def tried(probe: Callable[..., _Result], *arguments: Any, **options: Any) -> ProbeResult[_Result]:
     """Call a probe; if the model or the data is not for it, keep what it says.
 
     >>> tried(diagnostics.weight_means, nn.ReLU())
-    Probe(found=None, reason='ReLU has no linear map or convolution whose gradient could be centred')
+    ProbeResult(found=None, reason='ReLU has no linear map or convolution whose gradient could be centred')
     """
     try:
-        return Probe(probe(*arguments, **options))
+        return ProbeResult(probe(*arguments, **options))
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return Probe(None, " ".join(str(error).split()))
+        return ProbeResult(None, " ".join(str(error).split()))
 
 
 def measured_disparity(
@@ -303,5 +303,5 @@ def _joined(first: LayerDisparity, second: LayerDisparity) -> LayerDisparity:
     return replace(first, norm={**second.norm, **first.norm}, rms={**second.rms, **first.rms})
 
 
-def _entry(probe: Probe[Any]) -> dict[str, Any]:
+def _entry(probe: ProbeResult[Any]) -> dict[str, Any]:
     return {"reason": probe.reason} if probe.found is None else {"found": probe.found.to_dict()}

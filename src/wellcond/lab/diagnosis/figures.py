@@ -10,8 +10,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from wellcond.diagnostics.spectra import Figure as FigureName
-from wellcond.lab.diagnosis.diagnose import Diagnosis, Probe
+from wellcond.diagnostics.spectra import SpectrumQuantity
+from wellcond.lab.diagnosis.diagnose import Diagnosis, ProbeResult
 from wellcond.lab.report.drawing import figure_svg, in_page_colours
 
 _SIZE = (5.6, 3.6)
@@ -39,7 +39,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs together on the page.
+    """A part of the page.
 
     Attributes:
         title: Its heading.
@@ -87,7 +87,7 @@ def _features(diagnosis: Diagnosis) -> Section:
     if own is not None:
         found = own
 
-        def both_sides(ax: Axes, quantity: FigureName) -> None:
+        def both_sides(ax: Axes, quantity: SpectrumQuantity) -> None:
             found.plot(found.plot(ax, quantity=quantity, side="input"), quantity=quantity, side="output")
 
         drawn += [
@@ -177,7 +177,7 @@ def _figure(title: str, plot: Draw) -> Drawn:
     return Drawn(title, draw(plot, title), "")
 
 
-def _drawn(title: str, probe: Probe[object], plot: Draw) -> Drawn:
+def _drawn(title: str, probe: ProbeResult[object], plot: Draw) -> Drawn:
     if probe.found is None:
         return Drawn(title, None, f"Not measured: {probe.reason}.")
     return Drawn(title, draw(plot, title), str(probe.found))

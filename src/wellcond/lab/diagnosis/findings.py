@@ -17,7 +17,7 @@ _NAMED = 3
 _NOTABLE = 0.05
 
 
-def findings(diagnosis: Diagnosis) -> list[str]:
+def describe_diagnosis(diagnosis: Diagnosis) -> list[str]:
     """Return what the probes found, a sentence or two for each that had something to measure.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from wellcond.lab.diagnosis.diagnose import Diagnosis
 from wellcond.lab.diagnosis.figures import sections
-from wellcond.lab.diagnosis.findings import findings
+from wellcond.lab.diagnosis.findings import describe_diagnosis
 from wellcond.lab.hardware.machine import machine, versions
 from wellcond.lab.report.page import page_environment
 from wellcond.lab.runs import files
@@ -30,7 +30,7 @@ def write_diagnosis(
         The files, the page first.
     """
     page, numbers = folder / "diagnose.html", folder / "diagnose.json"
-    write_atomically(numbers, to_json(diagnosis, title=title, settings=settings, command=command))
+    write_atomically(numbers, diagnosis_json(diagnosis, title=title, settings=settings, command=command))
     write_atomically(page, render_diagnosis(diagnosis, title=title, settings=settings, command=command))
     return [page, numbers]
 
@@ -42,7 +42,7 @@ def render_diagnosis(diagnosis: Diagnosis, *, title: str, settings: dict[str, An
         model=settings["model"],
         data=settings["data"],
         title=title,
-        findings=findings(diagnosis),
+        findings=describe_diagnosis(diagnosis),
         sections=list(sections(diagnosis)),
         settings=settings,
         command=command,
@@ -51,7 +51,7 @@ def render_diagnosis(diagnosis: Diagnosis, *, title: str, settings: dict[str, An
     )
 
 
-def to_json(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], command: str) -> str:
+def diagnosis_json(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], command: str) -> str:
     """Return all numbers as JSON, one probe a line; what is infinite or not a number is null."""
     content = {
         "title": title,
@@ -59,7 +59,7 @@ def to_json(diagnosis: Diagnosis, *, title: str, settings: dict[str, Any], comma
         "settings": settings,
         "versions": versions(),
         "machine": machine(),
-        "findings": findings(diagnosis),
+        "findings": describe_diagnosis(diagnosis),
         **diagnosis.to_dict(),
     }
     return files.to_json(rounded(content))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clipping:
-    """What a method's gradients are limited to, before its optimizer and its transforms see them.
+    """The limit of a method's gradients, before its optimizer and its transforms see them.
 
     Attributes:
         norm: Of all gradients together (Pascanu et al., 2013); longer ones are shortened. None: no limit.

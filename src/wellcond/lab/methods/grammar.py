@@ -68,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Formula:
+class MethodText:
     """A method as it is written.
 
     Attributes:
@@ -86,7 +86,7 @@ class Formula:
         return LabError(f"method {one_line(self.text)!r}, character {position + 1}: {said}")
 
 
-def parse(text: str, names: Iterable[str] = ()) -> Formula:
+def parse(text: str, names: Iterable[str] = ()) -> MethodText:
     """Read a method's parts.
 
     Args:
@@ -159,7 +159,7 @@ class _Reader:
         self.text, self.at = text, 0
         self.names = sorted((name for name in names if not _WORD.fullmatch(name)), key=len, reverse=True)
 
-    def formula(self) -> Formula:
+    def formula(self) -> MethodText:
         name = self._name()
         parts = [self._part()]
         while self._next():
@@ -167,7 +167,7 @@ class _Reader:
                 raise self._unexpected("'+' and another part, or the end", "the parts of a method are joined by '+'")
             self.at += 1
             parts.append(self._part())
-        return Formula(self.text, name, tuple(parts))
+        return MethodText(self.text, name, tuple(parts))
 
     def _name(self) -> str | None:
         self._skip()
@@ -323,7 +323,7 @@ class _Reader:
         return self._error(self.at, f"expected {expected}, got {got}{f': {why}' if why else ''}")
 
     def _error(self, at: int, said: object) -> LabError:
-        return Formula(self.text, None, ()).error(at, said)
+        return MethodText(self.text, None, ()).error(at, said)
 
 
 def frozen(value: object) -> object:

@@ -31,7 +31,7 @@ _BEGINNINGS: dict[str, dict[str, tuple[float, int]]] = {
 
 
 class Steppable(Protocol):
-    """What every schedule of `wellcond.nn` can do."""
+    """A schedule of `wellcond.nn`."""
 
     def step(self) -> None:
         """Go on to the next epoch or step."""

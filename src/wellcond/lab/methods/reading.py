@@ -10,7 +10,7 @@ from typing import Any
 
 from wellcond.lab.errors import LabError, unknown_name
 from wellcond.lab.importing import is_import_path
-from wellcond.lab.methods.grammar import SETTINGS, Formula, Part, Times, parse
+from wellcond.lab.methods.grammar import SETTINGS, MethodText, Part, Times, parse
 from wellcond.lab.methods.layers import LAYERS
 from wellcond.lab.methods.norms import NormSpec
 from wellcond.lab.methods.optimizers import (
@@ -52,7 +52,7 @@ def read_method(text: str, known: Mapping[str, Method], check: bool = True) -> M
 class _Meaning:
     """Finds out what the words of a formula stand for."""
 
-    def __init__(self, formula: Formula, known: Mapping[str, Method], check: bool) -> None:
+    def __init__(self, formula: MethodText, known: Mapping[str, Method], check: bool) -> None:
         self.formula, self.known, self.check = formula, known, check
         self.codes: list[str] = []
 

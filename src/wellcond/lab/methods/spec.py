@@ -32,7 +32,7 @@ Options = tuple[tuple[str, object], ...]
 
 @dataclass(frozen=True)
 class Refresh:
-    """How often a preconditioner gathers its second moments and solves for a new matrix, in steps."""
+    """The intervals in which a preconditioner gathers its second moments and solves for a new matrix, in steps."""
 
     stats_every: int
     solve_every: int

@@ -141,17 +141,16 @@ def trunk_features(network: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
-def freeze_first(trunk: nn.Sequential, stages: int = 1) -> None:
-    """Let the stem and the first stages stay as they are in training, in place.
+def freeze_first(trunk: nn.Sequential) -> None:
+    """Let the stem and the first stage stay as they are in training, in place.
 
     Their parameters get no gradients, and their batch normalization normalizes with its running statistics and does not
     update them.
 
     Args:
         trunk: From `build_trunk`.
-        stages: How many stages beside the stem.
     """
-    for name in ("conv1", "bn1", *_STAGES[:stages]):
+    for name in ("conv1", "bn1", _STAGES[0]):
         trunk.set_submodule(name, frozen_batch_norms(trunk.get_submodule(name)))
         trunk.get_submodule(name).requires_grad_(False)
 

@@ -9,7 +9,7 @@ from wellcond.lab.report.styles import Style
 
 @dataclass(frozen=True)
 class Series:
-    """What a chart shows of one method.
+    """The line of one method in a chart.
 
     Attributes:
         name: The method.

@@ -23,7 +23,7 @@ Pick = Callable[[MethodSummary], Difference | None]
 Compared = list[tuple[MethodSummary, Difference]]
 
 
-def findings(summary: Summary) -> list[str]:
+def describe_comparison(summary: Summary) -> list[str]:
     """Return what the numbers say: early, at the end, at equal wall time and in evaluation, each against the baselines.
 
     Args:

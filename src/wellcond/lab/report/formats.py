@@ -9,6 +9,7 @@ from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.comparison.summary import GridPoint, MethodSummary, Summary, ToTarget
 from wellcond.lab.report.table import NOTHING, Cell
 from wellcond.lab.runs.metric import ACCURACY, Metric
+from wellcond.runtime.texts import bytes_text
 
 _LARGE = 1000.0
 
@@ -216,21 +217,7 @@ def state_text(method: MethodSummary) -> str:
     return f"{bytes_text(method.memory.optimizer_state)}, x {ratio:.2f}"
 
 
-def bytes_text(count: int) -> str:
-    """Return a number of bytes for people.
-
-    >>> bytes_text(512), bytes_text(2_500), bytes_text(134_087_000), bytes_text(12_000_000_000)
-    ('512 B', '2.5 kB', '134.1 MB', '12.0 GB')
-    """
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-Column: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
+SummaryColumn: TypeAlias = tuple[str, Callable[[MethodSummary], Cell]]
 """What stands above a column, and its cell for a method."""
 
 
@@ -261,23 +248,26 @@ class Columns:
 
     def __init__(self, summary: Summary) -> None:
         self.summary = summary
-        self.chosen: Column = ("lr" if not summary.sweeps else "chosen", plain(lr_text))
-        self.target: Column = (
+        self.chosen: SummaryColumn = ("lr" if not summary.sweeps else "chosen", plain(lr_text))
+        self.target: SummaryColumn = (
             f"epochs to {target_score(summary)}",
             plain(lambda method: target_text(method, summary)),
         )
-        self.evaluation: Column = (f"time/{summary.sample}", plain(lambda method: ratio_text(method.evaluation_ratio)))
-        self.time: Column = ("time/step", plain(time_text))
-        self.equal_difference: Column = (
+        self.evaluation: SummaryColumn = (
+            f"time/{summary.sample}",
+            plain(lambda method: ratio_text(method.evaluation_ratio)),
+        )
+        self.time: SummaryColumn = ("time/step", plain(time_text))
+        self.equal_difference: SummaryColumn = (
             "difference at equal time",
             lambda method: difference_cell(method.equal_time.difference if method.equal_time else None, summary),
         )
 
-    def score(self, epoch: int) -> Column:
+    def score(self, epoch: int) -> SummaryColumn:
         """Return the score after an epoch."""
         return f"epoch {epoch}", lambda method: score_cell(method.scores[epoch], self.summary)
 
-    def difference(self, epoch: int) -> Column:
+    def difference(self, epoch: int) -> SummaryColumn:
         """Return the difference to the baseline after the early or the last epoch."""
 
         def cell(method: MethodSummary) -> Cell:
@@ -292,7 +282,7 @@ class Columns:
         early = self.summary.early_epoch
         return [*([] if early is None else [early]), self.summary.epochs]
 
-    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> Column:
+    def last(self, head: str, pick: Callable[[Any], Sequence[float | None]], digits: int) -> SummaryColumn:
         """Return the mean over the seeds of what an epoch's record holds, after the last epoch that each has."""
 
         def cell(method: MethodSummary) -> Cell:

@@ -11,7 +11,7 @@ from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.report import charts, tables
 from wellcond.lab.report.chart import Bars, Chart
 from wellcond.lab.report.drawing import chart_svg, colours
-from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.findings import describe_comparison, notes
 from wellcond.lab.report.shares import method_shares
 from wellcond.lab.report.table import NOTHING
 
@@ -66,7 +66,7 @@ def render_report(
             file=file,
             versions=versions,
             machine=machine,
-            findings=findings(summary),
+            findings=describe_comparison(summary),
             notes=notes(summary),
             tables=shown,
             grids=grids,

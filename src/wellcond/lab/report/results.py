@@ -14,7 +14,7 @@ from wellcond.lab.hardware.machine import machine, versions
 from wellcond.lab.plan import Plan
 from wellcond.lab.report.charts import Axis, curves
 from wellcond.lab.report.drawing import draw_png
-from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.findings import describe_comparison, notes
 from wellcond.lab.report.page import render_report
 from wellcond.lab.report.table import to_csv
 from wellcond.lab.runs.comparison_file import FILE_NAME, write_comparison
@@ -133,7 +133,7 @@ def results_json(results: Results) -> str:
             "settings": rounded(results.settings),
             "versions": results.versions,
             "machine": results.machine,
-            "findings": findings(results.summary),
+            "findings": describe_comparison(results.summary),
             "notes": notes(results.summary),
             **asdict(results.summary),
         }

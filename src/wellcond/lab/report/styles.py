@@ -9,7 +9,7 @@ from wellcond.lab.comparison.summary import MethodSummary
 
 @dataclass(frozen=True)
 class Style:
-    """How a technique is drawn, in every chart.
+    """The colours and the marker of a technique, in every chart.
 
     Attributes:
         light: Colour on a light background.

@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table in words.
 
     Attributes:
@@ -61,7 +61,7 @@ class Table:
     rows: tuple[Row, ...]
     worded: bool = False
 
-    def without_empty(self) -> Table:
+    def without_empty(self) -> ReportTable:
         """Return the table without the columns that hold nothing."""
         places = range(len(self.heads) - 1)
         shown = [place for place in places if any(row.cells[place].text != NOTHING for row in self.rows)]
@@ -86,7 +86,7 @@ class Table:
                 console.print()
             part._print(console)
 
-    def _parts(self, width: int) -> Iterator[Table]:
+    def _parts(self, width: int) -> Iterator[ReportTable]:
         """Yield the table with as many columns at a time as there is room for; at least one."""
         needed = [self._width(place) for place in range(len(self.heads))]
         begin = 1
@@ -124,7 +124,7 @@ class Table:
         console.print(table)
 
 
-def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> ReportTable:
     """Return a table of texts.
 
     Args:
@@ -137,7 +137,7 @@ def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     | 0 | 8 |
     """
     lines = tuple(Row(name, tuple(Cell(text) for text in texts)) for name, *texts in rows)
-    return Table("", "", tuple(heads), lines)
+    return ReportTable("", "", tuple(heads), lines)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]], heads: Iterable[str] = ()) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 
 from wellcond.lab.comparison.summary import LEVEL, AtShare, GridPoint, MethodSummary, Summary
 from wellcond.lab.report.formats import (
-    Column,
     Columns,
-    bytes_text,
+    SummaryColumn,
     difference_cell,
     memory_text,
     number_text,
@@ -27,17 +26,18 @@ from wellcond.lab.report.formats import (
     target_score,
 )
 from wellcond.lab.report.shares import SharesSummary
-from wellcond.lab.report.table import NOTHING, Cell, Row, Table
+from wellcond.lab.report.table import NOTHING, Cell, ReportTable, Row
+from wellcond.runtime.texts import bytes_text
 
 
-def _table(summary: Summary, title: str, caption: str, columns: Sequence[Column]) -> Table:
+def _table(summary: Summary, title: str, caption: str, columns: Sequence[SummaryColumn]) -> ReportTable:
     rows = tuple(
         Row(method.name, tuple(cell(method) for _, cell in columns), method.is_baseline) for method in summary.methods
     )
-    return Table(title, caption, ("method", *(head for head, _ in columns)), rows).without_empty()
+    return ReportTable(title, caption, ("method", *(head for head, _ in columns)), rows).without_empty()
 
 
-def tables(summary: Summary) -> list[Table]:
+def tables(summary: Summary) -> list[ReportTable]:
     """Return the tables that the terminal shows; a page shows these and more."""
     made = [_scores(summary), _differences(summary), *_shares_of_time(summary)]
     if summary.mode == "target":
@@ -54,7 +54,7 @@ def _compares_evaluation(summary: Summary) -> bool:
     return any(method.evaluation_ratio is not None for method in summary.methods)
 
 
-def _scores(summary: Summary) -> Table:
+def _scores(summary: Summary) -> ReportTable:
     evaluation = (
         f", and the time to evaluate {one(summary.sample)} as a ratio to the baseline's"
         if _compares_evaluation(summary)
@@ -78,7 +78,7 @@ def _scores(summary: Summary) -> Table:
     )
 
 
-def _differences(summary: Summary) -> Table:
+def _differences(summary: Summary) -> ReportTable:
     columns = Columns(summary)
     of = (
         f"points of test {summary.score}"
@@ -112,12 +112,12 @@ def _differences(summary: Summary) -> Table:
     )
 
 
-def _shares_of_time(summary: Summary) -> list[Table]:
+def _shares_of_time(summary: Summary) -> list[ReportTable]:
     shares = dict.fromkeys(shorter.share for method in summary.methods for shorter in method.shares)
     return [_in_share(summary, share) for share in shares]
 
 
-def _in_share(summary: Summary, share: float) -> Table:
+def _in_share(summary: Summary, share: float) -> ReportTable:
     shown: dict[str, Callable[[AtShare], Cell]] = {
         "steps": lambda shorter: Cell(str(shorter.steps)),
         summary.score: lambda shorter: score_cell(shorter.score, summary),
@@ -141,7 +141,7 @@ def _in_share(summary: Summary, share: float) -> Table:
     )
 
 
-def target_table(summary: Summary) -> Table:
+def target_table(summary: Summary) -> ReportTable:
     """Return when each method's mean over the seeds is beyond the target by more than chance."""
     baselines = {method.name: method for method in summary.methods}
 
@@ -172,7 +172,7 @@ def target_table(summary: Summary) -> Table:
     )
 
 
-def _costs(summary: Summary) -> Table:
+def _costs(summary: Summary) -> ReportTable:
     return _table(
         summary,
         "What training costs",
@@ -186,7 +186,7 @@ def _costs(summary: Summary) -> Table:
     )
 
 
-def training_table(summary: Summary) -> Table:
+def training_table(summary: Summary) -> ReportTable:
     """Return the mean losses and scores of training and evaluation after the last epoch."""
     columns, digits = Columns(summary), score_digits(summary.metric)
     score = quantity_text(summary.score, summary.metric)
@@ -204,11 +204,11 @@ def training_table(summary: Summary) -> Table:
     )
 
 
-def quoted_table(summary: Summary) -> Table:
+def quoted_table(summary: Summary) -> ReportTable:
     """Return one table with what documents quote of a comparison."""
     columns = Columns(summary)
     epochs = columns.compared_epochs
-    made: list[Column] = [
+    made: list[SummaryColumn] = [
         *(columns.score(epoch) for epoch in epochs),
         *(columns.difference(epoch) for epoch in epochs),
         columns.time,
@@ -219,7 +219,7 @@ def quoted_table(summary: Summary) -> Table:
     return _table(summary, "", "", made)
 
 
-def grid_tables(summary: Summary) -> list[Table]:
+def grid_tables(summary: Summary) -> list[ReportTable]:
     """Return what each trial scored on validation, and early on the test images."""
     what = "trial" if summary.sweeps else "lr"
     score = quantity_text(summary.score, summary.metric)
@@ -243,7 +243,7 @@ def grid_tables(summary: Summary) -> list[Table]:
     return made
 
 
-def _grid(summary: Summary, caption: str, pick: Callable[[GridPoint], float | None], digits: int) -> Table:
+def _grid(summary: Summary, caption: str, pick: Callable[[GridPoint], float | None], digits: int) -> ReportTable:
     longest = max(len(method.lr_grid) for method in summary.methods)
     rows = []
     for method in summary.methods:
@@ -256,10 +256,10 @@ def _grid(summary: Summary, caption: str, pick: Callable[[GridPoint], float | No
         cells += [Cell(NOTHING)] * (longest - len(cells))
         rows.append(Row(method.name, tuple(cells), method.is_baseline))
     heads = ("method", *(str(place) for place in range(1, longest + 1)))
-    return Table("Learning rates", caption, heads, tuple(rows))
+    return ReportTable("Learning rates", caption, heads, tuple(rows))
 
 
-def coverage_tables(method: MethodSummary) -> list[Table]:
+def coverage_tables(method: MethodSummary) -> list[ReportTable]:
     """Return what each transform does with each parameter's gradient and keeps for it."""
     made = []
     for transform, rows in method.coverage.items():
@@ -276,11 +276,11 @@ def coverage_tables(method: MethodSummary) -> list[Table]:
             for row in rows
         )
         title = f"{method.name}: {transform}, {bytes_text(total)}"
-        made.append(Table(title, "", ("parameter", "shape", "what is done", "kept"), lines))
+        made.append(ReportTable(title, "", ("parameter", "shape", "what is done", "kept"), lines))
     return made
 
 
-def shares_table(shares: SharesSummary) -> Table:
+def shares_table(shares: SharesSummary) -> ReportTable:
     """Return each layer's shares and their average."""
     columns = [(part, kind) for part in shares.parts for kind in shares.kinds]
     rows = [
@@ -289,4 +289,4 @@ def shares_table(shares: SharesSummary) -> Table:
     ]
     rows.append(Row("average over layers", tuple(Cell(share_text(shares.average(*column))) for column in columns)))
     heads = ("layer", *(f"{kind.upper()}, {shares.parts[part]}" for part, kind in columns))
-    return Table("", "", heads, tuple(rows))
+    return ReportTable("", "", heads, tuple(rows))

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.padding import Padding
 
 from wellcond.lab.comparison.summary import Summary
-from wellcond.lab.report.findings import findings, notes
+from wellcond.lab.report.findings import describe_comparison, notes
 from wellcond.lab.report.tables import tables
 
 
@@ -22,7 +22,7 @@ def print_summary(summary: Summary, title: str, console: Console) -> None:
     for table in tables(summary):
         table.print(console)
         console.print()
-    for heading, lines in (("Findings", findings(summary)), ("Notes", notes(summary))):
+    for heading, lines in (("Findings", describe_comparison(summary)), ("Notes", notes(summary))):
         if lines:
             console.print(heading, style="bold")
         for line in lines:

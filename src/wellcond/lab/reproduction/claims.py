@@ -22,7 +22,7 @@ SharesOfRuns = Mapping[float, Sequence[Shares | None]]
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether the runs bear a statement out.
+    """A statement of a source, and whether the runs bear it out.
 
     Attributes:
         table: What the recipe says of it.

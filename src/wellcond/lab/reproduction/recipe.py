@@ -46,7 +46,7 @@ _NOT_SETTINGS = {
 }
 
 
-class Table(BaseModel):
+class RecipeTable(BaseModel):
     """A table of a recipe, whose keys are all known."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -69,7 +69,7 @@ def _settings_fields() -> dict[str, Any]:
     return {name: (hints[name] | None, None) for name in names}
 
 
-SettingsTable: type[Table] = create_model("SettingsTable", __base__=Table, **_settings_fields())
+SettingsTable: type[RecipeTable] = create_model("SettingsTable", __base__=RecipeTable, **_settings_fields())
 """Fields of `Settings`; those that are absent are left to another table or to the default.
 
 ``sweeps = { weight_decay = [1e-4, 5e-4] }`` tries these values with every lr, as ``--sweep`` of `wellcond compare`.
@@ -91,8 +91,8 @@ PaperValue = Annotated[tuple[float, float | None], BeforeValidator(_paper_value)
 """A figure of the source: its mean, and its standard deviation if it gives one."""
 
 
-class Change(Table):
-    """What a method is trained with beyond what the lab's method says.
+class Change(RecipeTable):
+    """The settings that a method is trained with beyond what the lab's method says.
 
     Attributes:
         lrs: The lr grid.
@@ -132,7 +132,7 @@ class MethodTable(Change):
             raise _refusal(error) from error
 
 
-class PanelTable(Table):
+class PanelTable(RecipeTable):
     """A part of a table that is one comparison: one data set, one network.
 
     Attributes:
@@ -154,8 +154,8 @@ class PanelTable(Table):
     metrics: dict[str, dict[str, PaperValue]] = {}
 
 
-class ClaimTable(Table):
-    """What a source says of learned shares without printing them: that one is larger in the second of two panels.
+class ClaimTable(RecipeTable):
+    """A source's statement of learned shares that it does not print: one is larger in the second of two panels.
 
     Attributes:
         statement: What the source says.
@@ -170,7 +170,7 @@ class ClaimTable(Table):
     panels: list[str] = Field(min_length=2, max_length=2)
 
 
-class ScaleTable(Table):
+class ScaleTable(RecipeTable):
     """A smaller version: it changes sizes, never what is compared.
 
     Attributes:
@@ -190,14 +190,14 @@ class ScaleTable(Table):
     change: dict[str, Change] = {}
 
 
-class Scales(Table):
+class Scales(RecipeTable):
     """The smaller versions; the full one is the recipe itself."""
 
     smoke: ScaleTable
     small: ScaleTable
 
 
-class Recipe(Table):
+class Recipe(RecipeTable):
     """A table or figure of a source.
 
     Attributes:
@@ -241,7 +241,7 @@ class Recipe(Table):
         for claim in self.claims:
             _check("label", [claim.method], labels)
             _check("panel", claim.panels, panels)
-        settings: Table = self.settings
+        settings: RecipeTable = self.settings
         probe = settings.model_dump().get("probe")
         if (self.score if self.score in PROBES else None) != probe:
             raise _refusal(f"a score that a probe measures needs settings.probe to name it, got {self.score}, {probe}")
@@ -314,7 +314,7 @@ def load_recipe(file: Path) -> Recipe:
 
 
 class Heading(NamedTuple):
-    """What a recipe that comes with the lab is called, read without checking what it holds.
+    """The name of a recipe that comes with the lab, read without checking what it holds.
 
     Attributes:
         names: What it is called, the first first.

@@ -11,7 +11,6 @@ from rich.console import Console
 from wellcond.lab.comparison.statistics import Difference, Spread
 from wellcond.lab.report.charts import Quantity, curves
 from wellcond.lab.report.formats import (
-    bytes_text,
     chosen_text,
     difference_text,
     quantity_text,
@@ -21,12 +20,13 @@ from wellcond.lab.report.formats import (
 )
 from wellcond.lab.report.page import drawn, learned, page_environment
 from wellcond.lab.report.shares import method_shares
-from wellcond.lab.report.table import NOTHING, Cell, Row, Table
+from wellcond.lab.report.table import NOTHING, Cell, ReportTable, Row
 from wellcond.lab.report.tables import grid_tables
 from wellcond.lab.reproduction.across import across_charts
 from wellcond.lab.reproduction.reproduce import SECONDS, Figure, PanelResults, Reproduction
 from wellcond.lab.runs.files import rounded, to_json, write_atomically
 from wellcond.lab.runs.metric import Metric
+from wellcond.runtime.texts import bytes_text
 
 FORMAT = 1
 """The version of reproduce.json's layout."""
@@ -124,7 +124,7 @@ def verdict(method: dict[str, Any]) -> str:
     return SEEN if ours.mean * source > 0 else OPPOSITE
 
 
-def panel_table(panel: dict[str, Any], score: str) -> Table:
+def panel_table(panel: dict[str, Any], score: str) -> ReportTable:
     """Return a panel in words, without the columns that hold nothing.
 
     Args:
@@ -138,7 +138,7 @@ def panel_table(panel: dict[str, Any], score: str) -> Table:
     caption = f"{panel['title']}; {panel['seeds']} paired seed{'s' if panel['seeds'] != 1 else ''}. {text}"
     if panel["seeds"] > 1:
         caption += ", mean ± standard deviation; our differences are paired over the seeds, with their 95 % interval"
-    return Table(panel["name"], caption, _HEADS, rows, worded=True).without_empty()
+    return ReportTable(panel["name"], caption, _HEADS, rows, worded=True).without_empty()
 
 
 def _row(method: dict[str, Any], by_label: dict[str, dict[str, Any]], first: str, metric: Metric) -> Row:
@@ -219,7 +219,7 @@ def render_page(reproduction: Reproduction, content: dict[str, Any]) -> str:
     )
 
 
-def _metrics_table(panel: PanelResults) -> Table:
+def _metrics_table(panel: PanelResults) -> ReportTable:
     """Return the further figures: ours, and the source's in brackets where it gives one."""
     names = list(dict.fromkeys(name for figure in panel.figures for name in figure.metrics))
 
@@ -232,7 +232,7 @@ def _metrics_table(panel: PanelResults) -> Table:
         for figure in panel.figures
     )
     caption = "Further figures after the last epoch, the source's in brackets"
-    return Table("Further figures", caption, ("method", *names), rows)
+    return ReportTable("Further figures", caption, ("method", *names), rows)
 
 
 def describe(reproduction: Reproduction) -> dict[str, Any]:

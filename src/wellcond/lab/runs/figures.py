@@ -1,4 +1,4 @@
-"""Whether a figure that is read back from a file can have been measured: a user may have edited the file."""
+"""Checks that a figure read back from a file can have been measured: a user may have edited the file."""
 
 from __future__ import annotations
 

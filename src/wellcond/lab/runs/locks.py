@@ -1,4 +1,4 @@
-"""One command at a time works in a folder of results: a lock that the system releases however its holder ends."""
+"""Locks a folder of results for one command at a time; the system releases the lock however its holder ends."""
 
 from __future__ import annotations
 

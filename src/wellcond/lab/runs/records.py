@@ -1,4 +1,4 @@
-"""What determines a run and what it measured, and how both are kept as one file a run."""
+"""The description of a run and its record of measurements, kept together as one file a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Of a file's name; with its digest and ending it stays below the 255 bytes that file systems take.
 _LONGEST = 200
 
-Coverage: TypeAlias = list[dict[str, Any]]
+CoverageRows: TypeAlias = list[dict[str, Any]]
 """One row a parameter: its name and shape, what is done with its gradient, and the bytes that are kept for it."""
 
 
@@ -92,7 +92,7 @@ def _brief(value: object) -> str:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What was measured at the end of an epoch; scores in the unit of the run's metric.
+    """The measurements at the end of an epoch; scores in the unit of the run's metric.
 
     Attributes:
         steps: Training steps so far.
@@ -146,7 +146,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
         epochs: One record for each epoch that ended with finite losses.
@@ -172,7 +172,7 @@ class RunRecord:
     extras: dict[str, Any] = field(default_factory=dict)
     memory: Memory | None = None
     machine: str = ""
-    coverage: dict[str, Coverage] = field(default_factory=dict)
+    coverage: dict[str, CoverageRows] = field(default_factory=dict)
     stopped: bool = False
 
     @property

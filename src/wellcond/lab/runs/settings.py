@@ -1,4 +1,4 @@
-"""What was asked for, checked as far as it can be without the data."""
+"""The settings of a command, checked as far as possible without the data."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class _Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingOptions, _Compared):
-    """What was asked for; None stands for the default that suits the data.
+    """The settings of a command; None stands for the default that suits the data.
 
     A field with a help text is an option of the commands. The others:
 

@@ -11,10 +11,10 @@ from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.registry import MODELS
 from wellcond.lab.runs.option import MOST, number, one_of, option, whole
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 
 PROBES = ("disparity", "condition")
 """What can be measured of a trained network beyond its scores; `lab/training/probes.py` does."""
@@ -72,7 +72,7 @@ class TrainingOptions:
         "EPOCHS",
         check=number("0 or more epochs", 0),
     )
-    precision: Precision = _training(  # noqa: RUF009  # a field
+    precision: TrainingPrecision = _training(  # noqa: RUF009  # a field
         "32-true", f"{', '.join(PRECISIONS)} (default: %(default)s)", "NAME", check=one_of(PRECISIONS)
     )
     channels_last: bool = _training(

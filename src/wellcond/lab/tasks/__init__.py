@@ -1,1 +1,1 @@
-"""What is learned: data sets with their losses and scores, behind one protocol."""
+"""Tasks: data sets with their losses and scores, behind one protocol."""

@@ -29,6 +29,7 @@ from wellcond.lab.tasks.seed_data import SeedData, TaskSeed
 __all__ = [
     "ROLES",
     "Defaults",
+    "DefaultsBySize",
     "Evaluation",
     "Metric",
     "Role",
@@ -43,7 +44,7 @@ MOST_BATCHES = 1_000_000
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a comparison on this data uses where nothing else is asked for.
+    """The settings of a comparison on this data where nothing else is asked for.
 
     Attributes:
         model: Name of the network.
@@ -62,8 +63,27 @@ class Defaults:
     methods: tuple[str, ...] = DEFAULT_METHODS
 
 
+@dataclass(frozen=True)
+class DefaultsBySize:
+    """Defaults of small data, and of data as large as the sources'.
+
+    Attributes:
+        small: For fewer samples.
+        large: The sources' own, from `least` samples on.
+        least: How many samples are many.
+    """
+
+    small: Defaults
+    large: Defaults
+    least: int
+
+    def of(self, samples: int) -> Defaults:
+        """Return what suits this many samples that do not test."""
+        return self.large if samples >= self.least else self.small
+
+
 class Task:
-    """What methods are compared on: your model, your data, your loss, your scores.
+    """The base of a task: your model, your data, your loss and your scores, on which methods are compared.
 
     Subclass it and write four methods and the metric; everything else is done for you: paired seeds, lr grids, the
     choice of the lr on the validation split, runs at equal wall time, runs that go on where they were stopped, several

@@ -1,4 +1,4 @@
-"""The tensors of a batch, however they are nested: brought to a device, and shared among ranks by their rows."""
+"""Moves the tensors of a batch to a device and shares its rows among ranks, however the tensors are nested."""
 
 from __future__ import annotations
 

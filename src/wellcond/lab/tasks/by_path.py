@@ -1,4 +1,4 @@
-"""Tasks by import path: a class, a function or an object of a user's own module, or a LightningModule."""
+"""Imports a task by its path: a class, a function or an object of a user's own module, or a LightningModule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a user's task, found before anything is trained."""
+"""Checks a user's task before anything is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMPARED_BATCHES = 3
 
 
 class Checked(Scored, Protocol):
-    """What of a task is checked."""
+    """The part of a task that is checked."""
 
     def model(self, seed: int) -> nn.Module:
         """Return a network."""

@@ -1,10 +1,11 @@
-"""Classification of images, wherever they lie: what it learns, and what it scores over the batches of all ranks."""
+"""The base of image classification: its networks, its loss, and its scores over the batches of all ranks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from wellcond.lab.data.batches import Batch
 from wellcond.lab.data.image_files import FileData
 from wellcond.lab.data.load import ImageData
+from wellcond.lab.data.splits import derived_seed
+from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.metric import ACCURACY
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.tasks.base import Defaults, Evaluation, Role
-from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.given_data import DataTask, SplitSeed, SplitT
 
 _TOP = 5
 
@@ -31,6 +34,8 @@ class ImageClassification(DataTask):
         validation_images: Images that choose the lr in each seed.
         augmentation: One of `AUGMENTATIONS`.
         defaults: What suits the data.
+        image_size: The shorter side that the network sees.
+        channels: Of the images.
     """
 
     kind = "classification"
@@ -44,26 +49,31 @@ class ImageClassification(DataTask):
         validation_images: int,
         augmentation: str,
         defaults: Defaults,
+        image_size: int,
+        channels: int = 3,
     ) -> None:
         self.name = data.name
         self.classes, self.test_images = len(data.pool.classes), len(data.test.labels)
         self.train_images, self.validation_images = train_images, validation_images
         self.augmentation, self.defaults = augmentation, defaults
+        self.image_size, self.channels = image_size, channels
 
     @cached_property
     def chance(self) -> float:
         """The accuracy of guessing, in percent."""
         return 100.0 / self.classes
 
+    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
+        """Return the network that a run begins with."""
+        models.select_model(model, self.image_size, self.channels)
+        return models.initial_model(model, self.channels, self.classes, derived_seed("weights", seed), weights)
 
-class ClassifiedSeed(DrawnSeed):
-    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation.
 
-    Attributes:
-        classes: How many there are to tell apart.
-    """
+ClassificationT = TypeVar("ClassificationT", bound=ImageClassification)
 
-    classes: int
+
+class ClassifiedSeed(SplitSeed[ClassificationT, SplitT]):
+    """One seed's images: cross-entropy in training, accuracy and cross-entropy in evaluation."""
 
     @abstractmethod
     def held_out(self, role: Role) -> tuple[Iterable[Batch], int]:
@@ -81,7 +91,7 @@ class ClassifiedSeed(DrawnSeed):
     def evaluate(self, model: nn.Module, role: Role, stopwatch: Stopwatch) -> Evaluation:
         """Return accuracy, also among the five highest logits if there are more classes, and mean cross-entropy."""
         batches, count = self.held_out(role)
-        return evaluate_classifier(model, batches, count, self.classes, self.device, self.ranks, stopwatch)
+        return evaluate_classifier(model, batches, count, self.task.classes, self.device, self.ranks, stopwatch)
 
 
 def evaluate_classifier(

@@ -1,4 +1,4 @@
-"""How many samples train and how many validate."""
+"""Decides the numbers of samples that train and that validate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network is measured on, and what was measured."""
+"""The samples that a network is measured on, and the result of a measurement."""
 
 from __future__ import annotations
 

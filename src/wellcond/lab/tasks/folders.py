@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from wellcond.lab.data.batches import Batch, check_augmentation
 from wellcond.lab.data.decoding import check_images
@@ -16,7 +15,7 @@ from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.fine_grained import FINE_GRAINED
 from wellcond.lab.data.image_files import FileData, find_class_folders, read_class_folders
 from wellcond.lab.data.load import draw_test
-from wellcond.lab.data.splits import Split, derived_seed, draw_split
+from wellcond.lab.data.splits import Split, draw_split
 from wellcond.lab.data.streams import StreamedBatches, evaluation_stream, loading_processes
 from wellcond.lab.data.views import (
     EvaluationViews,
@@ -30,15 +29,16 @@ from wellcond.lab.errors import LabError
 from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.training_options import SeedSpec
-from wellcond.lab.tasks.base import Defaults, Role
+from wellcond.lab.tasks.base import Defaults, DefaultsBySize, Role
 from wellcond.lab.tasks.classification import ClassifiedSeed, ImageClassification
 from wellcond.lab.tasks.counts import count_images
 
 _IMAGE_SIZE = 224
-# From so many images on, the sources' own network, epochs and batch size.
-_LARGE = 100_000
-_LARGE_DEFAULTS = Defaults(model="torchvision:resnet50", epochs=100, batch_size=256)
-_DEFAULTS = Defaults(model="torchvision:resnet18", epochs=30, batch_size=32)
+_DEFAULTS = DefaultsBySize(
+    small=Defaults(model="torchvision:resnet18", epochs=30, batch_size=32),
+    large=Defaults(model="torchvision:resnet50", epochs=100, batch_size=256),
+    least=100_000,
+)
 
 
 class FolderTask(ImageClassification):
@@ -62,8 +62,9 @@ class FolderTask(ImageClassification):
         image_size: int = _IMAGE_SIZE,
         workers: int = 0,
     ) -> None:
-        super().__init__(data, train_images, validation_images, augmentation, default_of(data))
-        self.data, self.image_size, self.workers = data, image_size, workers
+        defaults = _DEFAULTS.of(len(data.pool.labels))
+        super().__init__(data, train_images, validation_images, augmentation, defaults, image_size)
+        self.data, self.workers = data, workers
 
     @cached_property
     def pool(self) -> Pictures:
@@ -111,34 +112,14 @@ class FolderTask(ImageClassification):
         for part in (self.data.pool, self.data.test):
             check_images([part.path(position) for position in range(len(part.labels))])
 
-    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with."""
-        models.select_model(model, self.image_size)
-        return models.initial_model(model, 3, self.classes, derived_seed("weights", seed), weights)
-
     def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> FolderSeed:
         """Return one seed's images."""
         drawn = draw_split(self.data.pool.labels, spec.train_images, spec.validation_images, spec.seed)
         return FolderSeed(self, drawn, spec, device, rank, ranks)
 
 
-class FolderSeed(ClassifiedSeed):
-    """One seed's images.
-
-    Args:
-        task: The data.
-        drawn: Which images train and which validate.
-        spec: What of the run they are made from.
-        device: Where the batches go.
-        rank: Which process of the run this is.
-        ranks: How many processes the run has.
-    """
-
-    def __init__(
-        self, task: FolderTask, drawn: Split, spec: SeedSpec, device: torch.device, rank: int, ranks: int
-    ) -> None:
-        super().__init__(spec, device, rank, ranks)
-        self.task, self.drawn, self.classes = task, drawn, task.classes
+class FolderSeed(ClassifiedSeed[FolderTask, Split]):
+    """One seed's images, decoded on their way to the device."""
 
     def batches(self) -> Epochs[Batch]:
         """Return the training batches."""
@@ -146,7 +127,7 @@ class FolderSeed(ClassifiedSeed):
         view = training_view(task.data.crop, spec.augmentation, task.image_size)
         return StreamedBatches(
             TrainingViews(task.pool, view, spec.seed),
-            self.drawn.train,
+            self.split.train,
             spec.batch_size,
             task.image_size,
             self.device,
@@ -159,7 +140,7 @@ class FolderSeed(ClassifiedSeed):
         """Return the images of a role."""
         task = self.task
         pictures = task.pool if role == "validation" else task.test
-        positions = self.drawn.validation if role == "validation" else torch.arange(task.test_images).numpy()
+        positions = self.split.validation if role == "validation" else torch.arange(task.test_images).numpy()
         batches = evaluation_stream(
             EvaluationViews(pictures, evaluation_view(task.image_size)),
             positions,
@@ -173,11 +154,6 @@ class FolderSeed(ClassifiedSeed):
         return batches, len(positions)
 
 
-def default_of(data: FileData) -> Defaults:
-    """Return what suits data of this size."""
-    return _LARGE_DEFAULTS if len(data.pool.labels) >= _LARGE else _DEFAULTS
-
-
 def open_folders(settings: Settings) -> FolderTask:
     """Return the task of class folders or of a fine-grained data set.
 
@@ -189,7 +165,7 @@ def open_folders(settings: Settings) -> FolderTask:
     if settings.model is not None:
         models.select_model(settings.model, size)
     data = _read(settings.data)
-    models.select_model(settings.model or default_of(data).model, size)
+    models.select_model(settings.model or _DEFAULTS.of(len(data.pool.labels)).model, size)
     if settings.test_images is not None:
         chosen = draw_test(settings.data, data.test.labels, settings.test_images, most=len(data.test.labels))
         data = FileData(data.name, data.pool, data.test.take(chosen), data.crop)

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wellcond.lab.data.batches import Batch, TrainingBatches, channel_moments, check_augmentation, evaluation_batches
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.load import ImageData, load_data
 from wellcond.lab.data.named_data import DIGITS
-from wellcond.lab.data.splits import derived_seed, draw_split
+from wellcond.lab.data.splits import draw_split
 from wellcond.lab.networks import registry as models
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.training_options import SeedSpec
@@ -27,7 +27,7 @@ _DEFAULTS = Defaults(model="resnet8", epochs=8, batch_size=64)
 
 
 @dataclass(frozen=True)
-class Part:
+class RoleImages:
     """The images of one role in one seed's split, on the device."""
 
     images: Tensor
@@ -35,12 +35,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Split:
+class SeedImages:
     """One seed's images on the device, with the training images' channel moments."""
 
-    train: Part
-    validation: Part
-    test: Part
+    train: RoleImages
+    validation: RoleImages
+    test: RoleImages
     moments: tuple[Tensor, Tensor]
 
 
@@ -58,7 +58,7 @@ class InMemoryTask(ImageClassification):
     def __init__(
         self, data: ImageData, train_images: int, validation_images: int, augmentation: str, defaults: Defaults
     ) -> None:
-        super().__init__(data, train_images, validation_images, augmentation, defaults)
+        super().__init__(data, train_images, validation_images, augmentation, defaults, min(data.size), data.channels)
         self.data = data
         # Runs come seed by seed, so the last seed's images are nearly always those that are needed.
         self._split = lru_cache(maxsize=1)(self._draw)
@@ -71,48 +71,30 @@ class InMemoryTask(ImageClassification):
     def describe(self) -> dict[str, Any]:
         """Return classes, channels and image size."""
         height, width = self.data.size
-        return {"classes": self.classes, "channels": self.data.channels, "image_size": f"{height}x{width}"}
-
-    def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
-        """Return the network that a run begins with."""
-        models.select_model(model, min(self.data.size), self.data.channels)
-        return models.initial_model(model, self.data.channels, self.classes, derived_seed("weights", seed), weights)
+        return {"classes": self.classes, "channels": self.channels, "image_size": f"{height}x{width}"}
 
     def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> InMemorySeed:
         """Return one seed's images on a device."""
         split = self._split(spec.seed, spec.train_images, spec.validation_images, device)
-        return InMemorySeed(split, self.classes, spec, device, rank, ranks)
+        return InMemorySeed(self, split, spec, device, rank, ranks)
 
-    def _draw(self, seed: int, train: int, validation: int, device: torch.device) -> Split:
+    def _draw(self, seed: int, train: int, validation: int, device: torch.device) -> SeedImages:
         pool = self.data.pool
         labels = torch.from_numpy(pool.labels)
         drawn = draw_split(pool.labels, train, validation, seed)
         training, held_out = (
-            Part(pool.images[positions].to(device), labels[positions].to(device))
+            RoleImages(pool.images[positions].to(device), labels[positions].to(device))
             for positions in (torch.from_numpy(drawn.train), torch.from_numpy(drawn.validation))
         )
-        return Split(training, held_out, self._test(device), channel_moments(training.images))
+        return SeedImages(training, held_out, self._test(device), channel_moments(training.images))
 
-    def _test_on(self, device: torch.device) -> Part:
+    def _test_on(self, device: torch.device) -> RoleImages:
         test = self.data.test
-        return Part(test.images.to(device), torch.from_numpy(test.labels).to(device))
+        return RoleImages(test.images.to(device), torch.from_numpy(test.labels).to(device))
 
 
-class InMemorySeed(ClassifiedSeed):
-    """One seed's images on the device.
-
-    Args:
-        split: The images.
-        classes: How many classes there are.
-        spec: What of the run they are made from.
-        device: Where they are.
-        rank: Which process of the run this is.
-        ranks: How many processes the run has.
-    """
-
-    def __init__(self, split: Split, classes: int, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> None:
-        super().__init__(spec, device, rank, ranks)
-        self.split, self.classes = split, classes
+class InMemorySeed(ClassifiedSeed[InMemoryTask, SeedImages]):
+    """One seed's images, which lie on the device."""
 
     def batches(self) -> Epochs[Batch]:
         """Return the training batches."""

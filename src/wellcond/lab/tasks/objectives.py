@@ -1,4 +1,4 @@
-"""What networks on rows of tensors are trained for and measured by, summed over pieces and ranks."""
+"""Losses and scores of networks on rows of tensors, summed over pieces and ranks."""
 
 from __future__ import annotations
 

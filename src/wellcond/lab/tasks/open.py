@@ -1,4 +1,4 @@
-"""Finds out what `--data` names."""
+"""Opens the task that `--data` or `--task` names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DataLayout:
     """A way in which data lies on a disk.
 
     Attributes:
@@ -144,71 +144,71 @@ def _open_reid(settings: Settings) -> Task:
 
 
 LAYOUTS = (
-    Layout(
+    DataLayout(
         "FILE.txt, or another text file",
         "language modelling: a small GPT predicts the next character (byte, if it is not UTF-8); the last tenth tests",
         _is_text,
         _open_text,
         methods=TEXT_METHODS,
     ),
-    Layout(
+    DataLayout(
         "FILE.csv, .tsv, .npy, or .parquet without images",
         "a table: classification or regression of a column (--target-column, --kind); a fifth of the rows tests",
         _is_table,
         _open_table,
         takes=("target_column", "kind"),
     ),
-    Layout(
+    DataLayout(
         "FILE.npz",
         "frozen features x [n, features] with labels y [n], perhaps x_test and y_test: a linear or small head",
         _is_features,
         _open_features,
         takes=("kind",),
     ),
-    Layout(
+    DataLayout(
         "FILE.parquet",
         "an image column of struct<bytes, path> and an integer label column; a fifth of it tests",
         lambda path: path.is_file(),
         _open_in_memory,
     ),
-    Layout(
+    DataLayout(
         "FOLDER",
         "the same, with *train*.parquet and *test*.parquet files; shards are joined",
         lambda path: next(path.glob("*.parquet"), None) is not None,
         _open_in_memory,
     ),
-    Layout(
+    DataLayout(
         "cifar-10-batches-py, cifar-100-python",
         "CIFAR as its site gives it out for Python; or the folder above",
         _is_cifar,
         _open_in_memory,
     ),
-    Layout(
+    DataLayout(
         "CUB_200_2011, stanford_cars, fgvc-aircraft-2013b, stanford_dogs",
         "the fine-grained sets as they unpack, with their own lists; or the folder above",
         _is_fine_grained,
         _open_folders,
     ),
-    Layout(
+    DataLayout(
         "annotations/instances_train*.json, train*/, and the same of val",
         "COCO: detection, or with masks instance segmentation; val only measures",
         _is_coco,
         _open_detection,
     ),
-    Layout(
+    DataLayout(
         "bounding_box_train, query, bounding_box_test",
         "Market-1501, DukeMTMC-reID: person re-identification; the query's persons only measure",
         _is_reid,
         _open_reid,
     ),
-    Layout(
+    DataLayout(
         "leftImg8bit + gtFine, ADEChallengeData2016, VOC2012, images + labels",
         "Cityscapes, ADE20K, Pascal VOC, GTA5: semantic segmentation; val only measures, or that of --test-data",
         _is_segmentation,
         _open_segmentation,
         takes=("test_data",),
     ),
-    Layout(
+    DataLayout(
         "train/CLASS/*, val/CLASS/*",
         "ImageNet, Mini-ImageNet and others: a folder of images a class; val (or test) only measures",
         _is_class_folders,
@@ -220,7 +220,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where well-known data comes from, for those who name it and have not got it.
+    """The origin of well-known data, shown to a user who names it and does not have it.
 
     Attributes:
         pattern: A regular expression that its path matches, whatever the case.
@@ -343,7 +343,7 @@ def open_task(settings: Settings) -> Task:
         raise LabError(f"--data {place}: cannot be read ({error.strerror or error})") from error
 
 
-def find_layout(data: str) -> Layout | None:
+def find_layout(data: str) -> DataLayout | None:
     """Return the layout of data, without reading it; None for the digits.
 
     Args:

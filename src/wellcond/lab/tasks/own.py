@@ -1,4 +1,4 @@
-"""A user's own task, handed over as an object of whatever class."""
+"""Makes a task of a user's object, whatever its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples that lie in memory as rows of tensors: shuffled batches, and evaluation in pieces."""
+"""Shuffles samples that lie in memory as rows of tensors into batches, and evaluates them in pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wellcond.lab.tasks.given_data import DrawnSeed
 from wellcond.lab.tasks.objectives import Objective
 
 
-class Rows(NamedTuple):
+class LabelledRows(NamedTuple):
     """Inputs and targets, a row each."""
 
     inputs: Tensor
@@ -27,12 +27,12 @@ class Rows(NamedTuple):
 
 
 class TrainingRows(Protocol):
-    """What training batches are taken from."""
+    """Rows that training batches are taken from."""
 
     def __len__(self) -> int:
         """Return how many rows there are to choose from."""
 
-    def take(self, positions: Tensor, epoch: int) -> Rows:
+    def take(self, positions: Tensor, epoch: int) -> LabelledRows:
         """Return the rows at these positions, as they are in an epoch."""
 
 
@@ -43,15 +43,15 @@ class FixedRows:
         rows: The rows, on the device.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: LabelledRows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows.targets)
 
-    def take(self, positions: Tensor, epoch: int) -> Rows:
+    def take(self, positions: Tensor, epoch: int) -> LabelledRows:
         """Return the rows at these positions."""
-        return Rows(self.rows.inputs[positions], self.rows.targets[positions])
+        return LabelledRows(self.rows.inputs[positions], self.rows.targets[positions])
 
 
 class RowsSeed(DrawnSeed):
@@ -71,7 +71,7 @@ class RowsSeed(DrawnSeed):
     def __init__(
         self,
         training: TrainingRows,
-        held_out: Mapping[Role, Rows],
+        held_out: Mapping[Role, LabelledRows],
         objective: Objective,
         spec: SeedSpec,
         device: torch.device,
@@ -82,15 +82,15 @@ class RowsSeed(DrawnSeed):
         super().__init__(spec, device, rank, ranks)
         self.training, self.held_out, self.objective, self.piece = training, held_out, objective, piece
 
-    def batches(self) -> Epochs[Rows]:
+    def batches(self) -> Epochs[LabelledRows]:
         """Return the training batches, of whole batches alone."""
         return Epochs(self._epoch, self.spec.train_images // self.spec.batch_size)
 
-    def loss(self, model: nn.Module, batch: Rows) -> Tensor:
+    def loss(self, model: nn.Module, batch: LabelledRows) -> Tensor:
         """Return the batch's mean loss."""
         return self.objective.loss(model(batch.inputs), batch.targets)
 
-    def train_score(self, output: Tensor, batch: Rows) -> Tensor | None:
+    def train_score(self, output: Tensor, batch: LabelledRows) -> Tensor | None:
         """Return what the batch scores."""
         return self.objective.train_score(output, batch.targets)
 
@@ -112,7 +112,7 @@ class RowsSeed(DrawnSeed):
             dist.all_reduce(sums)
         return self.objective.evaluation(sums.tolist(), len(targets))
 
-    def _epoch(self, epoch: int, first: int) -> Iterator[Rows]:
+    def _epoch(self, epoch: int, first: int) -> Iterator[LabelledRows]:
         """Yield an epoch's batches from one on: a function of seed, epoch and place alone."""
         spec = self.spec
         generator = torch.Generator().manual_seed(derived_seed(f"order of epoch {epoch}", spec.seed))

@@ -72,7 +72,7 @@ class SeedData(Protocol):
 
 
 class Scored(Protocol):
-    """What of a task a seed's data are made of."""
+    """The part of a task that a seed's data are made of."""
 
     @property
     def metric(self) -> Metric:

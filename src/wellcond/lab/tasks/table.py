@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from wellcond.lab.data.batches import check_augmentation
-from wellcond.lab.data.encoding import AUGMENTATIONS, encode, layout_of
+from wellcond.lab.data.encoding import AUGMENTATIONS, encode, encoded_columns
 from wellcond.lab.data.features import is_features, read_features
-from wellcond.lab.data.splits import Indices, Split, derived_seed, draw_split, stratified_draw, without
+from wellcond.lab.data.splits import TEST_SEED, Indices, Split, derived_seed, draw_split, stratified_draw, without
 from wellcond.lab.data.table_files import read_columns
 from wellcond.lab.data.tables import KINDS, Table, make_table
 from wellcond.lab.errors import LabError, unknown_name
@@ -29,11 +29,10 @@ from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.counts import count_images
 from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import Classification, Objective, Regression
-from wellcond.lab.tasks.rows import FixedRows, Rows, RowsSeed
+from wellcond.lab.tasks.rows import FixedRows, LabelledRows, RowsSeed
 
 _logger = logging.getLogger(__name__)
 # Chosen once: every comparison on the same data tests on the same rows.
-_TEST_SPLIT_SEED = derived_seed("test", 0)
 _MOST_TEST = 10_000
 _PIECE = 4096
 # Steps of a run that suffice for a network of this size, and what keeps runs of few and of many rows short.
@@ -41,7 +40,7 @@ _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 400, 2, 40
 
 
 class TableTask(DataTask):
-    """Rows of numbers and categories, of which a class or a number is to be told.
+    """A table whose rows of numbers and categories predict a class or a number.
 
     Args:
         table: The rows.
@@ -99,7 +98,7 @@ class TableTask(DataTask):
 
     def network(self, model: str, seed: int, weights: str | None) -> nn.Module:
         """Return the network that a run begins with."""
-        spec, layout = select_mlp(model), layout_of(self.table)
+        spec, layout = select_mlp(model), encoded_columns(self.table)
         network = Mlp(spec, layout.numbers, layout.sizes, max(1, len(self.table.target.classes)))
         if weights is not None:
             load_weights(network, model, weights)
@@ -108,7 +107,7 @@ class TableTask(DataTask):
     def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> RowsSeed:
         """Return one seed's rows on a device."""
         drawn, encoded = self._split(spec.seed, spec.train_images, spec.validation_images)
-        held_out: dict[Role, Rows] = {
+        held_out: dict[Role, LabelledRows] = {
             "validation": self._rows(encoded, drawn.validation, device),
             "test": self._rows(encoded, self.test, device),
         }
@@ -121,10 +120,10 @@ class TableTask(DataTask):
         drawn = Split(self.pool[found.train], self.pool[found.validation])
         return drawn, encode(self.table, drawn.train, standardize=self.augmentation != "none")
 
-    def _rows(self, encoded: Tensor, rows: Indices, device: torch.device) -> Rows:
+    def _rows(self, encoded: Tensor, rows: Indices, device: torch.device) -> LabelledRows:
         target = self.table.target
         targets = torch.from_numpy(target.labels[rows] if target.classes else target.numbers[rows])
-        return Rows(encoded[torch.from_numpy(rows)].to(device), targets.to(device))
+        return LabelledRows(encoded[torch.from_numpy(rows)].to(device), targets.to(device))
 
     def _objective(self, train: Indices, smoothing: float = 0.0) -> Objective:
         target = self.table.target
@@ -185,12 +184,12 @@ def _draw_test(settings: Settings, table: Table) -> Indices:
             raise LabError(f"--test-images must be at most {len(table.test)}, the rows of x_test, got {wanted}")
         if wanted is None or wanted == len(table.test):
             return table.test
-        return table.test[stratified_draw(table.target.labels[table.test], wanted, _TEST_SPLIT_SEED)]
+        return table.test[stratified_draw(table.target.labels[table.test], wanted, TEST_SEED)]
     rows = len(table)
     wanted = max(1, min(rows // 5, _MOST_TEST)) if wanted is None else wanted
     if wanted > rows - 2:
         raise LabError(f"--test-images {wanted}: there are {rows} rows, of which at most {rows - 2} can test")
-    return stratified_draw(table.target.labels, wanted, _TEST_SPLIT_SEED)
+    return stratified_draw(table.target.labels, wanted, TEST_SEED)
 
 
 def _defaults(model: str, rows: int) -> Defaults:

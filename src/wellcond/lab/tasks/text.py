@@ -23,7 +23,7 @@ from wellcond.lab.runs.training_options import SeedSpec
 from wellcond.lab.tasks.base import Defaults, Role
 from wellcond.lab.tasks.given_data import DataTask
 from wellcond.lab.tasks.objectives import NextToken
-from wellcond.lab.tasks.rows import Rows, RowsSeed
+from wellcond.lab.tasks.rows import LabelledRows, RowsSeed
 
 _logger = logging.getLogger(__name__)
 # A run of minutes on two cores: a text of any length is seen in part in each epoch, and as a whole over them.
@@ -107,7 +107,7 @@ class TextTask(DataTask):
         piece = max(1, _MOST_LOGITS // (self.block * len(self.text.vocabulary)))
         return RowsSeed(rows, held_out, self.objective, spec, device, piece, rank, ranks)
 
-    def _on_device(self, device: torch.device) -> tuple[Tensor, dict[Role, Rows]]:
+    def _on_device(self, device: torch.device) -> tuple[Tensor, dict[Role, LabelledRows]]:
         tokens = torch.from_numpy(self.text.tokens.astype(np.int32)).to(device)
         test = self.test_images * self.block + 1
         validation = self.validation_images * self.block + 1
@@ -133,15 +133,15 @@ class TextRows:
     def __len__(self) -> int:
         return training_blocks(len(self.tokens), self.block)
 
-    def take(self, positions: Tensor, epoch: int) -> Rows:
+    def take(self, positions: Tensor, epoch: int) -> LabelledRows:
         """Return the blocks at these positions, each with the tokens that follow."""
         begin = derived_seed(f"beginning of epoch {epoch}", self.seed) % self.block
         places = begin + positions[:, None] * self.block + torch.arange(self.block + 1, device=positions.device)
         taken = self.tokens[places].long()
-        return Rows(taken[:, :-1], taken[:, 1:])
+        return LabelledRows(taken[:, :-1], taken[:, 1:])
 
 
-def blocks_of(tokens: Tensor, block: int) -> Rows:
+def blocks_of(tokens: Tensor, block: int) -> LabelledRows:
     """Return a part as blocks, one after the other, with the token that follows each: all but the first count once.
 
     >>> rows = blocks_of(torch.arange(7), 3)
@@ -149,7 +149,7 @@ def blocks_of(tokens: Tensor, block: int) -> Rows:
     ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
     taken = tokens.long().unfold(0, block + 1, block)
-    return Rows(taken[:, :-1].contiguous(), taken[:, 1:].contiguous())
+    return LabelledRows(taken[:, :-1].contiguous(), taken[:, 1:].contiguous())
 
 
 def training_blocks(tokens: int, block: int) -> int:

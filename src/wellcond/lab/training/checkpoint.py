@@ -1,4 +1,4 @@
-"""What an unfinished run keeps beside its record, so that the same command goes on from there."""
+"""Keeps an unfinished run beside its record, so that the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATE = "wellcond"
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where unfinished runs are kept, and how often.
+    """The place of unfinished runs, and the interval at which they are kept.
 
     Attributes:
         folder: Where the finished ones are.

@@ -1,4 +1,4 @@
-"""What trained layers have learned, beyond how well the network does: kept with each run, by kind."""
+"""Reads what trained layers have learned, by kind; it is kept with each run beside its scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Lightning trains: the network, its loss, and the method's optimizer."""
+"""The LightningModule of a run: the network, its loss, and the method's optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import wellcond
 from wellcond.lab.hardware.strategies import shard
 from wellcond.lab.methods.norms import NormSchedule, trained_norm
 from wellcond.lab.methods.schedule import parse_schedule
-from wellcond.lab.runs.records import Coverage, RunSpec
+from wellcond.lab.runs.records import CoverageRows, RunSpec
 from wellcond.lab.tasks.base import SeedData
 from wellcond.nn.norm.noise_decay import BatchNoiseDecay
 
@@ -110,7 +110,7 @@ class Training(pl.LightningModule):
         """Return what the transforms count; empty without transforms."""
         return {} if self.handle is None else dict(self.handle.stats())
 
-    def coverage(self) -> dict[str, Coverage]:
+    def coverage(self) -> dict[str, CoverageRows]:
         """Return what the transforms do with each parameter; empty without transforms."""
         rows = {} if self.handle is None else self.handle.coverage()
         return {name: [row._asdict() | {"shape": list(row.shape)} for row in some] for name, some in rows.items()}

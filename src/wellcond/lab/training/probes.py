@@ -1,4 +1,4 @@
-"""What can be measured of a trained network beyond its scores, on its training images: kept with each run."""
+"""Probes of a trained network on its training images; what they find is kept with each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a comparison: a bar with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

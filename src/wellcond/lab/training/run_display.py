@@ -1,4 +1,4 @@
-"""How far one run is: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""Shows the progress of one run: a bar with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that a run's training takes, counted beside it: with its network, its method and its first batch."""
+"""Counts the bytes that a run's training takes, in steps beside it with its network, method and first batch."""
 
 from __future__ import annotations
 

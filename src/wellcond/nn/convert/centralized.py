@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from wellcond.layouts import Layout, layout_of
 from wellcond.nn.norm.moving_average import MovingAverageBatchNorm
-from wellcond.nn.norm.outline import Before, find_before
+from wellcond.nn.norm.outline import PrecedingLayer, find_before
 from wellcond.nn.standardize import OfUnits, WeightCentralization, why_not_centralized
 
 _ADVICE = "Make the layers yourself, and call weight_centralize on those before them"
@@ -45,7 +45,11 @@ def centralize(model: nn.Module) -> None:
     """Centralize the weights right before `MovingAverageBatchNorm*`, where that can be done and is not done."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MovingAverageBatchNorm)}
     for name, before in find_before(model, layers, _ADVICE).items():
-        if isinstance(before, Before) and not _is_centralized(before.layer) and not why_not_centralized(before.layer):
+        if (
+            isinstance(before, PrecedingLayer)
+            and not _is_centralized(before.layer)
+            and not why_not_centralized(before.layer)
+        ):
             layout = layout_of(before.layer)
             assert layout is not None
             step = _CentralizedFor(before.layer, layout.of_weight("weight"), layers[name])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wellcond.nn.convert.centralized import centralize, decentralize, not_after_a_weight
-from wellcond.nn.convert.then_activation import Norm
+from wellcond.nn.convert.then_activation import NormClass
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.bsr import BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d
 from wellcond.nn.norm.cross_iteration import (
@@ -42,7 +42,7 @@ from wellcond.nn.norm.switchable import SwitchableNorm1d, SwitchableNorm2d, Swit
 
 
 @dataclass(frozen=True)
-class Kind:
+class NormKind:
     """A kind of normalization.
 
     Attributes:
@@ -54,7 +54,7 @@ class Kind:
         unsuited: From a model, its layers by name and the options to the reasons why some cannot be of the kind.
     """
 
-    layers: tuple[Norm | None, Norm, Norm | None]
+    layers: tuple[NormClass | None, NormClass, NormClass | None]
     defaults: Mapping[str, object] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
     connect: Callable[[nn.Module], object] | None = None
@@ -62,40 +62,40 @@ class Kind:
     unsuited: Callable[[nn.Module, Mapping[str, nn.Module], Mapping[str, Any]], Mapping[str, str]] | None = None
 
 
-KINDS: dict[str, Kind] = {
-    "bn": Kind((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
-    "ghost": Kind((GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)),
-    "mbn": Kind((MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d)),
-    "mabn": Kind(
+KINDS: dict[str, NormKind] = {
+    "bn": NormKind((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    "ghost": NormKind((GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)),
+    "mbn": NormKind((MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d)),
+    "mabn": NormKind(
         (MovingAverageBatchNorm1d, MovingAverageBatchNorm2d, MovingAverageBatchNorm3d),
         connect=centralize,
         disconnect=decentralize,
         unsuited=not_after_a_weight,
     ),
-    "cbn": Kind(
+    "cbn": NormKind(
         (CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d),
         connect=connect_compensating,
         disconnect=disconnect_cross_iteration,
         unsuited=not_after_a_layer,
     ),
-    "bsr": Kind((BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d)),
-    "brn": Kind((BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)),
-    "evalnorm": Kind((EvalNorm1d, EvalNorm2d, EvalNorm3d)),
-    "pn": Kind((PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)),
-    "sn": Kind((SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d)),
-    "ssn": Kind((SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d)),
-    "ibn": Kind((None, InstanceBatchNorm2d, None)),
-    "kn": Kind((None, KalmanBatchNorm2d, None), connect=connect_kalman),
-    "dbn": Kind((None, DecorrelatedBatchNorm2d, None)),
-    "iternorm": Kind((None, IterNorm2d, None)),
-    "gn": Kind((nn.GroupNorm, nn.GroupNorm, nn.GroupNorm), defaults={"num_groups": 32}),
-    "ln": Kind((nn.GroupNorm, nn.GroupNorm, nn.GroupNorm), fixed={"num_groups": 1}),
-    "in": Kind(
+    "bsr": NormKind((BSRBatchNorm1d, BSRBatchNorm2d, BSRBatchNorm3d)),
+    "brn": NormKind((BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)),
+    "evalnorm": NormKind((EvalNorm1d, EvalNorm2d, EvalNorm3d)),
+    "pn": NormKind((PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)),
+    "sn": NormKind((SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d)),
+    "ssn": NormKind((SparseSwitchableNorm1d, SparseSwitchableNorm2d, SparseSwitchableNorm3d)),
+    "ibn": NormKind((None, InstanceBatchNorm2d, None)),
+    "kn": NormKind((None, KalmanBatchNorm2d, None), connect=connect_kalman),
+    "dbn": NormKind((None, DecorrelatedBatchNorm2d, None)),
+    "iternorm": NormKind((None, IterNorm2d, None)),
+    "gn": NormKind((nn.GroupNorm, nn.GroupNorm, nn.GroupNorm), defaults={"num_groups": 32}),
+    "ln": NormKind((nn.GroupNorm, nn.GroupNorm, nn.GroupNorm), fixed={"num_groups": 1}),
+    "in": NormKind(
         (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
         fixed={"momentum": None, "track_running_stats": False},
     ),
 }
-DIMENSIONS: dict[Norm, int] = {
+DIMENSIONS: dict[NormClass, int] = {
     layer: index
     for kind in KINDS.values()
     for index, layer in enumerate(kind.layers)
@@ -107,13 +107,13 @@ DIMENSIONS: dict[Norm, int] = {
 _OF_THE_LAYER = frozenset({"self", "num_features", "num_channels", "bias", "device", "dtype"})
 
 
-def options_of(layer: Norm) -> dict[str, inspect.Parameter]:
+def constructor_options(layer: NormClass) -> dict[str, inspect.Parameter]:
     """Return a constructor's arguments but for those that the converted layer decides."""
     decided = _OF_THE_LAYER | (layer.decided_by_model if issubclass(layer, StatisticsNorm) else frozenset())
     return {name: value for name, value in inspect.signature(layer).parameters.items() if name not in decided}
 
 
-def inherited(target: Norm) -> tuple[str, ...]:
+def inherited(target: NormClass) -> tuple[str, ...]:
     """Return the arguments that a layer takes over from a batch normalization of any other kind."""
     return target.inherited_arguments if issubclass(target, StatisticsNorm) else ("eps", "momentum")
 
@@ -134,7 +134,9 @@ def connect(model: nn.Module) -> None:
             kind.connect(model)
 
 
-def arguments_for(layer: _BatchNorm, remade: bool, to: str, target: Norm, options: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_for(
+    layer: _BatchNorm, remade: bool, to: str, target: NormClass, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the arguments of a constructor, from a layer and the options.
 
     Args:
@@ -150,7 +152,7 @@ def arguments_for(layer: _BatchNorm, remade: bool, to: str, target: Norm, option
     Raises:
         TypeError: If one is required and missing.
     """
-    accepted = options_of(target)
+    accepted = constructor_options(target)
     ours = isinstance(layer, StatisticsNorm)
     names = [*inherited(target), *(("group_size", "synchronize") if ours and not remade else ())]
     arguments = dict(KINDS[to].defaults) | {name: getattr(layer, name) for name in names if hasattr(layer, name)}

@@ -11,7 +11,8 @@ from wellcond.nn.whitened.eigen import EigenConv2d, EigenLinear
 from wellcond.nn.whitened.gwnn import GeneralizedWhitenedConv2d, GeneralizedWhitenedLinear
 from wellcond.nn.whitened.linear_maps import AmortizedConv2d, AmortizedLinear
 from wellcond.nn.whitened.wnn import WhitenedConv2d, WhitenedLinear
-from wellcond.runtime.checks import Predicate, checked
+from wellcond.runtime.checks import Predicate, check_choice, checked
+from wellcond.runtime.texts import quoted_names
 
 # Of each kind, what stands for a linear layer and for a convolution.
 _KINDS: dict[str, dict[type[nn.Module], Any]] = {
@@ -63,10 +64,9 @@ def convert_layers(model: nn.Module, to: str, where: Predicate | None = None, **
         >>> type(convert_layers(model, to="plain")[0]).__name__
         'Conv2d'
     """
-    if to not in _KINDS:
-        raise ValueError(f"to must be one of {', '.join(map(repr, _KINDS))}, got {to!r}")
+    check_choice("to", to, _KINDS)
     if to == "plain" and options:
-        raise TypeError(f"to='plain' takes no options, got {', '.join(map(repr, options))}")
+        raise TypeError(f"to='plain' takes no options, got {quoted_names(options)}")
     kinds = _KINDS[to]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from wellcond.nn.convert.frozen import frozen_norms, fused_norms, is_frozen, lookalikes, thawed
-from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, disconnect, options_of
+from wellcond.nn.convert.kinds import DIMENSIONS, KINDS, arguments_for, connect, constructor_options, disconnect
 from wellcond.nn.convert.report import is_other_norm, keep_report
 from wellcond.nn.convert.single_values import RefuseSingleValues
-from wellcond.nn.convert.then_activation import Norm, fused_type, parts_of
+from wellcond.nn.convert.then_activation import NormClass, fused_type, parts_of
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.runtime.checks import Predicate, check_choice, check_positive_integer, checked
+from wellcond.runtime.texts import quoted_names
 
 
 class _Found(NamedTuple):
@@ -28,7 +29,7 @@ class _Found(NamedTuple):
 
 class _Change(NamedTuple):
     layer: nn.Module
-    to: Norm
+    to: NormClass
     state: dict[str, Any]
 
 
@@ -191,7 +192,7 @@ def _find(model: nn.Module, where: Predicate | None) -> list[_Found]:
     if any(any(each.selected) for each in found):
         return found
     if found:
-        first = _listed(found[0].names[:1])
+        first = quoted_names(found[0].names[:1])
         raise ValueError(f"`where` selects none of the model's {len(found)} batch normalizations ({first}, …)")
     others = Counter(type(module).__name__ for module in model.modules() if is_other_norm(module))
     kinds = ", ".join(f"{count} {name}" for name, count in others.items()) or "none at all"
@@ -232,7 +233,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     plain, fused = _plain_type(layer)
     if not all(found.selected):
         raise _NotConvertibleError(
-            f"is one layer under the names {_listed(found.names)}, of which `where` selects only some"
+            f"is one layer under the names {quoted_names(found.names)}, of which `where` selects only some"
         )
     target = KINDS[to].layers[DIMENSIONS[plain]]
     if target is None:
@@ -250,7 +251,7 @@ def _plan(found: _Found, to: str, options: Mapping[str, Any]) -> _Change | None:
     return _Change(layer, target if fused is None else fused_type(target, fused), _merge(layer, plain, new))
 
 
-def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
+def _plain_type(layer: _BatchNorm) -> tuple[NormClass, NormClass | None]:
     """Return the type that normalizes, and timm's type that adds an activation to it, if there is one."""
     kind = type(layer)
     if kind in DIMENSIONS:
@@ -272,14 +273,16 @@ def _plain_type(layer: _BatchNorm) -> tuple[Norm, Norm | None]:
     )
 
 
-def _check_state(layer: _BatchNorm, target: Norm) -> None:
+def _check_state(layer: _BatchNorm, target: NormClass) -> None:
     """Refuse what a constructor would not have made, and what the target has no place for."""
     overridden = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
     if overridden:
-        raise _NotConvertibleError(f"has its own {_listed(overridden)}, set on this one object")
+        raise _NotConvertibleError(f"has its own {quoted_names(overridden)}, set on this one object")
     computed = [name for name in ("weight", "bias") if name not in layer._parameters]
     if computed:
-        raise _NotConvertibleError(f"computes its {_listed(computed)} (as pruning does): make that permanent first")
+        raise _NotConvertibleError(
+            f"computes its {quoted_names(computed)} (as pruning does): make that permanent first"
+        )
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(layer, name)
         if tensor is not None and tensor.shape != (layer.num_features,):
@@ -293,14 +296,14 @@ def _check_state(layer: _BatchNorm, target: Norm) -> None:
             f"has track_running_stats={layer.track_running_stats}, which contradicts its buffers: "
             "set running_mean and running_var to None, or track_running_stats back to True, first"
         )
-    if layer.running_mean is None and "track_running_stats" not in options_of(target):
+    if layer.running_mean is None and "track_running_stats" not in constructor_options(target):
         raise _NotConvertibleError(
             f"has no running statistics (track_running_stats=False), which {target.__name__} needs: "
             "convert to 'bn' with track_running_stats=True and let it see data first"
         )
 
 
-def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mapping[str, Any]) -> nn.Module:
+def _build(layer: _BatchNorm, plain: NormClass, target: NormClass, to: str, options: Mapping[str, Any]) -> nn.Module:
     """Make a layer of the target type with the arguments that the given layer was made with, and the options."""
     ours = isinstance(layer, StatisticsNorm)
     arguments = arguments_for(layer, target is plain, to, target, options)
@@ -314,7 +317,7 @@ def _build(layer: _BatchNorm, plain: Norm, target: Norm, to: str, options: Mappi
             raise ValueError(f"num_groups={arguments['num_groups']} does not divide {layer.num_features} channels")
         return target(num_channels=layer.num_features, **arguments)
     new = target(layer.num_features, **arguments)
-    if isinstance(new, StatisticsNorm) and "momentum" not in options_of(target):
+    if isinstance(new, StatisticsNorm) and "momentum" not in constructor_options(target):
         new.momentum = layer.momentum
     return new
 
@@ -338,7 +341,7 @@ def _take_statistics(new: _BatchNorm, layer: _BatchNorm, options: Mapping[str, A
     new.train(layer.training)
 
 
-def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
+def _merge(layer: _BatchNorm, plain: NormClass, new: nn.Module) -> dict[str, Any]:
     """Return the state of `layer` with what makes it a `plain` layer replaced by what makes `new` one of its kind."""
     of_plain = _blank(plain)
     of_module = vars(nn.Module())
@@ -360,9 +363,9 @@ def _merge(layer: _BatchNorm, plain: Norm, new: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _blank(plain: Norm) -> nn.Module:
+def _blank(plain: NormClass) -> nn.Module:
     """Make a layer of a type, to see what belongs to it."""
-    required = [name for name, argument in options_of(plain).items() if argument.default is argument.empty]
+    required = [name for name, argument in constructor_options(plain).items() if argument.default is argument.empty]
     return plain(2, **dict.fromkeys(required, 1))  # Half of them is still one.
 
 
@@ -370,11 +373,7 @@ def _blank(plain: Norm) -> nn.Module:
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    taken = [name for name in options_of(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
+    taken = [name for name in constructor_options(KINDS[to].layers[1]) if name not in KINDS[to].fixed]
     unknown = [name for name in options if name not in taken]
     if unknown:
-        raise TypeError(f"convert_norm(to={to!r}) takes the options {_listed(taken)}, got {_listed(unknown)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+        raise TypeError(f"convert_norm(to={to!r}) takes the options {quoted_names(taken)}, got {quoted_names(unknown)}")

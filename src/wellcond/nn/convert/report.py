@@ -18,7 +18,7 @@ _LOG = logging.getLogger("wellcond")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What one call did to a model's normalizations; `conversion_report` returns it, `str` is a table of it.
+    """The changes of one call to a model's normalizations; `conversion_report` returns it, `str` is a table of it.
 
     Attributes:
         call: Such as ``"convert_norm(to='bsr')"``.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Norm: TypeAlias = type[nn.Module]
+NormClass: TypeAlias = type[nn.Module]
 
 
 class ThenActivation(nn.Module):
@@ -18,8 +18,8 @@ class ThenActivation(nn.Module):
     layer, and, where it still is a batch normalization, an instance of timm's class, too.
     """
 
-    normalization: ClassVar[Norm]
-    original: ClassVar[Norm]
+    normalization: ClassVar[NormClass]
+    original: ClassVar[NormClass]
     drop: nn.Module
     act: nn.Module
 
@@ -35,10 +35,10 @@ class ThenActivation(nn.Module):
         return _empty_fused, (self.normalization, self.original), *reduced[2:]
 
 
-FUSED: dict[tuple[Norm, Norm], Norm] = {}
+FUSED: dict[tuple[NormClass, NormClass], NormClass] = {}
 
 
-def fused_type(normalization: Norm, original: Norm) -> Norm:
+def fused_type(normalization: NormClass, original: NormClass) -> NormClass:
     """Return the type that normalizes as the first and then acts as the second, a timm type."""
     if normalization is nn.BatchNorm2d:
         return original
@@ -51,7 +51,7 @@ def fused_type(normalization: Norm, original: Norm) -> Norm:
     return FUSED[normalization, original]
 
 
-def parts_of(layer: nn.Module) -> tuple[Norm, Norm] | None:
+def parts_of(layer: nn.Module) -> tuple[NormClass, NormClass] | None:
     """Return the type that normalizes and timm's type that acts after it; None if a layer is not one of theirs."""
     kind = type(layer)
     if isinstance(layer, ThenActivation) and kind is FUSED.get((layer.normalization, layer.original)):
@@ -64,7 +64,7 @@ def timm_class(name: str) -> Any:
     return getattr(sys.modules.get("timm.layers.norm_act"), name, None)
 
 
-def _empty_fused(normalization: Norm, original: Norm) -> nn.Module:
+def _empty_fused(normalization: NormClass, original: NormClass) -> nn.Module:
     """Make a layer for `pickle` and `copy` to fill."""
     fused = fused_type(normalization, original)
     return fused.__new__(fused)

@@ -29,8 +29,8 @@ from wellcond.runtime.checks import LARGEST_SIZE, check_positive_integer
 from wellcond.runtime.ranks import Ranks
 
 
-class Batch(NamedTuple):
-    """A training batch as a layer sees it.
+class BatchStatistics(NamedTuple):
+    """The statistics of a training batch that a layer normalizes with.
 
     Attributes:
         moments: Of each channel over the batch, [C], or over each ghost group, [groups, C].
@@ -171,7 +171,7 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
             input, self.running_mean, self.running_var, self._weight(), self._bias(), False, 0.0, self.eps
         )
 
-    def observe(self, input: Tensor, with_instances: bool = False) -> Batch:
+    def observe(self, input: Tensor, with_instances: bool = False) -> BatchStatistics:
         """Return the batch's moments, without a graph.
 
         Args:
@@ -193,7 +193,7 @@ class StatisticsNorm(KeptStatistics, _BatchNorm):
                     moments = _merge_over_ranks(moments, ranks)
                     all_reduce = ranks.total
                     samples = torch.as_tensor(moments.elements).squeeze() / max(positions(input), 1)
-        return Batch(moments, sizes, samples, all_reduce, instances)
+        return BatchStatistics(moments, sizes, samples, all_reduce, instances)
 
     def merged(self, instances: Moments) -> tuple[Moments, Moments]:
         """Return the batch's moments, with the graph that its instances' have.

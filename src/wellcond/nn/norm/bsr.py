@@ -18,7 +18,7 @@ from wellcond.nn.functional.batch_statistics_regression import (
     solve_var,
 )
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import Batch
+from wellcond.nn.norm.base import BatchStatistics
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.runtime.checks import checked
 from wellcond.runtime.ranks import Ranks
@@ -134,7 +134,7 @@ class BSRBatchNorm(InstanceInference):
         # Torch's kernel takes no ε of 0, as old checkpoints of frozen layers have it.
         return self.exact and self.group_size is None and self.synchronize is False and self.eps > 0
 
-    def _regress(self, batch: Batch) -> None:
+    def _regress(self, batch: BatchStatistics) -> None:
         """Add a batch to the sums (3.13)."""
         if not self.updates:
             return

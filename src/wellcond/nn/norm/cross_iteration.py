@@ -13,11 +13,12 @@ from wellcond.nn.functional.live import live_moments, normalize_with
 from wellcond.nn.norm.base import StatisticsNorm
 from wellcond.nn.norm.compensation import Handover, Slopes, moved_moments, slopes_of
 from wellcond.nn.norm.history import PastStatistics, before_update
-from wellcond.nn.norm.outline import Before, find_before
+from wellcond.nn.norm.outline import PrecedingLayer, find_before
 from wellcond.nn.norm.window import empty_where_missing, filled, replace_oldest
 from wellcond.numerics.moments import Moments, ghost_sizes, spread_samples
 from wellcond.runtime.checks import check_positive_integer, checked
 from wellcond.runtime.ranks import Ranks
+from wellcond.runtime.texts import quoted_names
 
 _MOMENTS = ("past_mean", "past_var")
 _SLOPES = ("past_mean_at", "past_var_at", "past_mean_slope", "past_var_slope")
@@ -99,7 +100,7 @@ class CrossIterationBatchNorm(StatisticsNorm):
         """Whether the layer knows the one before it."""
         return self._handover is not None
 
-    def connect(self, name: str, before: Before | None) -> None:
+    def connect(self, name: str, before: PrecedingLayer | None) -> None:
         """Say which layer comes before; `connect_cross_iteration` does this.
 
         Args:
@@ -263,7 +264,7 @@ def connect_cross_iteration(model: nn.Module, predecessors: Mapping[str, str] | 
         )
     connected: dict[str, str] = {}
     for name, before in found.items():
-        assert isinstance(before, Before)
+        assert isinstance(before, PrecedingLayer)
         layers[name].connect(name, before)
         connected[name] = before.name
     return connected
@@ -308,15 +309,17 @@ def not_after_a_layer(model: nn.Module, norms: Mapping[str, nn.Module], options:
 
 def _given(
     model: nn.Module, layers: Mapping[str, CrossIterationBatchNorm], predecessors: Mapping[str, str]
-) -> dict[str, Before | str]:
+) -> dict[str, PrecedingLayer | str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     if set(predecessors) != set(layers):
-        names = ", ".join(map(repr, layers))
+        names = quoted_names(layers)
         raise ValueError(f"predecessors must name a layer for each of {names}, got {list(predecessors)}")
     unknown = [name for name in predecessors.values() if name not in modules]
     if unknown:
         raise ValueError(f"predecessors must be modules of the model, got {unknown[0]!r}")
-    return {name: Before.checked(before, modules[before], layers[name]) for name, before in predecessors.items()}
+    return {
+        name: PrecedingLayer.checked(before, modules[before], layers[name]) for name, before in predecessors.items()
+    }
 
 
 class CrossIterationBatchNorm1d(CrossIterationBatchNorm, nn.BatchNorm1d):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wellcond.nn.functional.normalize import normalize
-from wellcond.nn.norm.base import Batch
+from wellcond.nn.norm.base import BatchStatistics
 from wellcond.nn.norm.instance import InstanceInference
 from wellcond.numerics.moments import spread_samples
 from wellcond.runtime.checks import checked
@@ -104,7 +104,7 @@ class EvalNorm(InstanceInference):
             input, own.mean, own.var, self.weight, self.bias, self.eps, own, 1.0, batch.sizes, batch.all_reduce
         )
 
-    def _learn(self, batch: Batch) -> None:
+    def _learn(self, batch: BatchStatistics) -> None:
         """Descend the gradient of Σ (f_μ − μ_B)²/σ² + ((f_σ − σ²_B)/σ²)², each step relative to the curvature."""
         assert batch.instances is not None
         assert self.running_mean is not None

@@ -17,7 +17,7 @@ from wellcond.runtime.tracing import may_be_repeated
 
 
 class PastStatistics:
-    """What recent batches were normalized with, for layers whose statistics depend on earlier batches.
+    """The statistics that recent batches were normalized with, for layers that depend on earlier batches.
 
     Activation checkpointing runs a forward pass again after the history has moved on; the batch is recognized by its
     own mean, and gets what it had. Of several batches with equal means, the latest is taken first, as a backward pass

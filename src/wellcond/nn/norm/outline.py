@@ -62,7 +62,7 @@ def trace_outline(model: nn.Module, is_layer: Callable[[nn.Module], bool], advic
 
 
 @dataclass(frozen=True)
-class Before:
+class PrecedingLayer:
     """The layer right before a normalization.
 
     Attributes:
@@ -74,7 +74,7 @@ class Before:
     layer: nn.Module
 
     @classmethod
-    def checked(cls, name: str, layer: nn.Module, norm: nn.Module) -> Before | str:
+    def checked(cls, name: str, layer: nn.Module, norm: nn.Module) -> PrecedingLayer | str:
         """Return a layer as the one before a normalization, or the reason why it cannot be that."""
         kind = type_before_parametrizations(layer)
         if kind not in _LINEAR:
@@ -85,7 +85,7 @@ class Before:
         return cls(name, layer)
 
 
-def find_before(model: nn.Module, norms: Mapping[str, nn.Module], advice: str) -> dict[str, Before | str]:
+def find_before(model: nn.Module, norms: Mapping[str, nn.Module], advice: str) -> dict[str, PrecedingLayer | str]:
     """Find the linear layer or convolution right before each normalization.
 
     Args:
@@ -107,7 +107,7 @@ def find_before(model: nn.Module, norms: Mapping[str, nn.Module], advice: str) -
     calls = [node for node in graph.nodes if node.op == "call_module"]
     counts = Counter(modules[str(node.target)] for node in calls)
     sources = {modules[str(node.target)]: node.all_input_nodes[0] for node in calls if node.all_input_nodes}
-    found: dict[str, Before | str] = {}
+    found: dict[str, PrecedingLayer | str] = {}
     for name, norm in norms.items():
         if counts[norm] != 1:
             found[name] = f"is called {counts[norm]} times in a forward pass, not once"
@@ -118,7 +118,7 @@ def find_before(model: nn.Module, norms: Mapping[str, nn.Module], advice: str) -
 
 def _before(
     norm: nn.Module, source: fx.Node, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, int]
-) -> Before | str:
+) -> PrecedingLayer | str:
     if source.op != "call_module":
         what = "the model's input" if source.op == "placeholder" else f"{source.name!r}"
         return f"comes after {what}, not right after an nn.Linear or nn.Conv1d/2d/3d"
@@ -126,4 +126,4 @@ def _before(
     layer = modules[name]
     if calls[layer] != 1:
         return f"comes after {name!r}, which is called {calls[layer]} times in a forward pass, not once"
-    return Before.checked(name, layer, norm)
+    return PrecedingLayer.checked(name, layer, norm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wellcond.nn.functional.fusion import Unfusible
 from wellcond.nn.functional.live import Carried, live_moments, normalize_with
 from wellcond.nn.norm.base import StatisticsNorm
-from wellcond.numerics.moments import Moments, merge, positions, unbiased
+from wellcond.numerics.moments import Moments, merge_moments, positions, unbiased
 from wellcond.runtime.checks import checked
 
 NORMALIZERS = ("in", "ln", "bn")
@@ -160,7 +160,7 @@ class SwitchableNorm(Unfusible, StatisticsNorm):
         """Normalize with Σ w μ and Σ w' σ² of the instance, of the layer and of the batch."""
         own = {"in": instances}
         if "ln" in self.normalizers:
-            own["ln"] = self._own_var(merge(instances, dim=1, keepdim=True), instances)
+            own["ln"] = self._own_var(merge_moments(instances, dim=1, keepdim=True), instances)
         if batch is not None:
             own["bn"] = batch
         shares = self.ratios()

@@ -29,7 +29,7 @@ _COUNTS = ("steps", "failed_refreshes", "recomputes")
 
 
 class ScheduleOptions(TypedDict, total=False):
-    """When statistics are taken and constants renewed; see `WhitenedLinear`."""
+    """The steps at which statistics are taken and constants renewed; see `WhitenedLinear`."""
 
     damping: float
     damping_mode: DampingMode

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class EigenOptions(WhiteningOptions, total=False):
-    """How inputs and errors are whitened; see `EigenLinear`."""
+    """Options of the whitening of inputs and errors; see `EigenLinear`."""
 
     error_damping: float | None
 

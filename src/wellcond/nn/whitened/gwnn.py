@@ -13,7 +13,7 @@ from wellcond.nn.whitened.plain_layers import arguments_of, check_convolution, c
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
 from wellcond.runtime.autocast import without_autocast
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import check_choice, check_positive_integer, checked
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -22,7 +22,7 @@ Directions = Literal["nearest", "pca"]
 
 
 class GeneralizedOptions(ScheduleOptions, total=False):
-    """How the output is whitened; see `GeneralizedWhitenedLinear`."""
+    """Options of the output's whitening; see `GeneralizedWhitenedLinear`."""
 
     directions: Directions
 
@@ -37,8 +37,7 @@ class GeneralizedWhitenedLayer(AmortizedLayer):
     def configure(self, outputs: int, directions: Directions = "nearest", **schedule: Any) -> None:
         """Check and keep the options, and start with the first outputs of the plain layer."""
         self.set_schedule(**schedule)
-        if directions not in get_args(Directions):
-            raise ValueError(f"directions must be one of 'nearest', 'pca', got {directions!r}")
+        check_choice("directions", directions, get_args(Directions))
         self.directions = directions
         self._outputs = outputs
         self.start()

@@ -14,7 +14,7 @@ from wellcond.nn.whitened.plain_layers import check_convolution, check_linear
 from wellcond.nn.whitened.running_covariance import RunningCovariance
 from wellcond.numerics.linalg import damped_eigenvalues, try_eigh
 from wellcond.runtime.autocast import without_autocast
-from wellcond.runtime.checks import check_positive_integer, checked
+from wellcond.runtime.checks import check_choice, check_positive_integer, checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,7 +23,7 @@ Whitening = Literal["zca", "pca"]
 
 
 class WhiteningOptions(ScheduleOptions, total=False):
-    """How the input is whitened; see `WhitenedLinear`."""
+    """Options of the input's whitening; see `WhitenedLinear`."""
 
     whitening: Whitening
     components: int | None
@@ -39,8 +39,7 @@ class WhitenedLayer(AmortizedLayer):
     def configure(self, whitening: Whitening = "zca", components: int | None = None, **schedule: Any) -> None:
         """Check and keep the options, and start as the plain layer."""
         self.set_schedule(**schedule)
-        if whitening not in get_args(Whitening):
-            raise ValueError(f"whitening must be one of 'zca', 'pca', got {whitening!r}")
+        check_choice("whitening", whitening, get_args(Whitening))
         self.whitening = whitening
         width = self.layout.matrix(self, self.weight).flatten(2).shape[2]
         if components is not None:

@@ -20,7 +20,7 @@ from wellcond.transforms.base import State
 
 @dataclass(frozen=True)
 class Power:
-    """Which power of a second moment is wanted, and how: see `wellcond.numerics.linalg.symmetric_power`."""
+    """The wanted power of a second moment, and its solver: see `wellcond.numerics.linalg.symmetric_power`."""
 
     exponent: float
     damping: float
@@ -29,8 +29,8 @@ class Power:
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """What is known of the eigenvalues of a factor's moment.
+class Eigendecomposition:
+    """The known eigenvalues of a factor's moment, with their directions.
 
     Attributes:
         directions: Eigenvectors, shape [groups, width, r].
@@ -152,11 +152,11 @@ class MatrixFactor(Factor):
     """A symmetric matrix per group whose leading eigenvectors can be told, and whose power can be written by them."""
 
     @abstractmethod
-    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+    def spectrum(self, state: State, mass: Tensor) -> Eigendecomposition | None:
         """Diagonalize the moving average, as far as it is kept; None if that fails."""
 
     @abstractmethod
-    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+    def assembled(self, spectrum: Eigendecomposition, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
         """Write a power as it is kept.
 
         Args:
@@ -201,12 +201,12 @@ class WholeFactor(MatrixFactor):
         # In one memory layout, whatever the solver returned: products after a resume then agree bit for bit.
         return None if result is None else {"preconditioner": result.contiguous()}
 
-    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+    def spectrum(self, state: State, mass: Tensor) -> Eigendecomposition | None:
         """Diagonalize it."""
         found = try_eigh(self.tensor(state, "second_moment") / mass)
-        return None if found is None else Spectrum(found[1].contiguous(), found[0], None)
+        return None if found is None else Eigendecomposition(found[1].contiguous(), found[0], None)
 
-    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+    def assembled(self, spectrum: Eigendecomposition, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
         """Multiply it out."""
         return {"preconditioner": (spectrum.directions * gains.unsqueeze(-2)) @ spectrum.directions.mT}
 
@@ -255,7 +255,7 @@ class _LowRankFactor(MatrixFactor):
         matrix.baddbmm_(inner, directions.mT)
         return matrix.mul_(self.tensor(state, "tail").view(-1, 1, 1)) if scaled else matrix
 
-    def assembled(self, spectrum: Spectrum, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
+    def assembled(self, spectrum: Eigendecomposition, gains: Tensor, tail_gain: Tensor | None) -> dict[str, Tensor]:
         """Keep the directions."""
         assert tail_gain is not None
         return spectrum.kept | self.power_tensors(spectrum.directions, gains, tail_gain)
@@ -293,14 +293,14 @@ class TruncatedFactor(_LowRankFactor):
         )
         return None if found is None else self.power_tensors(*found)
 
-    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+    def spectrum(self, state: State, mass: Tensor) -> Eigendecomposition | None:
         """Diagonalize the moment; all eigenvalues but the leading ones become their mean."""
         found = try_eigh(self.tensor(state, "second_moment") / mass)
         if found is None:
             return None
         eigenvalues, directions = found
         tail = eigenvalues[..., : -self.rank].mean(dim=-1)
-        return Spectrum(directions[..., -self.rank :].contiguous(), eigenvalues[..., -self.rank :], tail)
+        return Eigendecomposition(directions[..., -self.rank :].contiguous(), eigenvalues[..., -self.rank :], tail)
 
     @property
     def cost(self) -> float:
@@ -356,14 +356,14 @@ class SketchedFactor(_LowRankFactor):
         directions, eigenvalues, _, gains, tail = found
         return self._next(directions, eigenvalues, mass) | self.power_tensors(directions, gains, tail)
 
-    def spectrum(self, state: State, mass: Tensor) -> Spectrum | None:
+    def spectrum(self, state: State, mass: Tensor) -> Eigendecomposition | None:
         """Take the eigenvectors of the Nyström approximation."""
         sketch, basis = self.tensor(state, "sketch") / mass, self.tensor(state, "basis")
         found = try_low_rank_power(sketch, basis, self.tensor(state, "trace") / mass, 1.0, damping_mode="absolute")
         if found is None:
             return None
         directions, eigenvalues, tail, _, _ = found
-        return Spectrum(directions.contiguous(), eigenvalues, tail, self._next(directions, eigenvalues, mass))
+        return Eigendecomposition(directions.contiguous(), eigenvalues, tail, self._next(directions, eigenvalues, mass))
 
     def _next(self, directions: Tensor, eigenvalues: Tensor, mass: Tensor) -> dict[str, Tensor]:
         """Return what M times the new basis is, as far as M is known: the average goes on from there."""

@@ -50,7 +50,7 @@ class Scratch:
 
 
 class Form(ABC):
-    """How one weight's second moment is observed, factorized and applied.
+    """Observes, factorizes and applies one weight's second moment.
 
     Args:
         layer: The layer that stands for all uses of the weight.
@@ -182,18 +182,7 @@ class Form(ABC):
     def multiply(
         self, state: State, weight: Tensor, bias: Tensor | None, scratch: Scratch, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Do what `apply` does, with the factors as they are kept.
-
-        Args:
-            state: The slot's state.
-            weight: Shape [groups, out, *inputs], in the precision of the statistics; may be overwritten.
-            bias: Shape [groups, out], or None.
-            scratch: Memory for the result.
-            scaled: Whether a common positive factor matters.
-
-        Returns:
-            Both, of the same shapes; valid until the next call with this scratch.
-        """
+        """Do what `apply` does, of the same arguments, with the factors as they are kept."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -31,7 +31,7 @@ from wellcond.transforms.preconditioner.kronecker import KroneckerForm
 from wellcond.transforms.preconditioner.tap_blocks import TapBlocksForm
 from wellcond.transforms.preconditioner.tied import TiedForm
 
-SecondMoment = Literal["auto", "dense", "kronecker", "blocks", "low_rank"]
+MomentForm = Literal["auto", "dense", "kronecker", "blocks", "low_rank"]
 
 # By default, a wider matrix is sketched where it may be.
 DEFAULT_MAX_DIM = 1024
@@ -104,7 +104,7 @@ class RowsForm(Form):
 
 
 def choose_form(
-    uses: Sequence[Layer], bias: bool, kind: SecondMoment, max_dim: int | None, rank: int | None, exponent: float
+    uses: Sequence[Layer], bias: bool, kind: MomentForm, max_dim: int | None, rank: int | None, exponent: float
 ) -> Form:
     """Choose the form of a weight's second moment.
 

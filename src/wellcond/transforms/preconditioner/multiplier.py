@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from wellcond.layouts import Layer
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.base import Slot
 from wellcond.transforms.preconditioner.form import Scratch
-from wellcond.transforms.preconditioner.norm_recovery import Norm, Norms, norm_ratios
+from wellcond.transforms.preconditioner.norm_recovery import NormRecovery, Norms, norm_ratios
 from wellcond.transforms.preconditioner.outputs import whiten_outputs
 from wellcond.transforms.preconditioner.place import Place
-from wellcond.transforms.preconditioner.precision import Precision, product_dtype, statistics_dtype, tensor_cores
-from wellcond.transforms.preconditioner.products import Product, alike, scale
+from wellcond.transforms.preconditioner.precision import Precision, layer_dtype, product_dtype, tensor_cores
+from wellcond.transforms.preconditioner.products import ChangedGradient, alike, scale
 from wellcond.transforms.preconditioner.solves import form_of, tensor_of
-from wellcond.transforms.sharding import is_sharded, local, rows_are_whole
+from wellcond.transforms.sharding import local, rows_are_whole
 
 
 @dataclass(frozen=True)
 class Rule:
     """The options of a preconditioner that its products depend on, as `FeaturePreconditioner` has them."""
 
-    norm: Norm
+    norm: NormRecovery
     precision: Precision
     outputs: bool
     stats_every: int
@@ -64,7 +65,7 @@ class Multiplier:
         return Place(
             slot,
             form_of(slot),
-            statistics_dtype(layer),
+            layer_dtype(layer),
             product_dtype(layer, self._rule.precision),
             sharded,
             is_sharded(layer.weight) and by_rows(layer, self._rule.outputs),
@@ -76,7 +77,7 @@ class Multiplier:
             for places in self._alike:
                 self._multiply_alike([self._opened(place) for place in places])
 
-    def _multiply_alike(self, products: Sequence[Product]) -> None:
+    def _multiply_alike(self, products: Sequence[ChangedGradient]) -> None:
         """Ĝ = G T for weights of one precision on one device: few calls for all of them together."""
         norm = self._rule.norm
         before: Norms | None = None
@@ -97,7 +98,7 @@ class Multiplier:
             for kept in product.kept:
                 kept.write()
 
-    def _opened(self, place: Place) -> Product:
+    def _opened(self, place: Place) -> ChangedGradient:
         """View one weight's gradient, and its bias's if they go together, as what is to be multiplied."""
         slot = place.slot
         layer, bias = slot.layer, slot.bias
@@ -110,9 +111,9 @@ class Multiplier:
             weight = self._averaged(slot, "gradient_momentum", layer.matrix, weight)
             if column is not None:
                 column = self._averaged(slot, "gradient_momentum_of_bias", layer.bias_matrix, column)
-        return Product(place, weight, column)
+        return ChangedGradient(place, weight, column)
 
-    def _multiply(self, product: Product, before: Norms | None = None, *, at_once: bool = False) -> None:
+    def _multiply(self, product: ChangedGradient, before: Norms | None = None, *, at_once: bool = False) -> None:
         """Multiply one weight, and write or keep the result, scaled to its norm at once or not."""
         rule, scratch, place = self._rule, self._scratch, product.place
         weight, column, dtype = product.weight, product.bias, place.product_dtype

@@ -13,8 +13,8 @@ from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.place import Place
 from wellcond.transforms.sharding import sum_over_shards
 
-Norm = Literal["restore", "fixed", "none"]
-Parts = Sequence[tuple[Tensor, "Tensor | None"]]
+NormRecovery = Literal["restore", "fixed", "none"]
+GradientPairs = Sequence[tuple[Tensor, "Tensor | None"]]
 
 
 class Norms:
@@ -26,7 +26,7 @@ class Norms:
         scratch: Where a zero is kept.
     """
 
-    def __init__(self, parts: Parts, dtype: torch.dtype, scratch: Scratch) -> None:
+    def __init__(self, parts: GradientPairs, dtype: torch.dtype, scratch: Scratch) -> None:
         biases = [bias for _, bias in parts if bias is not None]
         norms = frobenius_norms([*(weight for weight, _ in parts), *biases], dtype)
         self.weights = norms[: len(parts)]

@@ -1,4 +1,4 @@
-"""What is known of a weight's gradient before any is there: in which precision, and by which ranks, it is treated."""
+"""Describes a weight's gradient before there is one: the precision and the ranks that treat it."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
-def statistics_dtype(layer: Layer) -> torch.dtype:
+def layer_dtype(layer: Layer) -> torch.dtype:
     """Return the precision in which a layer's statistics are kept: float32, or wider where its weight is wider."""
     return moments.statistics_dtype(layer.weight.dtype)
 
 
 def product_dtype(layer: Layer, precision: Precision) -> torch.dtype:
     """Return the dtype in which a layer's gradient is multiplied: bfloat16, or that of its statistics."""
-    return torch.bfloat16 if precision == "bfloat16" else statistics_dtype(layer)
+    return torch.bfloat16 if precision == "bfloat16" else layer_dtype(layer)
 
 
 @contextmanager

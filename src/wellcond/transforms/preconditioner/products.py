@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wellcond.layouts.unusual import is_sharded
 from wellcond.transforms.preconditioner.form import Scratch
 from wellcond.transforms.preconditioner.norm_recovery import Norms, norm_ratios
 from wellcond.transforms.preconditioner.place import Place
-from wellcond.transforms.sharding import is_sharded, local, whole, write_whole
+from wellcond.transforms.sharding import local, whole, write_whole
 
-View = Callable[[Tensor], Tensor]
+MakeView = Callable[[Tensor], Tensor]
 
 # From this size on a layer's product is scaled while it is written: memory costs more than calls.
 SCALED_AT_ONCE = 1 << 18
@@ -25,7 +26,7 @@ class Kept:
 
     target: Tensor
     changed: Tensor
-    view: View
+    view: MakeView
 
     def write(self) -> None:
         """Write it, of a sharded gradient the own part."""
@@ -36,7 +37,7 @@ class Kept:
 
 
 @dataclass(eq=False)
-class Product:
+class ChangedGradient:
     """One layer's gradients, of its weight and of its bias, before and after the product.
 
     Attributes:
@@ -55,7 +56,9 @@ class Product:
     written: list[Tensor] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
 
-    def take(self, target: Tensor | None, view: Tensor, changed: Tensor, make_view: View, ratio: Tensor | None) -> None:
+    def take(
+        self, target: Tensor | None, view: Tensor, changed: Tensor, make_view: MakeView, ratio: Tensor | None
+    ) -> None:
         """Write a changed gradient through a view of its target, or keep a copy for later.
 
         Args:
@@ -95,7 +98,7 @@ def alike(places: Sequence[Place]) -> list[Sequence[Place]]:
     return list(groups.values())
 
 
-def scale(products: Sequence[Product], before: Norms | None, scratch: Scratch) -> None:
+def scale(products: Sequence[ChangedGradient], before: Norms | None, scratch: Scratch) -> None:
     """Give what is written, or kept, of some products the norm that they are to have.
 
     Args:

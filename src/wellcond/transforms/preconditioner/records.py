@@ -1,4 +1,4 @@
-"""What a form has summed, as the second moment of the layer's input: without the constant that stands for a bias."""
+"""Reads a form's sums as the second moment of the layer's input, without the constant that stands for a bias."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wellcond.runtime.checks import WellcondWarning
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Slot, WellcondWarning
+from wellcond.transforms.base import Slot
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Form
 
@@ -40,8 +41,8 @@ def count_of(slot: Slot, key: str) -> int:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """When factorizations are due.
+class SolveSchedule:
+    """The steps at which factorizations are due.
 
     Attributes:
         stats_every: Steps between two updates of a second moment.
@@ -49,7 +50,7 @@ class Schedule:
         warmup: Whether to factorize early too, after 1, 2, 4, … times ``stats_every`` steps below ``solve_every``.
 
     Example:
-        >>> schedule = Schedule(stats_every=2, solve_every=10, warmup=True)
+        >>> schedule = SolveSchedule(stats_every=2, solve_every=10, warmup=True)
         >>> [step for step in range(25) if schedule.due_until(step) > schedule.due_until(step - 1)]
         [0, 2, 4, 8, 10, 20]
     """

@@ -18,25 +18,25 @@ from torch import Tensor
 from wellcond.layouts import Layer
 from wellcond.moments.layer_moment import LayerMoment
 from wellcond.numerics.linalg import DAMPING_MODES, DampingMode, Solver, choose_solver
-from wellcond.runtime.checks import Predicate, check_fields, check_positive_integer
+from wellcond.runtime.checks import Predicate, WellcondWarning, check_choice, check_fields, check_positive_integer
 from wellcond.runtime.ranks import Ranks
-from wellcond.transforms.base import Coverage, GradientTransform, Slot, State, WellcondWarning, check_choice
+from wellcond.transforms.base import Coverage, GradientTransform, Slot, State
 from wellcond.transforms.preconditioner.factors import Power
 from wellcond.transforms.preconditioner.form import Scratch
-from wellcond.transforms.preconditioner.forms import SecondMoment, choose_form
+from wellcond.transforms.preconditioner.forms import MomentForm, choose_form
 from wellcond.transforms.preconditioner.multiplier import Multiplier, Rule, by_rows
-from wellcond.transforms.preconditioner.norm_recovery import Norm
+from wellcond.transforms.preconditioner.norm_recovery import NormRecovery
 from wellcond.transforms.preconditioner.outputs import TwoSidedForm
-from wellcond.transforms.preconditioner.precision import PRECISIONS, Precision, product_dtype, statistics_dtype
+from wellcond.transforms.preconditioner.precision import PRECISIONS, Precision, layer_dtype, product_dtype
 from wellcond.transforms.preconditioner.records import averages_of, layer_moment
-from wellcond.transforms.preconditioner.solves import Schedule, count_of, form_of, solve, tensor_of
+from wellcond.transforms.preconditioner.solves import SolveSchedule, count_of, form_of, solve, tensor_of
 from wellcond.transforms.preconditioner.tied import is_embedding_and_linear
 from wellcond.transforms.sharding import is_sharded_by_first_axis
 
 
 @dataclass(frozen=True)
 class FeaturePreconditioner(GradientTransform):
-    """What `FeatureDescent` and `FeatureWhitening` share: Ĝ = G · (M + damping)^(−p), M = E[x xᵀ] of the layer's input.
+    """The base of `FeatureDescent` and `FeatureWhitening`: Ĝ = G · (M + damping)^(−p), M = E[x xᵀ] of a layer's input.
 
     Args:
         damping: ε, added to M's eigenvalues.
@@ -89,14 +89,14 @@ class FeaturePreconditioner(GradientTransform):
     restore_norm: bool | None = None
     norm_layers: bool = False
     solve_warmup: bool = True
-    second_moment: SecondMoment = "auto"
+    second_moment: MomentForm = "auto"
     max_dim: int | None = None
     solver: Solver = "auto"
     precision: Precision = "float32"
     where: Predicate | None = None
     rank: int | None = None
     gradient_momentum: float = 0.0
-    norm: Norm | None = None
+    norm: NormRecovery | None = None
     outputs: bool = False
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class FeaturePreconditioner(GradientTransform):
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise ValueError(f"{share} must be in [0, 1), got {value!r}")
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
-        check_choice("second_moment", self.second_moment, get_args(SecondMoment))
+        check_choice("second_moment", self.second_moment, get_args(MomentForm))
         check_choice("precision", self.precision, PRECISIONS)
         check_positive_integer("stats_every", self.stats_every)
         check_positive_integer("solve_every", self.solve_every)
@@ -125,12 +125,12 @@ class FeaturePreconditioner(GradientTransform):
 
     def _choose_norm(self) -> None:
         """Set ``norm`` from either of its names."""
-        older: dict[bool | None, Norm] = {None: "restore", True: "restore", False: "none"}
+        older: dict[bool | None, NormRecovery] = {None: "restore", True: "restore", False: "none"}
         if not (self.restore_norm is None or isinstance(self.restore_norm, bool)):
             raise ValueError(f"restore_norm must be True, False or None, got {self.restore_norm!r}")
         if self.norm is None:
             object.__setattr__(self, "norm", older[self.restore_norm])
-        check_choice("norm", self.norm, get_args(Norm))
+        check_choice("norm", self.norm, get_args(NormRecovery))
         if self.restore_norm is not None and self.norm != older[self.restore_norm]:
             raise ValueError(
                 f"norm={self.norm!r} and restore_norm={self.restore_norm} contradict each other: give norm alone"
@@ -158,10 +158,10 @@ class FeaturePreconditioner(GradientTransform):
         form = choose_form(uses, bias, self.second_moment, self.max_dim, self.rank, -self.exponent)
         if self.outputs:
             form = TwoSidedForm(form, layer, self.max_dim)
-        size = form.state_bytes(statistics_dtype(layer), product_dtype(layer, self.precision))
+        size = form.state_bytes(layer_dtype(layer), product_dtype(layer, self.precision))
         if self.gradient_momentum:
             averaged = layer.weight.numel() + (layer.bias.numel() if bias and layer.bias is not None else 0)
-            size += averaged * statistics_dtype(layer).itemsize
+            size += averaged * layer_dtype(layer).itemsize
         start = ", before its parametrization" if "parametrizations." in layer.name else ""
         return Coverage(True, f"preconditioned, {form.describe()}{start}", bias=bias, state_bytes=size, plan=form)
 
@@ -182,7 +182,7 @@ class FeaturePreconditioner(GradientTransform):
     def init(self, slot: Slot) -> State:
         """Start from M = 0 and no preconditioner."""
         weight = slot.layer.weight
-        dtype = statistics_dtype(slot.layer)
+        dtype = layer_dtype(slot.layer)
         state: State = {
             **form_of(slot).start(dtype, product_dtype(slot.layer, self.precision), weight.device),
             # 1 − αⁿ after n updates: the moving average's share that is not its zero start.
@@ -222,7 +222,7 @@ class FeaturePreconditioner(GradientTransform):
         device_type = layer.weight.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             seen = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
-            sums = form_of(slot).observe(slot.state, layer, seen, statistics_dtype(slot.layer))
+            sums = form_of(slot).observe(slot.state, layer, seen, layer_dtype(slot.layer))
             finite = torch.stack([torch.isfinite(total).all() for total in sums]).all()
             return [*(total.masked_fill_(~finite, 0.0) for total in sums), (~finite).to(sums[0].dtype)]
 
@@ -242,7 +242,7 @@ class FeaturePreconditioner(GradientTransform):
                 slot.state["updated_at"] = step
             if step == 1 and slot.unseen is not None and count_of(slot, "updated_at") < 0:
                 unseen.append(slot.layer.module_name)
-        schedule = Schedule(self.stats_every, self.solve_every, self.solve_warmup)
+        schedule = SolveSchedule(self.stats_every, self.solve_every, self.solve_warmup)
         solve(schedule.whose_turn(slots), Power(-self.exponent, self.damping, self.damping_mode, self.solver), ranks)
         for slot in slots:
             slot.state["step"] = count_of(slot, "step") + 1

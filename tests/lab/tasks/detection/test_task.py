@@ -164,9 +164,9 @@ def test_batches_are_of_one_orientation_but_for_one():
 
 def test_validation_images_come_from_train_by_seed(plan):
     first, second = seed_data(plan), seed_data(plan, seed=1)
-    assert set(first.train) & set(first.held_out) == set()
-    assert {*first.train, *first.held_out} <= set(range(100, 112))
-    assert set(first.held_out) != set(second.held_out)
+    assert set(first.split.train) & set(first.split.validation) == set()
+    assert {*first.split.train, *first.split.validation} <= set(range(100, 112))
+    assert set(first.split.validation) != set(second.split.validation)
 
 
 def test_a_perfect_detector_scores_100_on_both_roles(plan):
@@ -183,7 +183,7 @@ def test_a_perfect_detector_scores_100_on_both_roles(plan):
     data = seed_data(plan)
     for role, images, ids in (
         ("test", plan.task.test, plan.task.test_ids),
-        ("validation", plan.task.pool, data.held_out),
+        ("validation", plan.task.pool, data.split.validation),
     ):
         evaluation = data.evaluate(Oracle(images, ids), role, Stopwatch(CPU))
         assert evaluation.score == pytest.approx(100.0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wellcond.lab.data.decoding import BrokenImageError, opened
+from wellcond.lab.data.decoding import BrokenImageError, opened_image
 from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.data.named_data import GET_COCO
 from wellcond.lab.data.splits import Indices
@@ -33,7 +33,7 @@ _LARGEST_SIDE = 65_535
 
 @dataclass(frozen=True)
 class CocoPaths:
-    """Where one part of a data set lies."""
+    """The files of one part of a data set."""
 
     annotations: Path
     images: Path
@@ -143,7 +143,7 @@ class CocoImages:
         """
         path = self.paths.images / self.truth.imgs[image_id]["file_name"]
         try:
-            with opened(path) as image:
+            with opened_image(path) as image:
                 pixels = np.array(image.convert("RGB"))
         except BrokenImageError as error:
             raise DataError(f"--data {path}: cannot be read ({error}); unpack it again") from error
@@ -181,7 +181,7 @@ class CocoImages:
         return self._digest
 
 
-class TrainingViews:
+class CocoTrainingViews:
     """Training images with their targets, mirrored at random.
 
     Args:
@@ -200,7 +200,7 @@ class TrainingViews:
         return pixels, target
 
 
-class EvaluationViews:
+class CocoEvaluationViews:
     """Images as they are.
 
     Args:

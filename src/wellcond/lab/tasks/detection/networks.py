@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-Norm = Literal["bn", "frozenbn", "gn", "sn", "ln"]
+DetectorNorm = Literal["bn", "frozenbn", "gn", "sn", "ln"]
 HeadNorm = Literal["gn", "sn"]
 
 # Shorter side 800 and at most 1333: the sources' images.
@@ -29,7 +29,7 @@ _ASPECTS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Width:
-    """How large a detector is beside its trunk.
+    """The sizes of a detector beside its trunk.
 
     Attributes:
         pyramid: Channels of the feature pyramid, and of the convolutions of the heads.
@@ -71,7 +71,7 @@ class DetectorSpec:
     description: str
     trunk: Trunk | SwinTrunk
     masks: bool
-    norm: Norm
+    norm: DetectorNorm
     head_norm: HeadNorm | None = None
     convolutional_head: bool = False
     width: Width = Width()
@@ -86,7 +86,7 @@ _CALLED = {
     "ln": "layer normalization",
 }
 # As names say it: the trunk's, then that of pyramid and heads where it is another.
-_NORMS: dict[str, tuple[Norm, HeadNorm | None]] = {
+_NORMS: dict[str, tuple[DetectorNorm, HeadNorm | None]] = {
     "": ("bn", None),
     "-frozenbn": ("frozenbn", None),
     "-gn": ("gn", "gn"),
@@ -201,12 +201,12 @@ def build_detector(spec: DetectorSpec, classes: int, image_size: int, weights: s
     return detector
 
 
-def _norm_layer(norm: Norm, groups: int) -> NormLayer:
+def _norm_layer(norm: DetectorNorm, groups: int) -> NormLayer:
     from torch import nn
 
     from wellcond.nn import SwitchableNorm2d
 
-    layers: dict[Norm, NormLayer] = {"gn": partial(nn.GroupNorm, groups), "sn": SwitchableNorm2d}
+    layers: dict[DetectorNorm, NormLayer] = {"gn": partial(nn.GroupNorm, groups), "sn": SwitchableNorm2d}
     return layers.get(norm, nn.BatchNorm2d)
 
 

@@ -16,27 +16,28 @@ from torch import Tensor, nn
 
 from wellcond.lab.data.batches import check_augmentation
 from wellcond.lab.data.decoding import check_images
-from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epoch_loader import EpochLoader, read_samples
 from wellcond.lab.data.epochs import Epochs
 from wellcond.lab.data.named_data import GET_COCO
-from wellcond.lab.data.splits import Indices, derived_seed, draw_apart
+from wellcond.lab.data.splits import Indices, Split, derived_seed, draw_apart, draw_test_numbers
 from wellcond.lab.data.streams import loading_processes
 from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.runs.training_options import SeedSpec
-from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.base import Defaults, DefaultsBySize, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
-from wellcond.lab.tasks.detection.coco import CocoImages, EvaluationViews, TrainingViews, find_coco
+from wellcond.lab.tasks.detection.coco import CocoEvaluationViews, CocoImages, CocoTrainingViews, find_coco
 from wellcond.lab.tasks.detection.networks import build_detector, select_detector
 from wellcond.lab.tasks.detection.scores import as_results, average_precision
-from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.given_data import DataTask, SplitSeed
 
 AUGMENTATIONS = ("none", "flip")
-# The source's network, schedule of 12 epochs and batch; from so many images on.
-_LARGE = 10_000
-_LARGE_DEFAULTS = Defaults(model="fasterrcnn-r50", epochs=12, batch_size=16, smallest_batch=1)
-_DEFAULTS = Defaults(model="fasterrcnn-tiny", epochs=12, batch_size=8, smallest_batch=1)
+_DEFAULTS = DefaultsBySize(
+    small=Defaults(model="fasterrcnn-tiny", epochs=12, batch_size=8, smallest_batch=1),
+    large=Defaults(model="fasterrcnn-r50", epochs=12, batch_size=16, smallest_batch=1),
+    least=10_000,
+)
 
 
 class DetectionBatch(NamedTuple):
@@ -89,7 +90,7 @@ class DetectionTask(DataTask):
         self.train_images, self.validation_images = train_images, validation_images
         self.augmentation, self.image_size, self.workers = augmentation, image_size, workers
         self.pool_ids = pool.with_objects()
-        self.defaults = default_of(len(self.pool_ids))
+        self.defaults = _DEFAULTS.of(len(self.pool_ids))
 
     @cached_property
     def test_images(self) -> int:
@@ -133,45 +134,29 @@ class DetectionTask(DataTask):
 
     def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> DetectionSeed:
         """Return one seed's images."""
-        drawn = draw_apart(self.pool_ids, spec.train_images, spec.validation_images, spec.seed)
-        return DetectionSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
+        split = draw_apart(self.pool_ids, spec.train_images, spec.validation_images, spec.seed)
+        return DetectionSeed(self, split, spec, device, rank, ranks)
 
 
-class DetectionSeed(DrawnSeed):
+class DetectionSeed(SplitSeed[DetectionTask, Split]):
     """One seed's images: the sum of the detector's losses in training, average precision in evaluation.
 
-    Args:
-        task: The data.
-        train: Images that train.
-        held_out: Images that validate.
-        spec: The run.
-        device: Where the batches go.
-        rank: Which process of the run this is: it takes every ``ranks``-th image of a batch, from this one on.
-        ranks: How many processes the run has.
+    A rank takes every ``ranks``-th image of a batch, from its number on.
     """
 
-    def __init__(
-        self,
-        task: DetectionTask,
-        train: Indices,
-        held_out: Indices,
-        spec: SeedSpec,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        super().__init__(spec, device, rank, ranks)
-        self.task, self.train, self.held_out = task, train, held_out
-        self.masks = select_detector(spec.model).masks
+    @cached_property
+    def masks(self) -> bool:
+        """Whether the network finds masks."""
+        return select_detector(self.spec.model).masks
 
     def batches(self) -> Epochs[DetectionBatch]:
         """Return the training batches."""
-        pool, spec = self.task.pool, self.spec
-        upright = np.array([pool.is_upright(number) for number in self.train.tolist()])
+        pool, spec, train = self.task.pool, self.spec, self.split.train
+        upright = np.array([pool.is_upright(number) for number in train.tolist()])
         return EpochLoader(
-            TrainingViews(pool, self.masks, flip=spec.augmentation == "flip"),
-            partial(grouped_order, self.train, upright, spec.batch_size, spec.seed),
-            len(self.train) // spec.batch_size,
+            CocoTrainingViews(pool, self.masks, flip=spec.augmentation == "flip"),
+            partial(grouped_order, train, upright, spec.batch_size, spec.seed),
+            len(train) // spec.batch_size,
             spec.seed,
             lambda keys: keys[self.rank :: self.ranks],
             self._to_batch,
@@ -195,12 +180,9 @@ class DetectionSeed(DrawnSeed):
         Each image goes through the network alone, so that what is found hangs on nothing else.
         """
         images, ids = self._part(role)
-        own = ids[self.rank :: self.ranks].tolist()
-        # A network that is sharded over the ranks needs all of them in every forward pass, images or not.
-        idle = -(-len(ids) // self.ranks) - len(own)
-        keys = [[Key(number, 0)] for number in own + ids[:1].tolist() * idle]
+        own, keys = self.one_by_one(ids.tolist())
         results: list[dict[str, Any]] = []
-        for place, samples in enumerate(read_samples(EvaluationViews(images), keys, self.task.workers)):
+        for place, samples in enumerate(read_samples(CocoEvaluationViews(images), keys, self.task.workers)):
             shown = [pixels.to(self.device).float() / 255 for pixels in samples]
             stopwatch.start()
             predictions = model(shown)
@@ -219,7 +201,7 @@ class DetectionSeed(DrawnSeed):
         return Evaluation(metrics.pop("AP") if finite else math.nan, None, len(ids), metrics)
 
     def _part(self, role: Role) -> tuple[CocoImages, Indices]:
-        return (self.task.pool, self.held_out) if role == "validation" else (self.task.test, self.task.test_ids)
+        return (self.task.pool, self.split.validation) if role == "validation" else (self.task.test, self.task.test_ids)
 
     def _to_batch(self, samples: list[tuple[Tensor, dict[str, Tensor]]], epoch: int, number: int) -> DetectionBatch:
         images = [pixels.to(self.device).float() / 255 for pixels, _ in samples]
@@ -263,11 +245,6 @@ def grouped_order(
     return [images[batches[number]].tolist() for number in generator.permutation(len(batches))]
 
 
-def default_of(images: int) -> Defaults:
-    """Return what suits a data set with this many training images."""
-    return _LARGE_DEFAULTS if images >= _LARGE else _DEFAULTS
-
-
 def open_detection(settings: Settings) -> DetectionTask:
     """Return the task of a folder of the COCO layout.
 
@@ -309,6 +286,4 @@ def _draw_test(settings: Settings, test: CocoImages) -> Indices:
         return ids
     if wanted > len(ids):
         raise LabError(f"--test-images must be at most {len(ids)}, the images of val, got {wanted}")
-    # Chosen once: every comparison on the same data tests on the same images.
-    drawn: Indices = np.random.default_rng(derived_seed("test", 0)).permutation(ids)[:wanted]
-    return np.sort(drawn)
+    return draw_test_numbers(ids, wanted)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wellcond.lab.data.decoding import BrokenImageError, opened
+from wellcond.lab.data.decoding import BrokenImageError, opened_image
 from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.data.splits import Indices, derived_seed
 from wellcond.lab.errors import DataError
@@ -84,7 +84,7 @@ class PersonViews:
     def __getitem__(self, key: Key) -> Tensor:
         path = self.images.files[key.image]
         try:
-            with opened(path) as image:
+            with opened_image(path) as image:
                 scaled = image.convert("RGB").resize((self.width, self.height), Image.Resampling.BILINEAR)
         except BrokenImageError as error:
             raise DataError(f"--data {path}: cannot be read ({error}); unpack it again") from error

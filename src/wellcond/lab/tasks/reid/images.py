@@ -61,7 +61,7 @@ class PersonImages:
 
 
 @dataclass(frozen=True)
-class Search:
+class PersonSearch:
     """Images that are searched for, and the images that they are searched in."""
 
     query: PersonImages
@@ -128,7 +128,7 @@ def draw_identities(identities: Indices, count: int, seed: int) -> Indices:
     return np.sort(drawn)
 
 
-def make_search(images: PersonImages, seed: int) -> Search:
+def make_search(images: PersonImages, seed: int) -> PersonSearch:
     """Make a search out of images: of each identity and camera one image is searched for, the others are searched in.
 
     As Market-1501 was made. An image without a match by another camera is searched in instead.
@@ -146,7 +146,7 @@ def make_search(images: PersonImages, seed: int) -> Search:
     for position in np.flatnonzero(asked):
         matches = (gallery.identities == images.identities[position]) & (gallery.cameras != images.cameras[position])
         asked[position] = bool(matches.any()) and images.identities[position] != _DISTRACTOR
-    return Search(images.take(np.flatnonzero(asked)), images.take(np.flatnonzero(~asked)))
+    return PersonSearch(images.take(np.flatnonzero(asked)), images.take(np.flatnonzero(~asked)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class PersonSplit:
     """One seed's training images and the search that validates; they share no identity."""
 
     train: PersonImages
-    validation: Search
+    validation: PersonSearch
 
 
 def held_out_surplus(identities: Indices) -> int:

@@ -19,7 +19,7 @@ _CENTER_LR = 0.5
 
 
 class Judged(NamedTuple):
-    """What the network says of training images.
+    """The network's outputs for training images.
 
     Attributes:
         features: Before the neck, [n, d]: what distances are learned of.
@@ -92,16 +92,15 @@ def reid_loss(judged: Judged, labels: Tensor, centers: Tensor, ranks: Ranks) -> 
     return identity + triplet + _CENTER_WEIGHT * center
 
 
-def hardest_triplets(features: Tensor, labels: Tensor, margin: float = _MARGIN) -> Tensor:
+def hardest_triplets(features: Tensor, labels: Tensor) -> Tensor:
     """Return the triplet loss of each image with its farthest image of the same person and its nearest of another.
 
     Args:
         features: [n, d].
         labels: Who is seen, [n]; at least two persons.
-        margin: By how much the second shall be farther away.
 
     Returns:
-        The mean of max(0, margin + d(farthest same) − d(nearest other)), d the Euclidean distance.
+        The mean of max(0, 0.3 + d(farthest same) − d(nearest other)), d the Euclidean distance.
 
     >>> hardest_triplets(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 1]))
     tensor(0.)
@@ -112,18 +111,17 @@ def hardest_triplets(features: Tensor, labels: Tensor, margin: float = _MARGIN) 
     same = labels[:, None] == labels
     farthest = distances.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest = distances.masked_fill(same, torch.inf).amin(dim=1)
-    return (margin + farthest - nearest).clamp(min=0).mean()
+    return (_MARGIN + farthest - nearest).clamp(min=0).mean()
 
 
 @torch.no_grad()
-def move_centers(centers: Tensor, features: Tensor, labels: Tensor, lr: float = _CENTER_LR) -> None:
+def move_centers(centers: Tensor, features: Tensor, labels: Tensor) -> None:
     """Take a gradient step of the centers, in place, on the mean squared distance of features to them.
 
     Args:
         centers: [classes, d].
         features: [n, d].
         labels: Whose center each is near to, [n].
-        lr: The step's.
     """
     gradient = 2 / len(labels) * (centers[labels] - features)
-    centers.index_add_(0, labels, gradient, alpha=-lr)
+    centers.index_add_(0, labels, gradient, alpha=-_CENTER_LR)

@@ -1,4 +1,4 @@
-"""How well a search ranks: mean average precision and cumulative matching characteristics."""
+"""Scores of a search's ranking: mean average precision and cumulative matching characteristics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Person re-identification: to find a person whom other cameras have seen, among persons who did not train."""
+"""Person re-identification: the network finds a person whom other cameras have seen, among persons new to it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from wellcond.lab.data.batches import check_augmentation
 from wellcond.lab.data.decoding import check_images
 from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
 from wellcond.lab.data.epochs import Epochs
-from wellcond.lab.data.splits import derived_seed
+from wellcond.lab.data.splits import TEST_SEED
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.runs.training_options import SeedSpec
-from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.base import Defaults, DefaultsBySize, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
-from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.given_data import DataTask, SplitSeed
 from wellcond.lab.tasks.reid.batches import AUGMENTATIONS, IMAGES_EACH, PersonViews, identity_order
 from wellcond.lab.tasks.reid.images import (
     FOLDERS,
     PersonImages,
+    PersonSearch,
     PersonSplit,
-    Search,
     draw_identities,
     draw_persons,
     held_out_surplus,
@@ -43,11 +43,12 @@ from wellcond.runtime.models import unwrapped
 from wellcond.runtime.ranks import Ranks
 
 _HEIGHT = 256
-# The source's network, epochs and batch; from so many images on.
-_LARGE = 5000
 _SMALLEST = 2 * IMAGES_EACH
-_LARGE_DEFAULTS = Defaults(model="reid-r50", epochs=120, batch_size=64, smallest_batch=_SMALLEST)
-_DEFAULTS = Defaults(model="reid-tiny", epochs=12, batch_size=16, smallest_batch=_SMALLEST)
+_DEFAULTS = DefaultsBySize(
+    small=Defaults(model="reid-tiny", epochs=12, batch_size=16, smallest_batch=_SMALLEST),
+    large=Defaults(model="reid-r50", epochs=120, batch_size=64, smallest_batch=_SMALLEST),
+    least=5_000,
+)
 _EVALUATED = 128
 
 
@@ -80,7 +81,7 @@ class ReidTask(DataTask):
         self,
         name: str,
         pool: PersonImages,
-        test: Search,
+        test: PersonSearch,
         train_images: int,
         validation_images: int,
         augmentation: str,
@@ -91,7 +92,7 @@ class ReidTask(DataTask):
         self.pool, self.test = pool, test
         self.train_images, self.validation_images = train_images, validation_images
         self.augmentation, self.height, self.workers = augmentation, height, workers
-        self.defaults = default_of(len(pool))
+        self.defaults = _DEFAULTS.of(len(pool))
         # Runs come seed by seed, so the last seed's split is nearly always the one that is needed.
         self.split = lru_cache(maxsize=1)(self._draw)
 
@@ -150,7 +151,7 @@ class ReidTask(DataTask):
         return draw_persons(self.pool, self.train_images, self.validation_images, seed)
 
 
-class ReidSeed(DrawnSeed):
+class ReidSeed(SplitSeed[ReidTask, PersonSplit]):
     """One seed's images: identity, triplet and center loss in training, mAP of a search in evaluation.
 
     Args:
@@ -165,8 +166,7 @@ class ReidSeed(DrawnSeed):
     def __init__(
         self, task: ReidTask, split: PersonSplit, spec: SeedSpec, device: torch.device, rank: int = 0, ranks: int = 1
     ) -> None:
-        super().__init__(spec, device, rank, ranks)
-        self.task, self.split = task, split
+        super().__init__(task, split, spec, device, rank, ranks)
         self.group = Ranks(ranks > 1)
         self.persons = spec.batch_size // IMAGES_EACH
         check_batch(spec.batch_size, split)
@@ -254,11 +254,6 @@ def check_batch(batch_size: int, split: PersonSplit) -> None:
         )
 
 
-def default_of(images: int) -> Defaults:
-    """Return what suits a data set with this many training images."""
-    return _LARGE_DEFAULTS if images >= _LARGE else _DEFAULTS
-
-
 def open_reid(settings: Settings) -> ReidTask:
     """Return the task of a folder of the layout of Market-1501.
 
@@ -273,7 +268,7 @@ def open_reid(settings: Settings) -> ReidTask:
     # Distractors are no person to be learned.
     pool = pool.take(np.flatnonzero(pool.identities > 0))
     train, validation = _counts(settings, pool)
-    test = _draw_test(settings, Search(query, gallery))
+    test = _draw_test(settings, PersonSearch(query, gallery))
     height = settings.image_size or _HEIGHT
     name = path.resolve().name
     task = ReidTask(name, pool, test, train, validation, augmentation, height, loading_processes(settings.jobs))
@@ -290,20 +285,19 @@ def _counts(settings: Settings, pool: PersonImages) -> tuple[int, int]:
     return count_images(settings, usable, f"images besides the test images ({left_out})", most=usable)
 
 
-def _draw_test(settings: Settings, test: Search) -> Search:
+def _draw_test(settings: Settings, test: PersonSearch) -> PersonSearch:
     images, asked = test.query.joined(test.gallery), len(test.query)
     wanted = len(images) if settings.test_images is None else settings.test_images
     if wanted > len(images):
         raise LabError(f"--test-images must be at most {len(images)}, those of query and gallery, got {wanted}")
     if wanted < len(images):
-        # Chosen once: every comparison on the same data tests on the same images.
-        drawn = draw_identities(images.identities, wanted, derived_seed("test", 0))
-        test = Search(images.take(drawn[drawn < asked]), images.take(drawn[drawn >= asked]))
+        drawn = draw_identities(images.identities, wanted, TEST_SEED)
+        test = PersonSearch(images.take(drawn[drawn < asked]), images.take(drawn[drawn >= asked]))
     _check_search(f"--test-images {wanted}", test)
     return test
 
 
-def _check_search(what: str, search: Search) -> None:
+def _check_search(what: str, search: PersonSearch) -> None:
     query, gallery = search.query, search.gallery
     for identity, camera in zip(query.identities, query.cameras, strict=True):
         if ((gallery.identities == identity) & (gallery.cameras != camera)).any():

@@ -1,4 +1,4 @@
-"""Where images and their label maps lie in each layout, and what the labels' numbers mean."""
+"""The layouts of segmentation data: the places of images and label maps, and the meaning of the labels' numbers."""
 
 from __future__ import annotations
 

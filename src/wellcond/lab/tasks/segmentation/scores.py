@@ -1,4 +1,4 @@
-"""What a segmentation scores: the mean over classes of intersection over union, from a matrix of counts."""
+"""Scores a segmentation by the mean over classes of intersection over union, from a matrix of counts."""
 
 from __future__ import annotations
 

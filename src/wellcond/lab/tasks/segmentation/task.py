@@ -15,28 +15,29 @@ from torch.nn import functional as F
 
 from wellcond.lab.data.batches import check_augmentation, share_of
 from wellcond.lab.data.decoding import check_images
-from wellcond.lab.data.epoch_loader import EpochLoader, Key, read_samples
+from wellcond.lab.data.epoch_loader import EpochLoader, read_samples
 from wellcond.lab.data.epochs import Epochs
-from wellcond.lab.data.splits import Indices, derived_seed, draw_apart, without
+from wellcond.lab.data.splits import Indices, Split, derived_seed, draw_apart, draw_test_numbers, without
 from wellcond.lab.data.streams import loading_processes, normalized
 from wellcond.lab.errors import LabError
 from wellcond.lab.given_paths import check_data
 from wellcond.lab.runs.settings import Settings
 from wellcond.lab.runs.stopwatch import Stopwatch
 from wellcond.lab.runs.training_options import SeedSpec
-from wellcond.lab.tasks.base import Defaults, Evaluation, Metric, Role
+from wellcond.lab.tasks.base import Defaults, DefaultsBySize, Evaluation, Metric, Role
 from wellcond.lab.tasks.counts import count_images
-from wellcond.lab.tasks.given_data import DataTask, DrawnSeed
+from wellcond.lab.tasks.given_data import DataTask, SplitSeed
 from wellcond.lab.tasks.segmentation.formats import SegmentationFiles, find_segmentation
 from wellcond.lab.tasks.segmentation.networks import build_segmenter
 from wellcond.lab.tasks.segmentation.scores import IGNORED, confusion, mean_iou
 from wellcond.lab.tasks.segmentation.specs import select_segmenter
 from wellcond.lab.tasks.segmentation.views import AUGMENTATIONS, SegmentationViews, check_pairs
 
-# The sources' network, crop and batch; from so many images on.
-_LARGE = 1_000
-_LARGE_DEFAULTS = Defaults(model="deeplabv3-r50", epochs=50, batch_size=16)
-_DEFAULTS = Defaults(model="fcn-tiny", epochs=20, batch_size=8)
+_DEFAULTS = DefaultsBySize(
+    small=Defaults(model="fcn-tiny", epochs=20, batch_size=8),
+    large=Defaults(model="deeplabv3-r50", epochs=50, batch_size=16),
+    least=1_000,
+)
 _LARGE_SIZE, _SIZE = 512, 96
 
 
@@ -82,7 +83,7 @@ class SegmentationTask(DataTask):
         self.pool, self.test = pool, test
         self.train_images, self.validation_images, self.test_images = train_images, validation_images, len(test.pairs)
         self.augmentation, self.image_size, self.elsewhere, self.workers = augmentation, image_size, elsewhere, workers
-        self.defaults = default_of(len(pool.pairs))
+        self.defaults = _DEFAULTS.of(len(pool.pairs))
 
     @property
     def classes(self) -> int:
@@ -125,44 +126,24 @@ class SegmentationTask(DataTask):
 
     def for_seed(self, spec: SeedSpec, device: torch.device, rank: int, ranks: int) -> SegmentationSeed:
         """Return one seed's images."""
-        drawn = draw_apart(np.arange(len(self.pool.pairs)), spec.train_images, spec.validation_images, spec.seed)
-        return SegmentationSeed(self, drawn.train, drawn.validation, spec, device, rank, ranks)
+        split = draw_apart(np.arange(len(self.pool.pairs)), spec.train_images, spec.validation_images, spec.seed)
+        return SegmentationSeed(self, split, spec, device, rank, ranks)
 
 
-class SegmentationSeed(DrawnSeed):
+class SegmentationSeed(SplitSeed[SegmentationTask, Split]):
     """One seed's images: the cross-entropy of pixels in training, mIoU in evaluation.
 
-    Args:
-        task: The data.
-        train: Images that train.
-        held_out: Images that validate.
-        spec: The run.
-        device: Where the batches go.
-        rank: Which process of the run this is; each takes as many images of a batch, one after the other.
-        ranks: How many processes the run has.
+    Each rank takes as many images of a batch, one after the other.
     """
-
-    def __init__(
-        self,
-        task: SegmentationTask,
-        train: Indices,
-        held_out: Indices,
-        spec: SeedSpec,
-        device: torch.device,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        super().__init__(spec, device, rank, ranks)
-        self.task, self.train, self.held_out = task, train, held_out
 
     def batches(self) -> Epochs[SegmentationBatch]:
         """Return the training batches."""
-        task, spec = self.task, self.spec
+        task, spec, train = self.task, self.spec, self.split.train
         share = share_of(spec.batch_size, self.rank, self.ranks)
         return EpochLoader(
             SegmentationViews(task.pool, task.image_size, spec.augmentation),
-            partial(_shuffled, self.train, spec.batch_size, spec.seed),
-            len(self.train) // spec.batch_size,
+            partial(_shuffled, train, spec.batch_size, spec.seed),
+            len(train) // spec.batch_size,
             spec.seed,
             lambda keys: keys[share],
             self._to_batch,
@@ -180,12 +161,9 @@ class SegmentationSeed(DrawnSeed):
 
         Each image goes through the network alone, whole.
         """
-        files = self.task.pool.take(self.held_out) if role == "validation" else self.task.test
+        files = self.task.pool.take(self.split.validation) if role == "validation" else self.task.test
         count, classes = len(files.pairs), self.task.classes
-        own = list(range(self.rank, count, self.ranks))
-        # A network that is sharded over the ranks needs all of them in every forward pass, images or not.
-        idle = -(-count // self.ranks) - len(own)
-        keys = [[Key(place, 0)] for place in own + [0] * idle]
+        own, keys = self.one_by_one(range(count))
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         views = SegmentationViews(files, self.task.image_size)
@@ -219,11 +197,6 @@ def _shuffled(images: Indices, batch_size: int, seed: int, epoch: int) -> list[l
     return batches
 
 
-def default_of(images: int) -> Defaults:
-    """Return what suits a data set with this many images that do not test."""
-    return _LARGE_DEFAULTS if images >= _LARGE else _DEFAULTS
-
-
 def open_segmentation(settings: Settings) -> SegmentationTask:
     """Return the task of a folder of the layout of Cityscapes, ADE20K, Pascal VOC or GTA5.
 
@@ -249,15 +222,14 @@ def open_segmentation(settings: Settings) -> SegmentationTask:
                 f"got {len(test.classes)} others"
             )
     if test is None:
-        # Chosen once: every comparison on the same data tests on the same images.
-        chosen = _drawn(len(pool.pairs), max(1, len(pool.pairs) // 5))
+        chosen = draw_test_numbers(np.arange(len(pool.pairs)), max(1, len(pool.pairs) // 5))
         pool, test = pool.take(without(len(pool.pairs), chosen)), pool.take(chosen)
     if settings.test_images is not None:
         if settings.test_images > len(test.pairs):
             raise LabError(f"--test-images must be at most {len(test.pairs)}, got {settings.test_images}")
-        test = test.take(_drawn(len(test.pairs), settings.test_images))
+        test = test.take(draw_test_numbers(np.arange(len(test.pairs)), settings.test_images))
     train, validation = count_images(settings, len(pool.pairs))
-    size = settings.image_size or (_LARGE_SIZE if len(pool.pairs) >= _LARGE else _SIZE)
+    size = settings.image_size or (_LARGE_SIZE if len(pool.pairs) >= _DEFAULTS.least else _SIZE)
     name = path.resolve().name
     workers = loading_processes(settings.jobs)
     return SegmentationTask(name, pool, test, train, validation, augmentation, size, elsewhere, workers)
@@ -269,7 +241,3 @@ def _read(path: Path, option: str) -> tuple[SegmentationFiles, SegmentationFiles
         raise LabError(f"{option} {path}: has none of the layouts of segmentation (see `wellcond list data`)")
     kind, root = found
     return kind.read(root)
-
-
-def _drawn(count: int, wanted: int) -> Indices:
-    return np.sort(np.random.default_rng(derived_seed("test", 0)).permutation(count)[:wanted])

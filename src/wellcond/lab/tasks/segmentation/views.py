@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from wellcond.lab.data.decoding import BrokenImageError, opened
+from wellcond.lab.data.decoding import BrokenImageError, opened_image
 from wellcond.lab.data.epoch_loader import Key
 from wellcond.lab.errors import DataError
 from wellcond.lab.tasks.segmentation.formats import Pair, SegmentationFiles
@@ -66,7 +66,7 @@ def check_pairs(files: SegmentationFiles) -> None:
 
 def _wrong(pair: Pair) -> str | None:
     try:
-        with opened(pair.image) as image, opened(pair.labels) as labels:
+        with opened_image(pair.image) as image, opened_image(pair.labels) as labels:
             if labels.mode not in _MODES:
                 return f"--data: {pair.labels} must hold a number for each pixel (mode P or L), got mode {labels.mode}"
             if labels.size != image.size:
@@ -83,7 +83,7 @@ def _size(image: Image.Image) -> str:
 def _read(pair: Pair, numbers: np.ndarray[tuple[int], np.dtype[np.uint8]], shorter: int) -> tuple[Tensor, Tensor]:
     """Return an image and its classes, brought to a size; of classes the nearest is taken."""
     try:
-        with opened(pair.image) as image, opened(pair.labels) as labels:
+        with opened_image(pair.image) as image, opened_image(pair.labels) as labels:
             ratio = shorter / min(image.size)
             size = (max(shorter, round(ratio * image.width)), max(shorter, round(ratio * image.height)))
             # Pillow's reading of what is larger than needed is quicker than reading it whole.

@@ -75,7 +75,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Filtered:
-    """What the filter of a layer returned.
+    """The estimate that the filter of a layer returned.
 
     Attributes:
         layer: Its name.
@@ -171,10 +171,10 @@ class Through:
 Node = Filtered | Summed | Concatenated | Through
 
 
-def parts_of(node: Node) -> tuple[int, ...]:
+def sources_of(node: Node) -> tuple[int, ...]:
     """Return the indices of the nodes that a node is computed from.
 
-    >>> parts_of(Summed((0, 2))), parts_of(Filtered("bn1"))
+    >>> sources_of(Summed((0, 2))), sources_of(Filtered("bn1"))
     ((0, 2), ())
     """
     if isinstance(node, Filtered):
@@ -182,10 +182,10 @@ def parts_of(node: Node) -> tuple[int, ...]:
     return (node.part,) if isinstance(node, Through) else node.parts
 
 
-def moved(node: Node, places: Mapping[int, int]) -> Node:
+def renumbered(node: Node, places: Mapping[int, int]) -> Node:
     """Return a node as it is after the nodes have moved to other places.
 
-    >>> moved(Summed((0, 2)), {0: 0, 2: 1})
+    >>> renumbered(Summed((0, 2)), {0: 0, 2: 1})
     Summed(parts=(0, 1))
     """
     if isinstance(node, Filtered):
@@ -220,7 +220,7 @@ class _Reader(NamedTuple):
 
 
 class StatisticsGraph:
-    """How the layers of one model predict one another's statistics, and what they hand on during a forward pass.
+    """The predictions of statistics between a model's layers, and the values that a forward pass hands on.
 
     Each value is kept until the last of its readers has had it, and none outlives the pass: nothing is copied or
     pickled with the model. A layer that is in evaluation mode hands on its running statistics.
@@ -248,7 +248,7 @@ class StatisticsGraph:
             index = pending.pop()
             if index not in found:
                 found.add(index)
-                pending.extend(parts_of(self.nodes[index]))
+                pending.extend(sources_of(self.nodes[index]))
         named = (self.nodes[index] for index in sorted(found))
         names = {node.layer for node in named if isinstance(node, Filtered)}
         return tuple(name for name in self.layers if name in names)
@@ -294,7 +294,7 @@ class StatisticsGraph:
             if index in self._live:
                 self._take(index)
             elif self._uses[index] == 1:
-                pending.extend(parts_of(self.nodes[index]))
+                pending.extend(sources_of(self.nodes[index]))
 
     def _value(self, index: int, reader: _Reader) -> Statistics:
         if index in reader.made:
@@ -310,7 +310,7 @@ class StatisticsGraph:
         node = self.nodes[index]
         if isinstance(node, Filtered):
             return self._of_estimates(node.layer, reader)
-        parts = [self._value(part, reader) for part in parts_of(node)]
+        parts = [self._value(part, reader) for part in sources_of(node)]
         reader.made[index] = value = _combined(node, parts)
         if not reader.repeated and self._uses[index] > 1:
             self._live[index] = (value, self._uses[index] - 1)
@@ -389,6 +389,6 @@ def count_uses(nodes: Sequence[Node], priors: Iterable[int]) -> tuple[int, ...]:
         uses[index] += 1
     for index in reversed(range(len(nodes))):
         if uses[index] > 0:
-            for part in parts_of(nodes[index]):
+            for part in sources_of(nodes[index]):
                 uses[part] += 1
     return tuple(uses)

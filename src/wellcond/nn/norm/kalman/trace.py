@@ -23,12 +23,13 @@ from wellcond.nn.norm.kalman.graph import (
     Summed,
     Through,
     count_uses,
-    moved,
-    parts_of,
+    renumbered,
+    sources_of,
 )
 from wellcond.nn.norm.kalman.layer import KalmanBatchNorm2d
 from wellcond.nn.norm.outline import trace_outline
 from wellcond.runtime.checks import checked
+from wellcond.runtime.texts import quoted_names
 
 _ADDITIONS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _CONCATENATIONS: tuple[object, ...] = (torch.cat, torch.concat, torch.concatenate)
@@ -145,7 +146,7 @@ class _Plan:
         """Return the graph of those nodes that a layer's prediction is made of."""
         uses = count_uses(self.nodes, self.priors.values())
         places = {index: place for place, index in enumerate(index for index, count in enumerate(uses) if count > 0)}
-        nodes = [moved(self.nodes[index], places) for index in places]
+        nodes = [renumbered(self.nodes[index], places) for index in places]
         return StatisticsGraph(self.layers, nodes, {name: places[index] for name, index in self.priors.items()})
 
     def add(self, node: Node) -> int:
@@ -166,7 +167,7 @@ class _Plan:
         node = self.nodes[index]
         if isinstance(node, Filtered):
             return self.layers[node.layer].num_features
-        widths = [self.width(part) for part in parts_of(node)]
+        widths = [self.width(part) for part in sources_of(node)]
         return widths[0] if isinstance(node, Summed) else sum(widths)
 
     def without_operations(self, index: int) -> list[int]:
@@ -174,12 +175,12 @@ class _Plan:
         node = self.nodes[index]
         if self._is_plain(index):
             return [index]
-        found = [leaf for part in parts_of(node) for leaf in self.without_operations(part)]
+        found = [leaf for part in sources_of(node) for leaf in self.without_operations(part)]
         return list(dict.fromkeys(found))
 
     def _is_plain(self, index: int) -> bool:
         node = self.nodes[index]
-        return not isinstance(node, Through) and all(self._is_plain(part) for part in parts_of(node))
+        return not isinstance(node, Through) and all(self._is_plain(part) for part in sources_of(node))
 
 
 # by name ------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def _traced(model: nn.Module, names: Mapping[KalmanBatchNorm2d, str]) -> _Plan:
     twice = [name for name, count in calls.items() if count > 1]
     if twice:
         raise ValueError(
-            f"{', '.join(map(repr, twice))}: a KalmanBatchNorm2d must be used once in a forward pass, since others "
+            f"{quoted_names(twice)}: a KalmanBatchNorm2d must be used once in a forward pass, since others "
             "read its statistics"
         )
     plan = _Plan({name: layer for name in calls for layer, own in names.items() if own == name})
