@@ -86,8 +86,8 @@ def test_a_resumed_stream_goes_on_as_if_not_interrupted(augmentation, epoch, bat
 
 def test_a_resumed_stream_touches_no_image_of_a_skipped_batch(monkeypatch):
     taken = []
-    original = wellcond.lab.data.batches.moved
-    monkeypatch.setattr("wellcond.lab.data.batches.moved", lambda *a: taken.append(len(a[0])) or original(*a))
+    original = wellcond.lab.data.batches.move_pixels
+    monkeypatch.setattr("wellcond.lab.data.batches.move_pixels", lambda *a: taken.append(len(a[0])) or original(*a))
     stream = batches(0, "flip")
     stream.resume_at(0, 1)
     list(stream)

@@ -83,7 +83,7 @@ def test_commands_offer_every_option_as_its_field_says(command: str) -> None:
         assert {name for name, option in options_of(Settings).items() if option.offered} <= set(actions)
 
 
-NEW = '    invented: int = _training(7, "an option that a test invents", "N", check=whole(), by_task=True)\n'
+NEW = '    invented: int = _training(7, "an option that a test invents", "N", check=whole_number(), by_task=True)\n'
 PROGRAM = """
 import contextlib, io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a chart shows, apart from how it is drawn."""
+"""The contents of a chart, apart from its drawing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each technique is drawn: the same colour and marker in every chart."""
+"""One colour and one marker for each technique, the same in every chart."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _MOST_COUNTED = 10**9
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of itself, so that commands, files and results need not name it.
+    """The description of an option in its field, so that commands, files and results need not name it.
 
     Attributes:
         group: The options that a command offers it with.
@@ -104,7 +104,7 @@ def check_whole(flag: str, value: int, least: int = 1, most: int = MOST) -> None
         raise LabError(f"--{flag} must be at most {most}, got {value}")
 
 
-def whole(most: int = _MOST_COUNTED) -> Check:
+def whole_number(most: int = _MOST_COUNTED) -> Check:
     """Return the check of a positive integer."""
     return lambda flag, value: check_whole(flag, value, most=most)
 

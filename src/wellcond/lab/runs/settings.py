@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from wellcond.lab.data.named_data import AUGMENTATIONS, DIGITS
 from wellcond.lab.errors import LabError
-from wellcond.lab.runs.option import check_options, check_whole, number, one_of, option, options_of, whole
+from wellcond.lab.runs.option import check_options, check_whole, number, one_of, option, options_of, whole_number
 from wellcond.lab.runs.training_options import TrainingOptions
 from wellcond.lab.trials import Search, Sweep, check_sweep
 
@@ -93,7 +93,7 @@ class _Compared:
         None,
         "images (rows of a table, blocks of a text in an epoch) that train (default: digits 1000, texts 512, else all)",
         "N",
-        check=whole(),
+        check=whole_number(),
         by_task=True,
     )
     validation_images: int | None = _data(
@@ -101,21 +101,21 @@ class _Compared:
         "images, rows or blocks that choose the lr (default: a tenth; digits: 398)",
         "N",
         flag="val-images",
-        check=whole(),
+        check=whole_number(),
         by_task=True,
     )
     test_images: int | None = _data(
         None,
         "images, rows or blocks that measure (default: a fifth, of a text a tenth, or the test file; digits: 399)",
         "N",
-        check=whole(),
+        check=whole_number(),
         by_task=True,
     )
     image_size: int | None = _data(
         None,
         "average-pool the images to SxS (default: as they are); files of images are cut to it (default: 224)",
         "S",
-        check=whole(4096),
+        check=whole_number(4096),
         by_task=True,
     )
     augmentation: str | None = _data(
@@ -125,7 +125,7 @@ class _Compared:
         flag="augment",
         by_task=True,
     )
-    seeds: int = _search(5, "paired seeds (default: %(default)s)", "N", check=whole(1000))
+    seeds: int = _search(5, "paired seeds (default: %(default)s)", "N", check=whole_number(1000))
     sweeps: tuple[Sweep, ...] = _search(
         (),
         "also try these values of an option, e.g. damping=0.01,0.1,1 or weight_decay=0,5e-4, of every method that has "
@@ -142,14 +142,14 @@ class _Compared:
         check=one_of(get_args(Search)),
     )
     trials: int | None = _search(
-        None, "trials of each method in a random search (default: as many as a grid)", "N", check=whole()
+        None, "trials of each method in a random search (default: as many as a grid)", "N", check=whole_number()
     )
     trial_seeds: int | None = _search(
         None,
         "train every trial with the first N seeds only, which choose; with the other seeds only the chosen trial of "
         "each method (default: all)",
         "N",
-        check=whole(),
+        check=whole_number(),
     )
     mode: str = _search(
         "final",
@@ -184,7 +184,7 @@ class Settings(TrainingOptions, _Compared):
         None, "test score to count the epochs to, in the score's unit", "SCORE", check=number("a finite number")
     )
     jobs: int = _runs(
-        1, "runs at the same time on a machine (default: %(default)s, for clean times)", "N", check=whole()
+        1, "runs at the same time on a machine (default: %(default)s, for clean times)", "N", check=whole_number()
     )
     engine: str = _runs(
         "local",

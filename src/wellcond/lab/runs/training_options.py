@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from wellcond.lab.errors import LabError
 from wellcond.lab.methods.schedule import parse_schedule
 from wellcond.lab.networks.registry import MODELS
-from wellcond.lab.runs.option import MOST, number, one_of, option, whole
+from wellcond.lab.runs.option import MOST, number, one_of, option, whole_number
 
 TrainingPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """How training computes, in Lightning's names; the mixed ones keep the weights in float32."""
@@ -25,7 +25,7 @@ _training = partial(option, "training")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How every run trains; None is what the data or the length of the run decide.
+    """The training of every run; None is what the data or the length of the run decide.
 
     A new option is one field here, which says everything about it, and its use, as a field of the run's `RunSpec` (or
     of the `SeedSpec`, in a task). The commands, the files of comparisons, recipes, `wellcond.lab.compare`, results and
@@ -44,21 +44,23 @@ class TrainingOptions:
         "torchvision; a classifier of other classes is left out (default: drawn from the seed)",
         "FILE",
     )
-    epochs: int | None = _training(None, "epochs of a run (default: by data)", "N", check=whole(MOST))
+    epochs: int | None = _training(None, "epochs of a run (default: by data)", "N", check=whole_number(MOST))
     batch_size: int | None = _training(
-        None, "images, rows or blocks of a batch (default: by data)", "N", check=whole(), by_task=True
+        None, "images, rows or blocks of a batch (default: by data)", "N", check=whole_number(), by_task=True
     )
     ghost_batch: int | None = _training(
         None,
         "take batch statistics in training over groups of M images, as if each were on a device of its own; methods "
         "without batch statistics (GN) stay as they are (default: over the whole batch)",
         "M",
-        check=whole(),
+        check=whole_number(),
     )
     stats_every: int | None = _training(
-        None, "steps between statistics of a preconditioner (default: by run length)", "N", check=whole()
+        None, "steps between statistics of a preconditioner (default: by run length)", "N", check=whole_number()
     )
-    solve_every: int | None = _training(None, "steps between its solves (default: by run length)", "N", check=whole())
+    solve_every: int | None = _training(
+        None, "steps between its solves (default: by run length)", "N", check=whole_number()
+    )
     schedule: str = _training(
         "cosine",
         "cosine (to 0), constant, step:EVERY,FACTOR or steps:EPOCH,...,FACTOR, which multiply the lr by FACTOR every "
