@@ -44,7 +44,7 @@ from reproductions import adopted, reproduction_tables, summary_table
 from wellcond.lab.comparison.statistics import paired_difference
 from wellcond.lab.comparison.summary import read_summary
 from wellcond.lab.report.formats import quantity_text, ratio_text
-from wellcond.lab.report.tables import quoted_table
+from wellcond.lab.report.tables import quoted_table, share_tables
 from wellcond.lab.runs.files import to_json
 from wellcond.lab.runs.metric import ACCURACY
 
@@ -66,6 +66,8 @@ def comparison_table(results: dict[str, Any]) -> str:
         "",
         quoted_table(summary).to_markdown(),
     ]
+    for table in share_tables(summary):
+        lines += ["", f"{table.caption}:", "", table.to_markdown()]
     notes = [f"- {note}" for note in (*results["findings"], *results["notes"])]
     return "\n".join([*lines, "", *notes, "", run_by(results)])
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from stopped_runs import stop_after, uncounted
+from torch import nn
 
 from wellcond.lab.methods.method import METHODS
 from wellcond.lab.plan import make_plan
@@ -14,6 +15,7 @@ from wellcond.lab.runs.settings import Settings
 from wellcond.lab.tasks.in_memory import InMemorySeed
 from wellcond.lab.tasks.open import open_task
 from wellcond.lab.training.checkpoint import Checkpointing
+from wellcond.lab.training.network import initial_network
 from wellcond.lab.training.run_memory import RunMemory
 from wellcond.lab.training.runner import Runner, Training
 
@@ -218,6 +220,26 @@ def test_a_network_that_lies_channels_last_computes_so(plan, runner, monkeypatch
     assert all(kinds)
     assert spec.key() != replace(spec, channels_last=True).key()
     assert record.epochs[0].train_loss == pytest.approx(usual.epochs[0].train_loss, rel=1e-3)
+
+
+def test_convolutions_of_every_number_of_axes_lie_channels_last(plan):
+    class Volumes:
+        def initial_model(self, *_):
+            return nn.ModuleList(
+                [
+                    torch.nn.Conv1d(2, 3, 3),
+                    torch.nn.Conv2d(2, 3, 3),
+                    torch.nn.Conv3d(2, 3, 3),
+                    torch.nn.LazyConv2d(3, 3),
+                ]
+            )
+
+    spec = replace(plan.spec(METHODS["SGDM"], 0.1, seed=0), channels_last=True)
+    line, plane, volume, lazy = initial_network(Volumes(), spec)
+    assert line.weight.is_contiguous()
+    assert plane.weight.is_contiguous(memory_format=torch.channels_last)
+    assert volume.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    lazy(torch.zeros(1, 2, 4, 4))
 
 
 def test_deterministic_algorithms_are_asked_for_during_the_run_alone(plan, runner, monkeypatch):

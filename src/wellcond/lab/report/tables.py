@@ -39,7 +39,7 @@ def _table(summary: Summary, title: str, caption: str, columns: Sequence[Summary
 
 def tables(summary: Summary) -> list[ReportTable]:
     """Return the tables that the terminal shows; a page shows these and more."""
-    made = [_scores(summary), _differences(summary), *_shares_of_time(summary)]
+    made = [_scores(summary), _differences(summary), *share_tables(summary)]
     if summary.mode == "target":
         made.insert(1, target_table(summary))
     return [*made, _costs(summary)]
@@ -112,7 +112,8 @@ def _differences(summary: Summary) -> ReportTable:
     )
 
 
-def _shares_of_time(summary: Summary) -> list[ReportTable]:
+def share_tables(summary: Summary) -> list[ReportTable]:
+    """Return a table for each fraction of the baseline's time in which methods were trained."""
     shares = dict.fromkeys(shorter.share for method in summary.methods for shorter in method.shares)
     return [_in_share(summary, share) for share in shares]
 
