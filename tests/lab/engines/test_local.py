@@ -15,7 +15,7 @@ from wellcond.lab.engines import local
 from wellcond.lab.engines.select import RunFailedError
 from wellcond.lab.errors import DataError
 
-SPECS = [SimpleNamespace(name="the first"), SimpleNamespace(name="the second")]
+SPECS: list[Any] = [SimpleNamespace(name="the first"), SimpleNamespace(name="the second")]
 SETTINGS = SimpleNamespace(task_is_given=False, accelerator="cpu", checkpoint_every=0.0)
 STORE: Any = SimpleNamespace(folder=Path())
 
@@ -70,7 +70,7 @@ def test_a_worker_that_ended_is_told_with_its_exit_code(until: Any, monkeypatch:
     plan: Any = SimpleNamespace(settings=SETTINGS, threads=1)
     found = []
     with pytest.raises(RunFailedError, match="its process ended with exit code -9") as caught:
-        found += local.WorkerProcesses(1).execute(plan, SPECS, STORE)  # type: ignore[arg-type]
+        found += local.WorkerProcesses(1).execute(plan, SPECS, STORE)
     assert str(caught.value).startswith(f"the run {SPECS[until is after_an_answer].name} failed")
 
 
