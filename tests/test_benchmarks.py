@@ -51,6 +51,25 @@ def test_the_benchmark_of_fidelity_compares_every_form_with_the_dense_one(
     assert str(tmp_path) not in file.read_text()
 
 
+def test_the_benchmark_of_layers_steps_finds_what_norms_are_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("timing", "measured"):
+        loaded(name, monkeypatch)
+    steps = loaded("layer_steps", monkeypatch)
+    plain = "SGD() @ 0.01"
+    fixed = "SGD() + FeatureWhitening(norm='fixed', solve_warmup=False, solve_every=1, stats_every=1) @ 0.01"
+    file = tmp_path / "out.json"
+    few = "--image-size 8 --train-images 64 --batch 16 --epochs 2 --seeds 1"
+    monkeypatch.setattr(sys, "argv", ["x", plain, fixed, *few.split(), "--json", str(file)])
+    steps.main()
+    rows = json.loads(file.read_text())["results"]
+    # Plain steps are as long as gradients are; fixed ones are all alike, but for what the weights' norms change.
+    assert rows[plain]["steps unlike"][0] == pytest.approx(rows[plain]["gradients unlike"][0], rel=0.05)
+    assert rows[fixed]["steps unlike"][0] < 0.01 < rows[fixed]["gradients unlike"][0]
+    assert rows[fixed]["layers unlike"][0] < rows[plain]["layers unlike"][0]
+
+
 def test_the_benchmark_of_linear_heads_on_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("timing", "measured"):
         loaded(name, monkeypatch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import wellcond
-from wellcond import FeatureWhitening, GradientCentralization
+from wellcond import FeatureDescent, FeatureWhitening, GradientCentralization
 from wellcond.transforms import WellcondWarning
 
 OBSERVING: dict[str, Any] = {"stats_every": 1, "solve_every": 1, "stats_decay": 0.0, "damping": 0.05}
@@ -136,6 +136,41 @@ def test_after_any_surgery_an_old_attachment_does_and_says_what_a_new_one_would(
         for parameter, entry in optimizer.state.items():
             assert id(parameter) in held or not entry, done
             assert parameter.requires_grad or not any("wellcond" in key for key in entry), done
+
+
+@pytest.mark.parametrize("transform", [FeatureWhitening, FeatureDescent])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_bias_in_a_group_that_is_switched_off_stays_as_it_is_and_out_of_its_weights_product(
+    transform: Any, later: bool
+) -> None:
+    """As with a second optimizer that holds the biases, to which nothing is attached; also when switched off later."""
+    model, other = net(), net()
+    weights, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
+    optimizer = torch.optim.SGD([{"params": weights}, {"params": biases}], lr=0.05)
+    switch = f"wellcond_{transform.name}"
+    optimizer.param_groups[1][switch] = later
+    handle = wellcond.attach(optimizer, model, transform(**OBSERVING))
+    if later:
+        backward(model, 0)
+        optimizer.step()
+        other.load_state_dict(model.state_dict())
+        assert "together with 0.weight" in handle.report()
+        optimizer.param_groups[1][switch] = False
+        backward(model, 1)
+        optimizer.step()  # whose forward pass was of other statistics
+        other.load_state_dict(model.state_dict())
+    apart = torch.optim.SGD([p for p in other.parameters() if p.dim() == 1], lr=0.05)
+    plain = torch.optim.SGD([p for p in other.parameters() if p.dim() == 2], lr=0.05)
+    wellcond.attach(plain, other, transform(**OBSERVING))
+    for step in range(2, 5):
+        backward(model, step)
+        backward(other, step)
+        for each in (optimizer, plain, apart):
+            each.step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert "together with" not in handle.report()
+    assert handle.report().count("unchanged: a bias") == 3
 
 
 def test_a_weight_that_left_is_let_go_with_its_hooks_and_trained_by_another_as_it_is() -> None:

@@ -236,32 +236,37 @@ class Attachment:
         if regrouped and (wrong := unknown_switches(optimizer, self.transforms)):
             warnings.warn(f"the parameter groups have changed: {wrong}", WellcondWarning, stacklevel=2)
         if regrouped or self._places.changed() or any(not _is_lazy(module) for module in self._lazy):
-            had_weights = any(self._slots.values())
-            before = {slot for slots in self._slots.values() for slot in slots}
-            self._find_weights(optimizer)
-            # The passes of this step were before them.
-            self._observer.excuse(slot for slots in self._slots.values() for slot in slots if slot not in before)
-            if had_weights and not any(self._slots.values()):
-                warnings.warn(
-                    f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "
-                    "those that the model has now",
-                    WellcondWarning,
-                    stacklevel=2,
-                )
-            for transform in self.transforms:
-                transform.check(self._covered(transform))
+            self._search(optimizer)
         self._published.compare(optimizer, self._standing.pairs)
+
+    def _search(self, optimizer: Optimizer) -> None:
+        """Find the weights anew between two steps, and say so if none are left."""
+        had_weights = any(self._slots.values())
+        before = {slot for slots in self._slots.values() for slot in slots}
+        self._find_weights(optimizer)
+        # The passes of this step were before them.
+        self._observer.excuse(slot for slots in self._slots.values() for slot in slots if slot not in before)
+        if had_weights and not any(self._slots.values()):
+            warnings.warn(
+                f"the optimizer ({self._optimizer_name}) holds none of the model's parameters any more: give it "
+                "those that the model has now",
+                WellcondWarning,
+                stacklevel=2,
+            )
+        for transform in self.transforms:
+            transform.check(self._covered(transform))
 
     def _find_weights(self, optimizer: Optimizer) -> None:
         """Make a slot for every known weight that the optimizer holds, and let go of those of others."""
         self._groups.look(optimizer)
+        self._groups.read(optimizer, self._weight_decay, self._switches)
         held = self._groups.held
         found = find_layers(self._model)
-        uses = shared_uses(found, held)
         lazy = set(found.lazy.values())
         before = {name: list(slots) for name, slots in self._slots.items()}
-        for transform in self.transforms:
+        for number, transform in enumerate(self.transforms):
             name = transform.name
+            uses = shared_uses(found, held, self._groups.acted_on(number))
             self._slots[name] = slots_of(transform, uses, before[name], held, self._shared[name])
             kept = set(map(id, self._slots[name]))
             for slot in before[name]:
@@ -294,7 +299,10 @@ class Attachment:
     def _read_groups(self, optimizer: Optimizer, *, anew: bool = False) -> None:
         """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
         turned = self._groups.read(optimizer, self._weight_decay, self._switches)
-        if not (anew or turned) and self._standing.holds():
+        if turned and not anew:
+            self._search(optimizer)  # which weights have their biases with them depends on the switches
+            return
+        if not anew and self._standing.holds():
             return
         refrozen = False
         for number, transform in enumerate(self.transforms):

@@ -69,6 +69,10 @@ class Groups:
         """Say whether a group lets something act: `read` tells which of its ``switches``."""
         return self._switches is None or self._switches[index][switch]
 
+    def acted_on(self, switch: int) -> set[int]:
+        """Return the ``id`` of each parameter in a group that lets something act."""
+        return {key for key, index in self._group_of.items() if self.is_on(index, switch)}
+
     @property
     def held(self) -> KeysView[int]:
         """The ``id`` of each parameter; supports ``in``."""

@@ -16,12 +16,14 @@ from wellcond.transforms.base import GradientTransform, Slot
 Uses = dict[int, list[Layer]]
 
 
-def shared_uses(found: Layers, held: Collection[int]) -> Uses:
+def shared_uses(found: Layers, held: Collection[int], acted_on: Collection[int]) -> Uses:
     """Group the layers of the weights that an optimizer holds by weight.
 
     Args:
         found: What `find_layers` found in the model.
         held: The ``id`` of each parameter that the optimizer holds.
+        acted_on: Of these, the ones that their parameter groups do not switch off: a bias goes with its weight only
+            if it is among them.
 
     Returns:
         The weight's ``id`` → the layers that use it; the first stands for all.
@@ -31,7 +33,7 @@ def shared_uses(found: Layers, held: Collection[int]) -> Uses:
         if id(layer.weight) in held:
             uses.setdefault(id(layer.weight), []).append(layer)
     for layers in uses.values():
-        layers[0] = _representative(layers, held)
+        layers[0] = _representative(layers, held, acted_on)
     return uses
 
 
@@ -93,11 +95,13 @@ def _same(before: Sequence[Layer], now: Sequence[Layer]) -> bool:
     )
 
 
-def _representative(layers: list[Layer], held: Collection[int]) -> Layer:
-    """Return the layer that stands for all uses of a weight: with a bias only if all share it and it is trained."""
+def _representative(layers: list[Layer], held: Collection[int], acted_on: Collection[int]) -> Layer:
+    """Return the layer that stands for all uses of a weight: with a bias only if all share it and it is changed."""
     layer = layers[0]
     if layer.bias is None:
         return layer
-    if id(layer.bias) in held and all(other.bias is layer.bias for other in layers):
+    # Of a weight that is switched off it makes no difference, and its slot stays what it is when it is on again.
+    together = id(layer.bias) in acted_on or id(layer.weight) not in acted_on
+    if together and id(layer.bias) in held and all(other.bias is layer.bias for other in layers):
         return layer
     return dataclasses.replace(layer, bias=None, bias_name=None)

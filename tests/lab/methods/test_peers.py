@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from wellcond.lab.errors import LabError
 from wellcond.lab.methods.method import Refresh, method
 from wellcond.lab.methods.optimizers import needs_closure, take_step, use_weights
+from wellcond.lab.networks.gpt import Gpt, select_gpt
 
 PEERS = ["Lion", "ScheduleFree", "SOAP", "Shampoo", "PSGD", "SAM", "LBFGS", "Muon", "torch.optim:Muon(momentum=0.9)"]
 
@@ -79,6 +81,26 @@ def test_torchs_muon_updates_kernels_as_matrices():
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.003]
+
+
+@pytest.mark.parametrize("kind", ["Muon", "torch.optim:Muon"])
+def test_muon_leaves_embeddings_and_the_head_to_adamw_and_so_do_its_transforms(kind):
+    """A table of embeddings is two-dimensional, too, and the first of a GPT's weights."""
+    model = Gpt(select_gpt("gpt-tiny"), tokens=11)
+    text = f"{kind}(weight_decay=0.0) + GradientCentralization + FeatureDescent"
+    optimizer, handle = method(text).build(model, 0.02, Refresh(1, 2))
+    hidden, rest = optimizer.param_groups
+    inside = [weight for name, weight in model.blocks.named_parameters() if weight.ndim == 2]
+    assert {id(weight) for weight in hidden["params"]} == {id(weight) for weight in inside}
+    assert {model.token.weight, model.position.weight, model.head.weight} <= set(rest["params"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for rows in handle.coverage().values():
+        assert {row.name for row in rows if row.state_bytes is not None} == {names[id(weight)] for weight in inside}
+
+
+def test_muon_refuses_a_network_without_hidden_weights():
+    with pytest.raises(LabError, match=r"Muon updates the weights inside a network.*take AdamW"):
+        method("Muon").build(nn.Linear(3, 2), 0.02, Refresh(1, 2))
 
 
 def test_psgd_begins_its_products_at_the_gradient():

@@ -40,10 +40,13 @@ class HiddenMatrices(torch.optim.Optimizer):
             {"params": list(rest), "lr": of_rest.pop("lr", lr), "use_muon": False},
         ]
         super().__init__([group for group in groups if group["params"]], {})
-        self.hidden = list(hidden)
+        self.weights = [*hidden, *rest]
+        # Both train views, none of the model's own parameters: what is attached belongs here, where all of them are.
         self.views = [nn.Parameter(weight.detach().reshape(len(weight), -1)) for weight in hidden]
         self.matrices = kind(self.views, lr=lr, **own) if hidden else None
-        self.rest = torch.optim.AdamW(rest, lr=groups[1]["lr"], **of_rest) if rest else None
+        self.views += [nn.Parameter(weight.detach()) for weight in rest]
+        others = self.views[len(hidden) :]
+        self.rest = torch.optim.AdamW(others, lr=groups[1]["lr"], **of_rest) if rest else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,14 +59,14 @@ class HiddenMatrices(torch.optim.Optimizer):
             inner = self.matrices if group["use_muon"] else self.rest
             assert inner is not None
             inner.param_groups[0]["lr"] = group["lr"]
-        for weight, view in zip(self.hidden, self.views, strict=True):
+        for weight, view in zip(self.weights, self.views, strict=True):
             # A copy where the weight's memory has another order (channels_last).
-            view.data = weight.detach().reshape(len(weight), -1)
-            view.grad = None if weight.grad is None else weight.grad.reshape(len(weight), -1)
+            view.data = weight.detach().reshape(view.shape)
+            view.grad = None if weight.grad is None else weight.grad.reshape(view.shape)
         for inner in (self.matrices, self.rest):
             if inner is not None:
                 inner.step()
-        for weight, view in zip(self.hidden, self.views, strict=True):
+        for weight, view in zip(self.weights, self.views, strict=True):
             if view.data_ptr() != weight.data_ptr():
                 weight.copy_(view.view(weight.shape))
         return loss

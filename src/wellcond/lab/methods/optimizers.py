@@ -223,12 +223,23 @@ def _is_torchs_muon(kind: Callable[..., Any]) -> bool:
 
 
 def _muon(kind: Callable[..., Any], model: nn.Module, lr: float, **options: Any) -> Optimizer:
-    """Return Muon for the weights of all layers but the last, and AdamW (``adamw_lr``) for everything else.
+    """Return Muon for the weights inside the network, and AdamW (``adamw_lr``) for everything else.
 
-    As its authors advise: the classifier, the biases and the normalization layers have no use for orthogonal updates.
+    As its authors advise: embeddings, the classifier, biases and norm layers have no use for orthogonal updates. Which
+    weights are inside is for `wellcond.Orthogonalize.split` to say.
+
+    Raises:
+        LabError: If there are none: AdamW would train all of it.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    hidden = {id(parameter) for parameter in weights[:-1]}
+    import wellcond
+
+    try:
+        hidden = {id(weight) for weight in wellcond.Orthogonalize().split(model).hidden}
+    except ValueError as error:
+        raise LabError(
+            "Muon updates the weights inside a network, between its inputs or embeddings and its last layer, and this "
+            f"one has none: take AdamW for it ({str(error).partition(chr(10))[0].rstrip(':')})"
+        ) from error
 
     def group(inside: bool) -> list[nn.Parameter]:
         return [parameter for parameter in model.parameters() if (id(parameter) in hidden) == inside]

@@ -243,7 +243,11 @@ class Method:
         optimizer = build_optimizer(self.optimizer, model, lr, dict(self.options), self._groups(model, lr))
         if not self.transforms:
             return optimizer, None
-        transforms = (spec.build(refresh) for spec in self.transforms)
+        transforms = [spec.build(refresh) for spec in self.transforms]
+        for group in optimizer.param_groups:
+            # AdamW trains these beside Muon, as it would without the transforms of what Muon gets.
+            if group.get("use_muon") is False:
+                group |= {f"wellcond_{transform.name}": False for transform in transforms}
         return optimizer, wellcond.attach(attached_to(optimizer), model, *transforms)
 
     def _groups(self, model: torch.nn.Module, lr: float) -> list[dict[str, Any]] | None:
