@@ -256,6 +256,21 @@ def test_time_ratio_is_the_median_over_seed_and_lr(plan):
     assert compared(plan, runs).methods["W-SGDM"].time_ratio == pytest.approx(1.7)
 
 
+def test_time_ratio_also_counts_the_seeds_that_do_not_choose_where_chosen_places_differ():
+    plan = make_plan(Settings(methods=("SGDM", "W-SGDM"), seeds=6, trial_seeds=1, epochs=1, train_images=320))
+    best = {"SGDM": 0, "W-SGDM": 2}
+    runs = {}
+    for name, place in best.items():
+        for at, lr in enumerate(METHODS[name].lrs):
+            for seed in range(6) if at == place else (0,):
+                score = 90.0 if at == place else 80.0
+                # The first seed's runs took any time; the others' are as they are.
+                seconds = 1.0 if name == "SGDM" else 1.5 if seed else 9.0
+                epoch = EpochRecord(plan.steps, seconds, 0.1, score, 0.5, score, 0.5)
+                runs[plan.spec(METHODS[name], lr, seed)] = RunRecord((epoch,), False, 1, {}, ())
+    assert compared(plan, runs).methods["W-SGDM"].time_ratio == pytest.approx(1.5)
+
+
 def test_equal_time_trains_as_many_steps_as_fit(plan, tmp_path, monkeypatch):
     asked = []
 

@@ -132,7 +132,11 @@ def compared(plan: Plan, records: dict[RunSpec, RunRecord], chosen: Mapping[str,
     for method in plan.methods:
         mine, baseline = grids[method.name], plan.baselines[method.name]
         theirs = grids[baseline]
-        places = zip(mine, theirs, strict=True) if alike else [(chosen[method.name], chosen[baseline])]
+        places = list(zip(mine, theirs, strict=True)) if alike else []
+        both_chosen = (chosen[method.name], chosen[baseline])
+        # Where the first seeds choose, the other seeds have runs of what was chosen alone, perhaps at unlike places.
+        if both_chosen not in places and (not alike or plan.trial_seeds < plan.settings.seeds):
+            places.append(both_chosen)
         pairs = [
             (one, other)
             for ours, reference in places

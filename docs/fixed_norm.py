@@ -1,0 +1,68 @@
+"""How whitening both sides in a fixed norm (DW-SGDM) stands beside the others, in all comparisons that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from quoted_words import markdown
+
+from wellcond.lab.comparison.statistics import paired_difference
+
+METHOD = "DW-SGDM"
+OTHERS = ("SGDM", "AdamW", "W-SGDM", "Muon")
+SETTINGS = {
+    "fixed-norm-digits-peers": "digits, small convolutional network, batch normalization",
+    "fixed-norm-mlp-bn-peers": "digits as a table, MLP, batch normalization",
+    "fixed-norm-mlp-peers": "digits as a table, MLP, no normalization",
+    "fixed-norm-resnet8-peers": "CIFAR-10, 16 × 16, ResNet-8, batch normalization",
+    "fixed-norm-resnet8-gn-peers": "CIFAR-10, 16 × 16, ResNet-8, group normalization",
+    "fixed-norm-vgg-peers": "CIFAR-10, 16 × 16, small VGG, batch normalization",
+    "cifar10-jpeg-16-peers": "CIFAR-10, 16 × 16, thin ResNet-18, batch normalization",
+    "cifar10-jpeg-peers": "CIFAR-10, 32 × 32, thin ResNet-18, batch normalization",
+    "tinyshakespeare-peers": "Shakespeare, small GPT, layer normalization (bits)",
+}
+"""Committed comparisons in which all of these stand, and what was trained."""
+
+
+def fixed_norm_table(load: Callable[[str], dict[str, Any]]) -> str:
+    """Return one line a comparison: what DW-SGDM gains over each of the others, after equal epochs and in equal time.
+
+    Args:
+        load: From a name in docs/results to what the file holds.
+    """
+    results = {name: load(name) for name in SETTINGS}
+    heads = ["trained", "seeds", *(f"beside {other}" for other in OTHERS)]
+    lines = []
+    for title, gain in (("After equally many epochs", _after_epochs), ("In equal time", _in_equal_time)):
+        rows = [
+            [SETTINGS[name], str(found["seeds"]), *(_text(gain(found, other), found["metric"]) for other in OTHERS)]
+            for name, found in results.items()
+        ]
+        lines += [f"{title}:", "", markdown(heads, rows), ""]
+    return "\n".join(lines[:-1])
+
+
+def _after_epochs(results: dict[str, Any], other: str) -> dict[str, Any] | None:
+    by_name = {method["name"]: method for method in results["methods"]}
+    scores = [[c["test_score"][-1] for c in by_name[name]["curves"] if c["test_score"]] for name in (METHOD, other)]
+    mine, theirs = scores
+    # A run that diverged in its first epoch has no score to pair.
+    return asdict(paired_difference(mine, theirs)) if len(mine) == len(theirs) else None
+
+
+def _in_equal_time(results: dict[str, Any], other: str) -> dict[str, Any] | None:
+    method = next(method for method in results["methods"] if method["name"] == METHOD)
+    found: dict[str, Any] = method["equal_time"]
+    return found["difference"] if other == method["baseline"] else found["others"].get(other)
+
+
+def _text(difference: dict[str, Any] | None, metric: dict[str, Any]) -> str:
+    """Return a difference so that more is better."""
+    if difference is None:
+        return ""
+    sign, digits = (1, 1) if metric["higher_is_better"] else (-1, 3)
+    low, high = sorted(sign * difference[end] for end in ("low", "high"))
+    text = f"{sign * difference['mean']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
