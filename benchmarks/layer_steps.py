@@ -101,6 +101,7 @@ def lengths(model: nn.Module, batches: TrainingBatches, trained: Method, lr: flo
         for name, weight in weights.items():
             assert weight.grad is not None
             gradients[name].append(float(weight.grad.norm()))
+        trained.clipping.apply(optimizer)
         factor = float(schedule.get_last_lr()[0]) / lr
         optimizer.step()
         for name, weight in weights.items():

@@ -17,13 +17,25 @@ SETTINGS = {
     "fixed-norm-mlp-bn-peers": "digits as a table, MLP, batch normalization",
     "fixed-norm-mlp-peers": "digits as a table, MLP, no normalization",
     "fixed-norm-resnet8-peers": "CIFAR-10, 16 × 16, ResNet-8, batch normalization",
-    "fixed-norm-resnet8-gn-peers": "CIFAR-10, 16 × 16, ResNet-8, group normalization",
-    "fixed-norm-vgg-peers": "CIFAR-10, 16 × 16, small VGG, batch normalization",
     "cifar10-jpeg-16-peers": "CIFAR-10, 16 × 16, thin ResNet-18, batch normalization",
     "cifar10-jpeg-peers": "CIFAR-10, 32 × 32, thin ResNet-18, batch normalization",
     "tinyshakespeare-peers": "Shakespeare, small GPT, layer normalization (bits)",
 }
 """Committed comparisons in which all of these stand, and what was trained."""
+
+PARTS = {
+    "the norm of all layers together (normalized SGD)": ("normalized-SGD", "SGDM"),
+    "a share of each layer's weights' norm (LARS)": ("LARS", "SGDM"),
+    "the fixed norm": ("fixed-norm", "SGDM"),
+    "whitening of the inputs' side (W-SGDM)": ("W-SGDM", "SGDM"),
+    "on top of it, the fixed norm": ("W-SGDM-fixed", "W-SGDM"),
+    "on top of it, the outputs' side": ("W-SGDM-both-sides", "W-SGDM"),
+    "on top of it, both (DW-SGDM)": (METHOD, "W-SGDM"),
+}
+"""What is added, and the methods with it and without."""
+
+ABLATIONS = ("fixed-norm-resnet8-peers", "fixed-norm-mlp-peers")
+"""Committed comparisons that have them."""
 
 
 def fixed_norm_table(load: Callable[[str], dict[str, Any]]) -> str:
@@ -44,9 +56,23 @@ def fixed_norm_table(load: Callable[[str], dict[str, Any]]) -> str:
     return "\n".join(lines[:-1])
 
 
-def _after_epochs(results: dict[str, Any], other: str) -> dict[str, Any] | None:
+def parts_table(load: Callable[[str], dict[str, Any]]) -> str:
+    """Return what each part of DW-SGDM adds after equally many epochs, paired by seed.
+
+    Args:
+        load: From a name in docs/results to what the file holds.
+    """
+    results = {name: load(name) for name in ABLATIONS}
+    rows = [
+        [part, *(_text(_after_epochs(found, other, name), found["metric"]) for found in results.values())]
+        for part, (name, other) in PARTS.items()
+    ]
+    return markdown(["what is added", *(SETTINGS[name] for name in ABLATIONS)], rows)
+
+
+def _after_epochs(results: dict[str, Any], other: str, name: str = METHOD) -> dict[str, Any] | None:
     by_name = {method["name"]: method for method in results["methods"]}
-    scores = [[c["test_score"][-1] for c in by_name[name]["curves"] if c["test_score"]] for name in (METHOD, other)]
+    scores = [[c["test_score"][-1] for c in by_name[one]["curves"] if c["test_score"]] for one in (name, other)]
     mine, theirs = scores
     # A run that diverged in its first epoch has no score to pair.
     return asdict(paired_difference(mine, theirs)) if len(mine) == len(theirs) else None

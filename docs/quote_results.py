@@ -9,7 +9,8 @@ A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, where 
 docs/draw_figures.py wrote. ``<!-- begin NAME, rows: A | B -->`` quotes these rows alone, and what was found of all of
 them is left out. ``<!-- begin reproduced-summary -->`` stands for all that docs/reproduced.md quotes, and
 ``<!-- begin effects -->`` for what each technique did in every committed comparison, and
-``<!-- begin fixed-norm-summary -->`` for how DW-SGDM stands beside the others in all of them that have it.
+``<!-- begin fixed-norm-summary -->`` for how DW-SGDM stands beside the others in all of them that have it,
+``<!-- begin fixed-norm-parts -->`` for what each of its parts adds.
 
 ``--adopt FILE NAME`` copies a reproduce.json to docs/results/NAME.json without the folders that its command and its
 settings name, which are those of the machine that wrote it.
@@ -37,7 +38,7 @@ from benchmark_tables import (
 )
 from effects import effects_table
 from figure_tables import figure_table
-from fixed_norm import fixed_norm_table
+from fixed_norm import fixed_norm_table, parts_table
 from normalizer_tables import normalizers_table
 from peers import peers_table
 from quoted_words import difference, markdown, run_by, spread
@@ -56,7 +57,7 @@ REPRODUCED = ROOT / "docs" / "reproduced.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SUMMARY = "reproduced-summary"
 EFFECTS = "effects"
-FIXED_NORM = "fixed-norm-summary"
+FIXED_NORM = {"fixed-norm-summary": fixed_norm_table, "fixed-norm-parts": parts_table}
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -155,8 +156,8 @@ def quoted(page: str) -> str:
             return f"<!-- begin {name} -->\n{summary_table(reproduced())}\n<!-- end {name} -->"
         if name == EFFECTS:
             return f"<!-- begin {name} -->\n{effects_table(_load, reproduced())}\n<!-- end {name} -->"
-        if name == FIXED_NORM:
-            return f"<!-- begin {name} -->\n{fixed_norm_table(_load)}\n<!-- end {name} -->"
+        if name in FIXED_NORM:
+            return f"<!-- begin {name} -->\n{FIXED_NORM[name](_load)}\n<!-- end {name} -->"
         results = _load(name)
         if rows is not None:
             results = with_rows(results, [row.strip() for row in rows.split("|")])

@@ -56,3 +56,18 @@ def test_every_comparison_with_all_of_them_is_listed() -> None:
         if wanted <= {method["name"] for method in quote_results._load(file.stem)["methods"]}
     }
     assert have == fixed_norm.SETTINGS.keys()
+
+
+def test_parts_are_compared_in_pairs() -> None:
+    names = {name for pair in fixed_norm.PARTS.values() for name in pair}
+    found = {
+        "metric": {"higher_is_better": True},
+        "methods": [
+            {"name": name, "curves": [{"test_score": [float(len(name)) + seed]} for seed in range(3)]} for name in names
+        ],
+    }
+    lines = fixed_norm.parts_table(lambda name: found).splitlines()[2:]
+    for line, (name, other) in zip(lines, fixed_norm.PARTS.values(), strict=True):
+        gain = len(name) - len(other)
+        text = f"{gain:+.1f} [{gain:+.1f}, {gain:+.1f}]"
+        assert line.count(f"**{text}**" if gain else text) == 2

@@ -28,15 +28,15 @@ class DWSGDM(Attached, DecoupledSGD):
 
     Each layer's update is L^(−1/2) G M^(−1/2), M the second moment of its input, L that of the product's rows, scaled
     to the norm √min(out, inputs) of an orthogonal matrix; then momentum, and decoupled weight decay. It is no published
-    algorithm: W-SGDM's transform with the norm rule and the second side that Muon's updates have (see "How it relates"
-    in the documentation for what was measured).
+    algorithm: W-SGDM's transform with the norm rule and the second side that Muon's updates have (see "Why
+    DW-SGDM" in the documentation for what was measured).
 
     Because the norm is fixed, one learning rate means the same for every layer and width, and it does not shrink as
     gradients do: it must be decayed to zero by a schedule (cosine or linear). Warm-up was not tried.
 
     Args:
         model: The model; its layers' inputs are observed.
-        lr: Learning rate. From 0.004 to 0.05 were best in small runs; 0.02 is a first try.
+        lr: Learning rate. From 0.004 to 0.025 were best in small runs; 0.02 is a first try.
         momentum: Momentum, after the whitening.
         weight_decay: Decoupled, per unit of lr: each step multiplies the weights by 1 − lr · weight_decay.
         params: Parameters or parameter groups as any torch optimizer takes them; default ``model.parameters()``.
