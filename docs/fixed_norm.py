@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
 from quoted_words import markdown
@@ -53,7 +54,7 @@ def fixed_norm_table(load: Callable[[str], dict[str, Any]]) -> str:
             for name, found in results.items()
         ]
         lines += [f"{title}:", "", markdown(heads, rows), ""]
-    return "\n".join(lines[:-1])
+    return "\n".join([*lines, *_commands(results)])
 
 
 def parts_table(load: Callable[[str], dict[str, Any]]) -> str:
@@ -67,7 +68,17 @@ def parts_table(load: Callable[[str], dict[str, Any]]) -> str:
         [part, *(_text(_after_epochs(found, other, name), found["metric"]) for found in results.values())]
         for part, (name, other) in PARTS.items()
     ]
-    return markdown(["what is added", *(SETTINGS[name] for name in ABLATIONS)], rows)
+    table = markdown(["what is added", *(SETTINGS[name] for name in ABLATIONS)], rows)
+    return "\n".join([table, "", *_commands(results)])
+
+
+def _commands(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what made the comparisons, folded, a line each."""
+    commands = [escape(found["command"]) for found in results.values()]
+    return [
+        "<details><summary>The commands</summary><code>",
+        "</code><br><code>\n".join(commands) + "</code></details>",
+    ]
 
 
 def _after_epochs(results: dict[str, Any], other: str, name: str = METHOD) -> dict[str, Any] | None:

@@ -23,7 +23,12 @@ def results(higher_is_better: bool, mine: list[float], theirs: list[float]) -> d
             "equal_time": {"difference": equal, "others": others},
         }
     )
-    return {"seeds": len(mine), "metric": {"higher_is_better": higher_is_better}, "methods": methods}
+    return {
+        "command": "wellcond compare",
+        "seeds": len(mine),
+        "metric": {"higher_is_better": higher_is_better},
+        "methods": methods,
+    }
 
 
 def cells(found: dict[str, Any]) -> list[list[str]]:
@@ -60,13 +65,16 @@ def test_every_comparison_with_all_of_them_is_listed() -> None:
 
 def test_parts_are_compared_in_pairs() -> None:
     names = {name for pair in fixed_norm.PARTS.values() for name in pair}
-    found = {
+    found: dict[str, Any] = {
+        "command": "wellcond compare --methods 'a<b'",
         "metric": {"higher_is_better": True},
         "methods": [
             {"name": name, "curves": [{"test_score": [float(len(name)) + seed]} for seed in range(3)]} for name in names
         ],
     }
-    lines = fixed_norm.parts_table(lambda name: found).splitlines()[2:]
+    table, _, commands = fixed_norm.parts_table(lambda name: found).partition("\n\n")
+    assert commands.count("wellcond compare --methods &#x27;a&lt;b&#x27;</code>") == len(fixed_norm.ABLATIONS)
+    lines = table.splitlines()[2:]
     for line, (name, other) in zip(lines, fixed_norm.PARTS.values(), strict=True):
         gain = len(name) - len(other)
         text = f"{gain:+.1f} [{gain:+.1f}, {gain:+.1f}]"
