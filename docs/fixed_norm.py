@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from quoted_words import markdown
-
-from wellcond.lab.comparison.statistics import paired_difference
+from quoted_words import interval, last_difference, markdown
 
 METHOD = "DW-SGDM"
 OTHERS = ("SGDM", "AdamW", "W-SGDM", "Muon")
@@ -83,10 +80,7 @@ def _commands(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def _after_epochs(results: dict[str, Any], other: str, name: str = METHOD) -> dict[str, Any] | None:
     by_name = {method["name"]: method for method in results["methods"]}
-    scores = [[c["test_score"][-1] for c in by_name[one]["curves"] if c["test_score"]] for one in (name, other)]
-    mine, theirs = scores
-    # A run that diverged in its first epoch has no score to pair.
-    return asdict(paired_difference(mine, theirs)) if len(mine) == len(theirs) else None
+    return last_difference(by_name[name], by_name[other])
 
 
 def _in_equal_time(results: dict[str, Any], other: str) -> dict[str, Any] | None:
@@ -101,5 +95,5 @@ def _text(difference: dict[str, Any] | None, metric: dict[str, Any]) -> str:
         return ""
     sign, digits = (1, 1) if metric["higher_is_better"] else (-1, 3)
     low, high = sorted(sign * difference[end] for end in ("low", "high"))
-    text = f"{sign * difference['mean']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    text = interval({"mean": sign * difference["mean"], "low": low, "high": high}, digits)
     return f"**{text}**" if low > 0 or high < 0 else text

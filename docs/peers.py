@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from quoted_words import markdown
-
-from wellcond.lab.comparison.statistics import paired_difference
+from quoted_words import interval, last_difference, markdown
 
 
 def peers_table(results: dict[str, Any]) -> str:
@@ -36,8 +33,8 @@ def peers_table(results: dict[str, Any]) -> str:
         else:
             same_time = method["equal_time"]["difference"]
             cells += [
-                _interval(method["final_difference"], digits),
-                _interval(same_time, digits),
+                interval(method["final_difference"], digits),
+                interval(same_time, digits),
                 _verdict(same_time, sign),
                 f"× {method['time_ratio']:.2f}",
             ]
@@ -78,25 +75,14 @@ def _additions(methods: list[dict[str, Any]], baseline: str, digits: int) -> lis
     said = []
     for name, method in by_name.items():
         plain = by_name.get(name.rpartition("+")[0])
-        if plain is None or plain["name"] == baseline or any(not each["test_score"] for each in _curves(method, plain)):
-            continue
-        mine, theirs = ([curve["test_score"][-1] for curve in each["curves"]] for each in (method, plain))
-        found = asdict(paired_difference(mine, theirs))
-        said.append(f"{name} beside {plain['name']} {_interval(found, digits)}")
+        found = None if plain is None or plain["name"] == baseline else last_difference(method, plain)
+        if plain is not None and found is not None:
+            said.append(f"{name} beside {plain['name']} {interval(found, digits)}")
     return [f"After the last epoch, paired by seed: {'; '.join(said)}.", ""] if said else []
-
-
-def _curves(*methods: dict[str, Any]) -> list[dict[str, Any]]:
-    return [curve for method in methods for curve in method["curves"]]
 
 
 def _mean(difference: dict[str, Any]) -> float:
     return float(difference["mean"])
-
-
-def _interval(difference: dict[str, Any], digits: int) -> str:
-    mean, low, high = (f"{difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def _verdict(difference: dict[str, Any], sign: int) -> str:

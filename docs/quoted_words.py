@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from wellcond.lab.comparison.statistics import Difference, Spread
+from wellcond.lab.comparison.statistics import Difference, Spread, paired_difference
 from wellcond.lab.report.formats import difference_text, spread_text
 from wellcond.lab.report.table import plain_table
 
@@ -36,3 +37,22 @@ def spread(value: dict[str, Any]) -> str:
 def difference(value: dict[str, Any]) -> str:
     """Return a paired difference in words."""
     return difference_text(Difference(**value))
+
+
+def interval(value: dict[str, Any], digits: int) -> str:
+    """Return a mean with the ends of its interval."""
+    mean, low, high = (f"{value[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def last_difference(method: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how two methods of a comparison differ after the last epoch, paired by seed.
+
+    Returns:
+        Mean and interval; None if a run diverged in its first epoch, which leaves no score to pair.
+    """
+    scores = [[curve["test_score"] for curve in each["curves"]] for each in (method, other)]
+    if any(not score for one in scores for score in one):
+        return None
+    mine, theirs = ([score[-1] for score in one] for one in scores)
+    return asdict(paired_difference(mine, theirs))

@@ -274,7 +274,7 @@ class Attachment:
                     self._let_go(optimizer, transform, slot)
             for slot in self._slots[name]:
                 slot.companions = functools.partial(mixed_with, self._optimizer, slot.layer.weight)
-        self._read_groups(optimizer, anew=True)
+        self._take_settings(optimizer)
         self._frozen.watch(self._standing.pairs)
         if before == self._slots and lazy == self._lazy:
             return
@@ -296,14 +296,15 @@ class Attachment:
     def _covered(self, transform: GradientTransform) -> Sequence[Slot]:
         return self._standing.acting[transform.name]
 
-    def _read_groups(self, optimizer: Optimizer, *, anew: bool = False) -> None:
-        """Take from the parameter groups what the coming step depends on: weight decay, and which transforms act."""
-        turned = self._groups.read(optimizer, self._weight_decay, self._switches)
-        if turned and not anew:
+    def _read_groups(self, optimizer: Optimizer) -> None:
+        """Take from the parameter groups what the coming step depends on, if anything there has changed."""
+        if self._groups.read(optimizer, self._weight_decay, self._switches):
             self._search(optimizer)  # which weights have their biases with them depends on the switches
-            return
-        if not anew and self._standing.holds():
-            return
+        elif not self._standing.holds():
+            self._take_settings(optimizer)
+
+    def _take_settings(self, optimizer: Optimizer) -> None:
+        """Give the slots what was read of the parameter groups: weight decay, and which transforms act."""
         refrozen = False
         for number, transform in enumerate(self.transforms):
             for slot in self._slots[transform.name]:
